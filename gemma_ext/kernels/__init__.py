@@ -1,0 +1,8 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weight formats and the operations on them; only jax and numpy."""
+
+from gemma_ext.kernels._formats import choose_group
+from gemma_ext.kernels._formats import Format
+from gemma_ext.kernels._formats import IntFormat
+from gemma_ext.kernels._formats import TernaryFormat

@@ -1,0 +1,245 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weight formats: their shapes, sizes, and pack / unpack.
+
+A weight is `[*rows, I]`, the input axis last. `docs/formats.md` draws each bit
+layout. Nothing here looks at values: whatever was packed is what unpacks.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext import errors
+from gemma_ext.kernels import _lanes
+
+PACKINGS = ('2bit', '5trit')
+
+
+def choose_group(cols: int, group: int) -> int:
+  """Picks the group size for an input axis of `cols` weights.
+
+  Divisors of `cols` up to `group` are tried, those that are multiples of 32
+  first, then of 16, then of 8, then any; the largest of the first kind that
+  reaches 16 wins. Multiples of 32 keep groups aligned with the packed lanes.
+
+  Args:
+    cols: Length of the input axis.
+    group: Largest group wanted.
+
+  Returns:
+    A divisor of `cols`, at most `group`.
+
+  Raises:
+    GroupSizeError: If the best divisor is below `min(16, cols)`.
+  """
+  if cols < 1 or group < 1:
+    raise errors.GroupSizeError(
+        f'Got {cols=} and {group=}; expected both to be at least 1.'
+    )
+  divisors = [d for d in range(1, min(cols, group) + 1) if cols % d == 0]
+  least = min(16, cols)
+  for multiple in (32, 16, 8, 1):
+    fits = [d for d in divisors if d % multiple == 0 and d >= least]
+    if fits:
+      return fits[-1]
+  above = [d for d in range(least, cols + 1) if cols % d == 0]
+  raise errors.GroupSizeError(
+      f'No group of {least} to {group} weights divides an input axis of'
+      f' {cols}; the best is {divisors[-1]}. Groups that would fit:'
+      f' {above[:8]}. Ask for one of these, or keep this weight dense.'
+  )
+
+
+def _check_group(cols: int, group: int) -> None:
+  if cols < 1 or cols % group:
+    fits = [d for d in range(1, max(cols, 0) + 1) if cols % d == 0]
+    raise errors.GroupSizeError(
+        f'group={group} does not divide the input axis of {cols} weights.'
+        f' Groups that do: {fits[-8:]} (see `kernels.choose_group`).'
+    )
+
+
+def _check_cols(packed: jax.Array, want: int, cols: int) -> None:
+  if packed.shape[-1] != want:
+    raise errors.ParamsMismatchError(
+        f'Packed codes have {packed.shape[-1]} entries a row; {cols} weights'
+        f' take {want}.'
+    )
+
+
+def _check_int8(codes: jax.Array) -> None:
+  if codes.dtype != jnp.int8:
+    raise errors.ShapeError(f'Codes are {codes.dtype}; expected int8.')
+
+
+def _check_positive(name: str, value: int) -> None:
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise errors.GroupSizeError(f'{name}={value!r}; expected an int >= 1.')
+
+
+class _Sizes:
+  """Sizes that follow from the shapes."""
+
+  def nbytes(self, rows: tuple[int, ...], cols: int) -> int:
+    """Returns the bytes of codes and scales together."""
+    codes = math.prod(self.codes_shape(rows, cols))
+    return codes + 2 * math.prod(self.scale_shape(rows, cols))
+
+  def bits_per_weight(self, cols: int) -> float:
+    """Returns bits per weight, scales and padding included."""
+    return 8 * self.nbytes((), cols) / cols
+
+  def codes_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns the shape of the packed codes."""
+    raise TypeError(f'{type(self).__name__} is not a format')
+
+  def scale_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns the shape of the scales."""
+    raise TypeError(f'{type(self).__name__} is not a format')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TernaryFormat(_Sizes):
+  """Codes in {-1, 0, 1}, a sum of planes, one bf16 scale per group.
+
+  Attributes:
+    planes: Ternary tensors that are summed, each with scales of its own.
+    group: Weights along the input axis that share one scale.
+    packing: '2bit' (4 codes a byte) or '5trit' (5 codes a byte, 1.6 bits).
+  """
+
+  planes: int = 1
+  group: int = 128
+  packing: str = '2bit'
+
+  def __post_init__(self):
+    _check_positive('group', self.group)
+    if isinstance(self.planes, bool) or not isinstance(self.planes, int):
+      raise errors.RecipeError(f'planes={self.planes!r}; expected an int.')
+    if not 1 <= self.planes <= 8:
+      raise errors.RecipeError(f'planes={self.planes}; expected 1 to 8.')
+    if self.packing not in PACKINGS:
+      raise errors.RecipeError(
+          f'packing={self.packing!r}; expected one of {PACKINGS}.'
+      )
+
+  @property
+  def codes_dtype(self) -> np.dtype:
+    return np.dtype(np.uint8)
+
+  @property
+  def code_range(self) -> tuple[int, int]:
+    """Smallest and largest code."""
+    return -1, 1
+
+  def codes_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns `(planes, *rows, bytes)`."""
+    per = 4 if self.packing == '2bit' else 5
+    return (self.planes, *rows, -(-cols // per))
+
+  def latent_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns `(planes, *rows, cols)`, the shape of unpacked codes."""
+    return (self.planes, *rows, cols)
+
+  def scale_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns `(planes, *rows, cols / group)`.
+
+    Raises:
+      GroupSizeError: If `group` does not divide `cols`.
+    """
+    _check_group(cols, self.group)
+    return (self.planes, *rows, cols // self.group)
+
+  def pack(self, codes: jax.Array) -> jax.Array:
+    """Packs int8 codes `[planes, *rows, I]` in {-1, 0, 1} into uint8."""
+    _check_int8(codes)
+    if self.packing == '2bit':
+      return _lanes.pack_bits(codes, 2, 1)
+    return _lanes.pack_trits(codes)
+
+  def unpack(self, packed: jax.Array, cols: int) -> jax.Array:
+    """Unpacks into int8 codes `[planes, *rows, cols]`."""
+    _check_cols(packed, self.codes_shape((), cols)[-1], cols)
+    if self.packing == '2bit':
+      return _lanes.unpack_bits(packed, 2, 1, cols)
+    return _lanes.unpack_trits(packed, cols)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntFormat(_Sizes):
+  """Two's complement integers of `bits` bits, one bf16 scale per group.
+
+  Attributes:
+    bits: 2 to 8. Codes take the full range [-2^(bits-1), 2^(bits-1) - 1].
+    group: Weights that share one scale; `None` for one scale per row.
+  """
+
+  bits: int = 8
+  group: int | None = None
+
+  def __post_init__(self):
+    if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+      raise errors.RecipeError(f'bits={self.bits!r}; expected an int.')
+    if not 2 <= self.bits <= 8:
+      raise errors.RecipeError(f'bits={self.bits}; expected 2 to 8.')
+    if self.group is not None:
+      _check_positive('group', self.group)
+
+  @property
+  def codes_dtype(self) -> np.dtype:
+    return np.dtype(np.int8 if self.bits == 8 else np.uint8)
+
+  @property
+  def code_range(self) -> tuple[int, int]:
+    """Smallest and largest code."""
+    return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+  def codes_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns `(*rows, bytes)`."""
+    if self.bits == 8:
+      return (*rows, cols)
+    if self.bits in (2, 4):
+      return (*rows, -(-cols // (8 // self.bits)))
+    return (*rows, -(-cols // 8) * self.bits)
+
+  def latent_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns `(*rows, cols)`, the shape of unpacked codes."""
+    return (*rows, cols)
+
+  def scale_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    """Returns `(*rows, cols / group)`, or `(*rows, 1)` without groups.
+
+    Raises:
+      GroupSizeError: If `group` does not divide `cols`.
+    """
+    if self.group is None:
+      return (*rows, 1)
+    _check_group(cols, self.group)
+    return (*rows, cols // self.group)
+
+  def pack(self, codes: jax.Array) -> jax.Array:
+    """Packs int8 codes `[*rows, I]` within `code_range`."""
+    _check_int8(codes)
+    if self.bits == 8:
+      return codes
+    offset = 1 << (self.bits - 1)
+    if self.bits in (2, 4):
+      return _lanes.pack_bits(codes, self.bits, offset)
+    return _lanes.pack_stream(codes, self.bits, offset)
+
+  def unpack(self, packed: jax.Array, cols: int) -> jax.Array:
+    """Unpacks into int8 codes `[*rows, cols]`."""
+    _check_cols(packed, self.codes_shape((), cols)[-1], cols)
+    if self.bits == 8:
+      return packed
+    offset = 1 << (self.bits - 1)
+    if self.bits in (2, 4):
+      return _lanes.unpack_bits(packed, self.bits, offset, cols)
+    return _lanes.unpack_stream(packed, self.bits, offset, cols)
+
+
+Format = TernaryFormat | IntFormat
