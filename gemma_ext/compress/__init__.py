@@ -1,0 +1,32 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Dense parameters to compressed parameters.
+
+The module itself can be called: `gx.compress(model, params, recipe)`.
+"""
+
+# pylint: disable=g-importing-member
+
+import sys as _sys
+import types as _types
+
+from gemma_ext.compress._calibrate import second_moments
+from gemma_ext.compress._compress import check_params
+from gemma_ext.compress._compress import compress
+from gemma_ext.compress._compress import compress_weight
+from gemma_ext.compress._fit_int import fit_int
+from gemma_ext.compress._fit_ternary import fit_ternary
+from gemma_ext.compress._plan import Plan
+from gemma_ext.compress._plan import plan
+from gemma_ext.compress._plan import PlanRow
+from gemma_ext.compress._registry import FITS
+
+
+class _CallableModule(_types.ModuleType):
+  """Lets `gx.compress` be the verb and the room where its parts live."""
+
+  def __call__(self, *args, **kwargs):
+    return compress(*args, **kwargs)
+
+
+_sys.modules[__name__].__class__ = _CallableModule

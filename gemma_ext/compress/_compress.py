@@ -1,0 +1,151 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`compress`: dense parameters in, packed parameters out, in one shot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _calibrate
+from gemma_ext.compress import _plan
+from gemma_ext.compress import _registry
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+# Weights that are fitted at a time, so that the float32 copy and the sorted
+# intermediates of the fit stay small beside the model.
+_BLOCK = 1 << 24
+
+
+def compress(
+    model: nn.Module,
+    params: Mapping[str, Any],
+    recipe: recipe_lib.Recipe | str | dict,
+    *,
+    calibration: Any = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+  """Compresses parameters as a recipe says, one weight at a time.
+
+  Args:
+    model: The official model that `params` belong to.
+    params: Its dense parameters.
+    recipe: The recipe, or what `Recipe.of` takes.
+    calibration: Token ids of shape `[batch, length]`, padded with 0. If given,
+      the error of every weight counts by the second moment of the input that
+      it meets on these tokens. `None` counts all alike.
+    progress: Whether to show a progress bar.
+
+  Returns:
+    Parameters for `gx.nn.Compressed(model=model, recipe=recipe)`. Parameters
+    that no rule matches are the same arrays as in `params`.
+
+  Raises:
+    RecipeError: If the recipe does not fit the model.
+    ParamsMismatchError: If the parameters do not belong to the model.
+    NonFiniteError: If a weight holds NaN or infinity.
+  """
+  model, recipe = _plan.resolve(model, recipe)
+  methods = gx_nn.methods_of(model, recipe)
+  flat = check_params(model, params)
+  curvatures: dict[str, jax.Array] = {}
+  if calibration is not None:
+    curvatures = _calibrate.second_moments(
+        model, params, calibration, progress=progress
+    )
+  bar = tqdm.tqdm(
+      methods.items(), desc='compress', unit='weight', disable=not progress
+  )
+  for path, (site, method) in bar:
+    flat[path] = compress_weight(
+        flat[path], site, method, curvature=curvatures.get(path)
+    )
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def compress_weight(
+    w: jax.Array,
+    site: gx_nn.Site,
+    method: recipe_lib.Method,
+    *,
+    curvature: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+  """Fits and packs one weight.
+
+  Args:
+    w: Dense weight in the shape of the official tree.
+    site: Its site.
+    method: How to compress it.
+    curvature: Weights of the squared error along the input axis, `[cols]`.
+
+  Returns:
+    `{'codes', 'scale'}`, see `gemma_ext.kernels`.
+
+  Raises:
+    NonFiniteError: If the weight holds NaN or infinity.
+  """
+  fmt = gx_nn.format_of(method, site.layout.cols)
+  fit = _registry.fit_of(method)
+  rows, cols = site.layout.rows, site.layout.cols
+  matrix = site.layout.to_rows(jnp.asarray(w)).reshape((-1, cols))
+  step = max(1, _BLOCK // cols)
+  codes, scales = [], []
+  for start in range(0, matrix.shape[0], step):
+    block = matrix[start : start + step].astype(jnp.float32)
+    if not np.isfinite(float(jnp.max(jnp.abs(block)))):
+      raise errors.NonFiniteError(
+          f'{site.path!r} holds NaN or infinity in rows {start} to'
+          f' {start + block.shape[0]}. The checkpoint is damaged, or was'
+          ' trained to divergence.'
+      )
+    code, scale = fit(block, method, fmt, curvature)
+    codes.append(fmt.pack(code))
+    scales.append(scale)
+  # Codes and scales end in [rows, bytes]; planes come before the rows.
+  code, scale = (
+      parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
+      for parts in (codes, scales)
+  )
+  return {
+      'codes': code.reshape(fmt.codes_shape(rows, cols)),
+      'scale': scale.reshape(fmt.scale_shape(rows, cols)),
+  }
+
+
+def check_params(
+    model: nn.Module, params: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """Returns `params` by path after comparing them with the model.
+
+  Raises:
+    ParamsMismatchError: If a parameter is missing, has another shape, or is
+      compressed already.
+  """
+  flat = traverse_util.flatten_dict(dict(params), sep='/')
+  for path, leaf in _plan.abstract_params(model).items():
+    if path not in flat:
+      if f'{path}/codes' in flat:
+        raise errors.ParamsMismatchError(
+            f'{path!r} is compressed already. Compress the dense parameters.'
+        )
+      if f'{path}/w' in flat:  # As some Gemma 4 checkpoints nest it.
+        flat[path] = flat.pop(f'{path}/w')
+      else:
+        raise errors.ParamsMismatchError(
+            f'The parameters have no {path!r}, which the model expects with'
+            f' shape {leaf.shape}. Are they the params of this model?'
+        )
+    if tuple(np.shape(flat[path])) != tuple(leaf.shape):
+      raise errors.ParamsMismatchError(
+          f'{path!r} has shape {np.shape(flat[path])}, the model expects'
+          f' {leaf.shape}.'
+      )
+  return flat

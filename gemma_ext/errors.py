@@ -1,0 +1,104 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Errors: one class for each way to fail, all of them `GemmaExtError`."""
+
+
+class GemmaExtError(Exception):
+  """Base of every error that `gemma_ext` raises on purpose."""
+
+
+# ------------------------------- checkpoints ---------------------------------
+
+
+class CheckpointError(GemmaExtError, ValueError):
+  """A checkpoint cannot be read."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+  """No checkpoint at that path or of that name; says where it looked."""
+
+
+class UnknownFormatError(CheckpointError):
+  """The path is none of the formats that `gemma_ext.ckpts` reads."""
+
+
+class TruncatedFileError(CheckpointError):
+  """The file ends before the data that its header promises."""
+
+
+class HeaderError(CheckpointError):
+  """The header is malformed: bad magic, version, types or sizes."""
+
+
+class HeaderTooLargeError(HeaderError):
+  """A count or length in the header exceeds what the file can hold."""
+
+
+class OverlappingTensorsError(CheckpointError):
+  """Two tensors claim the same bytes of the file."""
+
+
+class UnsupportedTypeError(CheckpointError):
+  """A tensor type, or model architecture, that cannot be loaded."""
+
+
+class TensorShapeError(CheckpointError):
+  """A tensor does not have the shape that the model expects."""
+
+
+class MissingTensorError(CheckpointError):
+  """A tensor, file or metadata key that the model needs is missing."""
+
+
+class UnexpectedTensorError(CheckpointError):
+  """The checkpoint holds tensors that the model has no place for."""
+
+
+class NonFiniteError(CheckpointError):
+  """A tensor holds NaN or infinity."""
+
+
+class PathEscapeError(CheckpointError):
+  """A file name inside a checkpoint points outside its directory."""
+
+
+class ChecksumError(CheckpointError):
+  """A file does not have the hash that it is known by."""
+
+
+class TokenizerError(CheckpointError):
+  """The tokenizer is missing, malformed or does not fit the model."""
+
+
+# ------------------------------ recipe, surgery ------------------------------
+
+
+class RecipeError(GemmaExtError, ValueError):
+  """A recipe, or one of its methods, is not valid."""
+
+
+class UnmatchedRuleError(RecipeError):
+  """A rule of the recipe matched no module; lists near misses."""
+
+
+class GroupSizeError(RecipeError):
+  """The group size does not fit the weight's input axis."""
+
+
+class ParamsMismatchError(GemmaExtError, ValueError):
+  """Parameters do not have the structure that model and recipe expect."""
+
+
+class ShapeError(GemmaExtError, ValueError):
+  """An array argument has the wrong shape or type."""
+
+
+# ------------------------------ data, evaluation -----------------------------
+
+
+class DataError(GemmaExtError, ValueError):
+  """A text source cannot be read or holds too little."""
+
+
+class OptionalDependencyError(GemmaExtError, ImportError):
+  """A package of an optional extra is missing; says how to install it."""

@@ -1,0 +1,16 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Flax modules that read packed weights."""
+
+# pylint: disable=g-importing-member
+
+from gemma_ext.nn._compressed import Compressed
+from gemma_ext.nn._compressed import methods_of
+from gemma_ext.nn._packed import format_of
+from gemma_ext.nn._packed import PackedWeight
+from gemma_ext.nn._packed import param as packed_param
+from gemma_ext.nn._sites import Kind
+from gemma_ext.nn._sites import Layout
+from gemma_ext.nn._sites import Site
+from gemma_ext.nn._sites import sites
+from gemma_ext.nn._lora import LoRA

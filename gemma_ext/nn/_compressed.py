@@ -1,0 +1,190 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`Compressed`: any Gemma model, its weights read packed.
+
+The only place in the package that intercepts the code of the official modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+from gemma_ext import errors
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _config
+from gemma_ext.nn import _packed
+from gemma_ext.nn import _sites
+import jax
+import jax.numpy as jnp
+from kauldron import kontext
+
+
+class Compressed(nn.Module):
+  """A Gemma model whose weights are stored as a recipe says.
+
+  Takes the place of the model everywhere: in the samplers, under `jax.jit`,
+  `jax.grad` and `nn.remat`, in kauldron configs, inside `gm.nn.LoRA`. The
+  parameter tree is that of the model, with `{'codes', 'scale'}` in place of
+  every weight that the recipe compresses.
+
+  Attributes:
+    model: The official model, of any family.
+    recipe: A `Recipe`, or what `Recipe.of` takes.
+  """
+
+  _: dataclasses.KW_ONLY
+
+  model: nn.Module
+  recipe: recipe_lib.Recipe
+
+  def __post_init__(self):
+    # Clones, which flax makes inside every transform, arrive here resolved.
+    if not isinstance(self.recipe, recipe_lib.Recipe):
+      recipe = recipe_lib.Recipe.of(
+          self.recipe, num_layers=self.model.config.num_layers
+      )
+      object.__setattr__(self, 'recipe', recipe)
+    if getattr(self.model.config, 'recipe', None) != self.recipe:
+      if self.model.scope is None:
+        object.__setattr__(
+            self, 'model', _config.attach(self.model, self.recipe)
+        )
+    super().__post_init__()
+    # Transparent in the parameter tree: `{'params': model_params}`.
+    if self.scope is not None:
+      nn.share_scope(self, self.model)
+
+  @nn.compact
+  def __call__(self, *args, **kwargs):
+    """Calls the model. Arguments and outputs are those of the model."""
+    with self._intercept():
+      return self.model(*args, **kwargs)
+
+  def decode(self, x: jax.Array) -> jax.Array:
+    """Applies the output head to final hidden states.
+
+    Args:
+      x: Hidden states of shape `[..., embed_dim]`, after the final norm.
+
+    Returns:
+      Logits of shape `[..., vocab]`, before any soft cap.
+    """
+    with self._intercept():
+      return self.model.embedder.decode(x)
+
+  def __kontext_keys__(self) -> dict[str, str]:
+    """Keys of the wrapped model, for kauldron configs."""
+    return kontext.get_keypaths(self.model)
+
+  def __getattr__(self, name: str) -> Any:
+    # Everything else (config, INFO, init_cache, ...) is the model's.
+    if name.startswith('__'):
+      raise AttributeError(name)
+    return getattr(self.model, name)
+
+  def _intercept(self):
+    depth = len(self.path)
+    methods = methods_of(self.model, self.recipe)
+    interceptor = _Interceptor(
+        methods=methods, depth=depth, dtype=self.model.dtype
+    )
+    return nn.intercept_methods(interceptor)
+
+
+def methods_of(
+    model: nn.Module, recipe: recipe_lib.Recipe
+) -> dict[str, tuple[_sites.Site, recipe_lib.Method]]:
+  """Resolves a recipe for a model.
+
+  Args:
+    model: The model.
+    recipe: The recipe.
+
+  Returns:
+    For the path of every weight that is compressed, its site and method.
+
+  Raises:
+    UnmatchedRuleError: If a rule matches nothing.
+    GroupSizeError: If a group size cannot be had.
+  """
+  sites = {site.path: site for site in _sites.sites(model)}
+  methods = recipe.resolve(sites)
+  resolved = {}
+  for path, method in methods.items():
+    if isinstance(method, recipe_lib.Keep):
+      continue
+    try:
+      _packed.format_of(method, sites[path].layout.cols)
+    except errors.GroupSizeError as e:
+      raise errors.GroupSizeError(f'{path!r}: {e}') from e
+    resolved[path] = (sites[path], method)
+  return resolved
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Interceptor:
+  """Gives the official modules their weights packed.
+
+  Attributes:
+    methods: Site and method by path.
+    depth: Length of the path of `Compressed` itself inside a larger model.
+    dtype: Parameter type of the model.
+  """
+
+  methods: dict[str, tuple[_sites.Site, recipe_lib.Method]]
+  depth: int
+  dtype: Any
+
+  def __call__(self, next_fun, args, kwargs, context):
+    module, method = context.module, context.method_name
+    if isinstance(module, _sites.EINSUMS) and method == '__call__':
+      weight = self._weight(module, module.weight_name)
+      if weight is not None:
+        return _einsum(module, weight, *args, **kwargs)
+    elif isinstance(module, _sites.RAGGED_WEIGHT) and method == '__call__':
+      weight = self._weight(module, module.weight_name)
+      if weight is not None:
+        return weight.dequantize()
+    elif isinstance(module, _sites.EMBEDDERS):
+      if method == 'setup':
+        hook = lambda name, shape: self._weight(module, name)
+        with _sites.param_hook(module, hook):
+          return next_fun(*args, **kwargs)
+      if method == 'decode':
+        table = module.input_embedding_table
+        if isinstance(table, _packed.PackedWeight):
+          return table.einsum('...d,vd->...v', *args, **kwargs)
+    return next_fun(*args, **kwargs)
+
+  def _weight(
+      self, module: nn.Module, name: str
+  ) -> _packed.PackedWeight | None:
+    path = '/'.join(module.path[self.depth :] + (name,))
+    if path not in self.methods:
+      return None
+    site, method = self.methods[path]
+    return _packed.param(
+        module, name, layout=site.layout, method=method, dtype=self.dtype
+    )
+
+
+def _einsum(
+    module: nn.Module,
+    weight: _packed.PackedWeight,
+    eqn: str,
+    x: jax.Array,
+) -> jax.Array:
+  """`__call__` of the official `Einsum` classes with a packed weight."""
+  layout = _sites.einsum_layout(eqn, module.shape)
+  if layout != weight.layout:
+    raise errors.ShapeError(
+        f'{"/".join(module.path)!r} was packed for {weight.layout}, but'
+        f' {eqn!r} needs {layout}.'
+    )
+  y = weight.einsum(eqn, x)
+  scale = getattr(module, 'w_scale', None)
+  if scale is not None:
+    y = y * jnp.asarray(scale, y.dtype)
+  return y

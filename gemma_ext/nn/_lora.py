@@ -1,0 +1,119 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`LoRA` for every family, dense or compressed.
+
+`gm.nn.LoRA` knows the Einsum class of Gemma 2 and 3 only: on Gemma 3n and 4 it
+adds nothing and says nothing. This one adapts all of them, under the name and
+parameter paths of the official one, so that `select('lora')`,
+`gm.ckpts.SkipLoRA` and `peft.split_params` go on working.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from flax import linen as nn
+from gemma import peft
+from gemma_ext import errors
+from gemma_ext.nn import _sites
+import jax
+import jax.numpy as jnp
+from kauldron import kontext
+
+
+class LoRA(nn.Module):
+  """Wrapper around a Gemma model that adds low-rank adapters.
+
+  Attributes:
+    rank: Rank of the adapters.
+    model: The model to adapt: an official one, or `gx.nn.Compressed`.
+    dtype: Type of the adapters.
+    target: Regular expression on module paths (whole segments, as in
+      `Recipe`), e.g. `attn`. All einsums of the text model by default.
+
+  Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+  arXiv 2106.09685.
+  """
+
+  _: dataclasses.KW_ONLY
+
+  rank: int
+  model: nn.Module
+  dtype: Any = jnp.bfloat16
+  target: str = '.*'
+
+  def __post_init__(self):
+    if type(self.rank) is not int or self.rank < 1:
+      raise errors.RecipeError(
+          f'LoRA.rank must be a positive integer, got {self.rank!r}.'
+      )
+    super().__post_init__()
+    if self.scope is not None:
+      nn.share_scope(self, self.model)
+
+  @nn.compact
+  def __call__(self, *args, **kwargs):
+    """Calls the model. Arguments and outputs are those of the model."""
+    adapted: list[str] = []
+    pattern = re.compile(rf'(?:.*/)?(?:{self.target})(?:/.*)?')
+    depth = len(self.path)
+
+    def replace(module: nn.Module) -> nn.Module:
+      if not isinstance(module, _sites.EINSUMS):
+        return module
+      path = '/'.join(module.path[depth:] + (module.weight_name,))
+      if not _sites.is_text(path) or not pattern.fullmatch(path):
+        return module
+      adapted.append(path)
+      # The two einsums of a feed-forward layer share a scope, so their
+      # adapters need names of their own; the official wrapper gives the same.
+      name = None
+      if module.weight_name != 'w':
+        name = f'_LoRAEinsum_{module.weight_name}'
+      return _LoRAEinsum(
+          name=name, rank=self.rank, dtype=self.dtype, wrapped=module
+      )
+
+    with peft.ModuleInterceptor(replace):
+      output = self.model(*args, **kwargs)
+    if self.is_initializing() and not adapted:
+      raise errors.UnmatchedRuleError(
+          f'LoRA target {self.target!r} matches no einsum of'
+          f' {type(self.model).__name__}.'
+      )
+    return output
+
+  def __kontext_keys__(self) -> dict[str, str]:
+    """Keys of the wrapped model, for kauldron configs."""
+    return kontext.get_keypaths(self.model)
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith('__'):
+      raise AttributeError(name)
+    return getattr(self.model, name)
+
+
+class _LoRAEinsum(nn.Module):
+  """An Einsum of any family plus its adapter.
+
+  The class name is part of the parameter path, and the official one's.
+  """
+
+  _: dataclasses.KW_ONLY
+
+  rank: int
+  dtype: Any
+  wrapped: nn.Module
+
+  @nn.compact
+  def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
+    adapter = peft.LoRAEinsumAdapter(
+        name='lora',
+        rank=self.rank,
+        dtype=self.dtype,
+        einsum_str=eqn,
+        shape=self.wrapped.shape,
+    )
+    return self.wrapped(eqn, x) + adapter(x)

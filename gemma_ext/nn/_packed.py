@@ -1,0 +1,198 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`PackedWeight`: a compressed parameter where a module expects an array."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+from gemma_ext import errors
+from gemma_ext import kernels
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _sites
+import jax
+import jax.numpy as jnp
+
+
+def format_of(method: recipe_lib.Method, cols: int) -> Any:
+  """Returns the packed format in which `method` stores rows of `cols` inputs.
+
+  Args:
+    method: A method that compresses, i.e. not `Keep`.
+    cols: Size of the input axis.
+
+  Raises:
+    GroupSizeError: If no group size near the one asked for divides `cols`.
+  """
+  match method:
+    case recipe_lib.Ternary():
+      group = kernels.choose_group(cols, method.group)
+      return kernels.TernaryFormat(
+          planes=method.planes, group=group, packing=method.packing
+      )
+    case recipe_lib.Int():
+      group = method.group and kernels.choose_group(cols, method.group)
+      return kernels.IntFormat(bits=method.bits, group=group)
+    case _:
+      raise errors.RecipeError(f'{method!r} has no packed format.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PackedWeight:
+  """A compressed weight that stands in for its dense array.
+
+  Operations that know it read it packed. Any other `jnp` function sees the
+  dense array through `__jax_array__`, so that code that was not written for it
+  still gives right numbers.
+
+  Attributes:
+    leaf: `{'codes', 'scale'}`, see `gemma_ext.kernels`.
+    fmt: The packed format.
+    layout: Shape of the dense weight and its contracted axes.
+    dtype: Type of the dense weight.
+  """
+
+  leaf: dict[str, jax.Array]
+  fmt: Any
+  layout: _sites.Layout
+  dtype: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.layout.shape
+
+  @property
+  def ndim(self) -> int:
+    return len(self.layout.shape)
+
+  def dequantize(self) -> jax.Array:
+    """Returns the dense weight, `[*shape]`."""
+    rows = kernels.dequantize(
+        self.leaf, self.fmt, self.layout.cols, dtype=self.dtype
+    )
+    return self.layout.from_rows(rows)
+
+  def __jax_array__(self) -> jax.Array:
+    return self.dequantize()
+
+  def __getitem__(self, index: Any) -> jax.Array:
+    """Looks up rows along the first axis, as embedders do."""
+    if isinstance(index, tuple) and len(index) == 1:
+      (index,) = index
+    if self.layout.in_axes != (self.ndim - 1,) or isinstance(index, tuple):
+      return self.dequantize()[index]
+    return kernels.take(
+        self.leaf, self.fmt, index, self.layout.cols, dtype=self.dtype
+    )
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """Computes `jnp.einsum(eqn, x, weight)`.
+
+    Args:
+      eqn: Equation `inputs,weights->outputs`, which contracts the axes of
+        `layout`.
+      x: Inputs.
+
+    Returns:
+      Outputs in the type of `x`.
+    """
+    inputs, weights, outputs = _sites.split_equation(eqn)
+    batch = set(inputs) & set(weights) & set(outputs) - {'.'}
+    if batch:
+      # One matrix per expert: no single matmul. The weight is unpacked whole.
+      w = self.dequantize().astype(x.dtype)
+      return jnp.einsum(eqn, x, w)
+    if '.' in inputs:
+      # Name the leading axes, so that every axis can be moved by its letter.
+      inputs, outputs = _expand_ellipsis(inputs, weights, outputs, x.ndim)
+    contracted = ''.join(weights[i] for i in self.layout.in_axes)
+    lead = ''.join(c for c in inputs if c not in contracted)
+    x = jnp.transpose(x, [inputs.index(c) for c in lead + contracted])
+    x = x.reshape(x.shape[: len(lead)] + (self.layout.cols,))
+    y = kernels.matmul(x, self.leaf, self.fmt)
+    order = lead + ''.join(weights[i] for i in self.layout.out_axes)
+    return jnp.transpose(y, [order.index(c) for c in outputs])
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    *,
+    layout: _sites.Layout,
+    method: recipe_lib.Method,
+    dtype: Any,
+) -> PackedWeight:
+  """Declares the packed parameter `name` of `module` and returns it.
+
+  Args:
+    module: The module that owns the parameter, in compact code or `setup`.
+    name: Name of the parameter.
+    layout: Shape of the dense weight and its contracted axes.
+    method: How it is compressed.
+    dtype: Type of the dense weight that it stands for.
+
+  Raises:
+    ParamsMismatchError: If the parameters that were passed in do not hold this
+      weight packed in this format.
+  """
+  fmt = format_of(method, layout.cols)
+  path = '/'.join(module.path + (name,))
+  if module.has_variable('params', name):
+    # Not through `self.param`: its check compares shapes with those of a fresh
+    # init, while latent (floating) codes are a legal state while healing.
+    leaf = module.get_variable('params', name)
+    if (
+        isinstance(leaf, dict)
+        and set(leaf) == {'w'}
+        and isinstance(leaf['w'], dict)
+    ):
+      leaf = leaf['w']  # As the official Gemma 4 Einsum does.
+    _check(leaf, fmt, layout, path)
+  else:
+    leaf = module.param(name, _initializer(fmt, layout), layout.shape)
+  return PackedWeight(leaf=leaf, fmt=fmt, layout=layout, dtype=dtype)
+
+
+def _check(leaf: Any, fmt: Any, layout: _sites.Layout, path: str) -> None:
+  if not isinstance(leaf, dict) or set(leaf) != {'codes', 'scale'}:
+    got = (
+        f'keys {sorted(leaf)}'
+        if isinstance(leaf, dict)
+        else f'an array {getattr(leaf, "shape", None)}'
+    )
+    raise errors.ParamsMismatchError(
+        f"{path!r} is compressed by the recipe, so its parameter must be"
+        f" {{'codes', 'scale'}}, got {got}. Did you pass the params through"
+        ' `gx.compress`, with the same recipe?'
+    )
+  try:
+    kernels.validate(leaf, fmt, layout.rows, layout.cols)
+  except ValueError as e:
+    raise errors.ParamsMismatchError(f'{path!r}: {e}') from e
+
+
+def _initializer(fmt: Any, layout: _sites.Layout):
+  """An initialiser that gives packed leaves whatever dtype is asked for."""
+
+  def init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = None):
+    del shape, dtype  # The official models ask for bf16 everywhere.
+    codes = kernels.random_codes(rng, fmt, layout.rows, layout.cols)
+    # As small as the normal(0.01) of the official init, whatever the bits.
+    scale = 0.01 / 2 ** (getattr(fmt, 'bits', 2) - 2)
+    shape = fmt.scale_shape(layout.rows, layout.cols)
+    return {'codes': codes, 'scale': jnp.full(shape, scale, jnp.bfloat16)}
+
+  return init
+
+
+def _expand_ellipsis(
+    inputs: str, weights: str, outputs: str, ndim: int
+) -> tuple[str, str]:
+  """Replaces `...` by letters that the equation does not use."""
+  missing = ndim - len(inputs.replace('...', ''))
+  used = set(inputs + weights + outputs)
+  free = [c for c in 'abcdefghijklmnopqrstuvwxyz' if c not in used]
+  letters = ''.join(free[:missing])
+  return inputs.replace('...', letters), outputs.replace('...', letters)

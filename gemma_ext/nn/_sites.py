@@ -1,0 +1,271 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sites: the weights of a model that a recipe can compress.
+
+Sites are found by tracing the model, never by parameter names: which axes of a
+weight are contracted follows from the einsum that the model really runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import enum
+import functools
+import math
+from typing import Any
+
+from flax import linen as nn
+from gemma.gm.nn import _layers as gemma_layers
+from gemma.gm.nn import _modules as gemma_modules
+from gemma.gm.nn.gemma3n import _layers as gemma3n_layers
+from gemma.gm.nn.gemma3n import _modules as gemma3n_modules
+from gemma.gm.nn.gemma4 import _layers as gemma4_layers
+from gemma.gm.nn.gemma4 import _modules as gemma4_modules
+from gemma.gm.nn.gemma4 import _moe as gemma4_moe
+from gemma_ext import errors
+from gemma_ext.nn import _config
+import jax
+import jax.numpy as jnp
+
+# The official classes come once per family and share no base class.
+EINSUMS = (
+    gemma_layers.Einsum,
+    gemma3n_layers.Einsum,
+    gemma4_layers.Einsum,
+)
+EMBEDDERS = (
+    gemma_modules.Embedder,
+    gemma3n_modules.Embedder,
+    gemma4_modules.Embedder,
+)
+# `MoERagged` reads its weights through this module, outside any einsum.
+RAGGED_WEIGHT = gemma4_moe._Weight  # pylint: disable=protected-access
+
+_EMBEDDING_TABLES = (
+    'input_embedding',
+    'per_layer_embeddings',
+    'per_layer_input_embedding',
+)
+# Towers and projections of other modalities stay as they are.
+_OTHER_MODALITIES = ('vision_encoder', 'audio_encoder', 'mm_', 'audio_')
+
+
+class Kind(enum.Enum):
+  """How the model reads a weight."""
+
+  EINSUM = 'einsum'
+  EMBEDDING = 'embedding'
+  EXPERTS = 'experts'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """How a weight of any rank maps to rows that end in the input axis.
+
+  Packed weights are stored as `[*rows, cols]`: the contracted axes, flattened,
+  are last, and all others keep their order before them.
+
+  Attributes:
+    shape: Shape of the weight in the official parameter tree.
+    in_axes: The axes that are contracted with the input.
+  """
+
+  shape: tuple[int, ...]
+  in_axes: tuple[int, ...]
+
+  @property
+  def out_axes(self) -> tuple[int, ...]:
+    return tuple(
+        i for i in range(len(self.shape)) if i not in self.in_axes
+    )
+
+  @property
+  def rows(self) -> tuple[int, ...]:
+    return tuple(self.shape[i] for i in self.out_axes)
+
+  @property
+  def cols(self) -> int:
+    return math.prod(self.shape[i] for i in self.in_axes)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  def to_rows(self, w: Any) -> Any:
+    """`[*shape]` -> `[*rows, cols]`."""
+    if tuple(w.shape) != self.shape:
+      raise errors.ShapeError(
+          f'Got a weight of shape {tuple(w.shape)}, expected {self.shape}.'
+      )
+    w = w.transpose(self.out_axes + self.in_axes)
+    return w.reshape(self.rows + (self.cols,))
+
+  def from_rows(self, w: Any) -> Any:
+    """`[*rows, cols]` -> `[*shape]`."""
+    order = self.out_axes + self.in_axes
+    w = w.reshape(tuple(self.shape[i] for i in order))
+    return w.transpose(tuple(order.index(i) for i in range(len(order))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+  """One weight that can be compressed.
+
+  Attributes:
+    path: Path of the parameter, e.g. `layer_0/attn/q_einsum/w`.
+    layout: Its shape and contracted axes.
+    kind: How the model reads it.
+  """
+
+  path: str
+  layout: Layout
+  kind: Kind
+
+
+def einsum_layout(eqn: str, shape: tuple[int, ...]) -> Layout:
+  """Derives the layout of a weight from the einsum that reads it.
+
+  Args:
+    eqn: Equation `inputs,weights->outputs`.
+    shape: Shape of the weight.
+
+  Raises:
+    ShapeError: If the equation does not fit the shape or contracts nothing.
+  """
+  inputs, weights, outputs = split_equation(eqn)
+  in_axes = tuple(
+      i
+      for i, c in enumerate(weights)
+      if c in inputs and c not in outputs
+  )
+  if len(weights) != len(shape) or not in_axes:
+    raise errors.ShapeError(
+        f'Equation {eqn!r} does not contract a weight of shape {shape} with'
+        ' its input.'
+    )
+  return Layout(shape=tuple(shape), in_axes=in_axes)
+
+
+def split_equation(eqn: str) -> tuple[str, str, str]:
+  """Splits `'...F,NHF->...NH'` into inputs, weights, outputs."""
+  eqn = eqn.replace(' ', '')
+  operands, arrow, outputs = eqn.partition('->')
+  inputs, comma, weights = operands.partition(',')
+  if not arrow or not comma or ',' in weights or '.' in weights:
+    raise errors.ShapeError(
+        f'Expected an equation `inputs,weights->outputs`, got {eqn!r}.'
+    )
+  return inputs, weights, outputs
+
+
+def ragged_layout(shape: tuple[int, ...]) -> Layout:
+  """Layout of the weights of `MoERagged`, which no equation describes.
+
+  `gating_einsum` is [experts, 2, hidden, features] and contracts features;
+  `linear` is [experts, hidden, features] and contracts hidden.
+  """
+  return Layout(shape=tuple(shape), in_axes=(3,) if len(shape) == 4 else (1,))
+
+
+def is_text(path: str) -> bool:
+  """Whether the parameter belongs to the text model."""
+  return not any(
+      part.startswith(_OTHER_MODALITIES) for part in path.split('/')
+  )
+
+
+def embedding_layout(name: str, shape: tuple[int, ...]) -> Layout | None:
+  """Layout of a look-up table, or `None` if the parameter is not one."""
+  if name not in _EMBEDDING_TABLES:
+    return None
+  return Layout(shape=tuple(shape), in_axes=(len(shape) - 1,))
+
+
+def sites(model: nn.Module) -> tuple[Site, ...]:
+  """Lists the weights of `model` that can be compressed.
+
+  Traces the model abstractly: takes seconds and no memory for any size.
+
+  Args:
+    model: An official Gemma model, of any family.
+
+  Returns:
+    The sites in the order in which the model creates them.
+  """
+  return _sites(_config.strip(model))
+
+
+@functools.lru_cache(maxsize=32)
+def _sites(model: nn.Module) -> tuple[Site, ...]:
+  found: dict[str, Site] = {}
+
+  def add(path: tuple[str, ...], layout: Layout, kind: Kind) -> None:
+    name = '/'.join(path)
+    if is_text(name):
+      found.setdefault(name, Site(path=name, layout=layout, kind=kind))
+
+  def record(next_fun, args, kwargs, context):
+    module, method = context.module, context.method_name
+    if isinstance(module, EINSUMS) and method == '__call__':
+      eqn = kwargs.get('eqn', args[0] if args else None)
+      layout = einsum_layout(eqn, module.shape)
+      add(module.path + (module.weight_name,), layout, Kind.EINSUM)
+    elif isinstance(module, RAGGED_WEIGHT) and method == '__call__':
+      layout = ragged_layout(module.shape)
+      add(module.path + (module.weight_name,), layout, Kind.EXPERTS)
+    elif isinstance(module, EMBEDDERS) and method == 'setup':
+
+      def see(name, shape):
+        layout = embedding_layout(name, shape)
+        if layout is not None:
+          add(module.path + (name,), layout, Kind.EMBEDDING)
+        return None
+
+      with param_hook(module, see):
+        return next_fun(*args, **kwargs)
+    return next_fun(*args, **kwargs)
+
+  # A config of its own, so that the trace is not taken from the jit cache of
+  # an equal model (the cache of `nn.jit` does not know interceptors).
+  probe = _config.attach(model, object())
+  with nn.intercept_methods(record):
+    jax.eval_shape(
+        lambda: probe.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+    )
+  return tuple(found.values())
+
+
+class param_hook:  # pylint: disable=invalid-name
+  """Context in which one module's own `self.param` asks `hook` first.
+
+  Only that instance is affected, and only inside the context.
+
+  Attributes:
+    module: The module whose code runs inside the context.
+    hook: `hook(name, shape)` returns what `self.param` shall return, or `None`
+      for the parameter itself.
+  """
+
+  def __init__(
+      self,
+      module: nn.Module,
+      hook: Callable[[str, tuple[int, ...]], Any],
+  ):
+    self.module = module
+    self.hook = hook
+
+  def __enter__(self) -> None:
+    original = self.module.param
+
+    def param(name, init_fn, *init_args, **init_kwargs):
+      shape = init_kwargs.get('shape', init_args[0] if init_args else ())
+      value = self.hook(name, shape)
+      if value is None:
+        value = original(name, init_fn, *init_args, **init_kwargs)
+      return value
+
+    object.__setattr__(self.module, 'param', param)
+
+  def __exit__(self, *unused_exc) -> None:
+    object.__delattr__(self.module, 'param')

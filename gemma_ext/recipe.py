@@ -1,0 +1,473 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`Recipe`: which method compresses which weights.
+
+A recipe is an ordered list of rules, each a regular expression on parameter
+paths and the method for what it matches. The first rule that matches wins, and
+weights that no rule matches stay dense. Recipes are frozen and hashable, so
+that a model that carries one is a valid static argument of `jax.jit`, and they
+travel inside checkpoints as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import re
+from typing import Any, ClassVar, TypeAlias
+
+from gemma_ext import errors
+
+_JSON_VERSION = 1
+_MAX_JSON_BYTES = 1 << 20
+_MAX_RULES = 4096
+_MAX_PATTERN_LENGTH = 512
+_MAX_GROUP = 1 << 20
+_MAX_PLANES = 4
+_PACKINGS = ('2bit', '5trit')
+
+
+# ---------------------------------- methods ----------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """Base of the compression methods. Subclasses are in `METHODS` by name."""
+
+  NAME: ClassVar[str] = ''
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the method's name and every field as plain JSON values."""
+    fields = {
+        f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+    }
+    fields = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
+    }
+    return {'method': self.NAME, **fields}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep(Method):
+  """Leaves the weights dense. Shields them from later rules."""
+
+  NAME: ClassVar[str] = 'keep'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ternary(Method):
+  """Weights in {-1, 0, 1} with one scale per group, as a sum of planes.
+
+  Attributes:
+    planes: Ternary matrices that are added up, 1 to 4; each has its own scales.
+    group: Input weights that share one scale. Where it does not divide the
+      input axis of a weight, the largest divisor below it is used instead.
+    density: Fraction of nonzero weights in every group, in (0, 1]. `None` lets
+      the fit choose what minimises the error.
+    pattern: `(n, m)`: exactly n nonzeros among every m consecutive inputs.
+      Excludes `density`.
+    packing: '2bit' stores 4 weights a byte, '5trit' stores 5.
+  """
+
+  NAME: ClassVar[str] = 'ternary'
+
+  planes: int = 1
+  group: int = 128
+  density: float | None = None
+  pattern: tuple[int, int] | None = None
+  packing: str = '2bit'
+
+  def __post_init__(self):
+    _check_int('Ternary.planes', self.planes, 1, _MAX_PLANES)
+    _check_int('Ternary.group', self.group, 1, _MAX_GROUP)
+    if self.density is not None and not (
+        isinstance(self.density, (int, float))
+        and not isinstance(self.density, bool)
+        and 0 < self.density <= 1
+    ):
+      raise errors.RecipeError(
+          'Ternary.density must be None or a number in (0, 1], got'
+          f' {self.density!r}.'
+      )
+    if self.pattern is not None:
+      pattern = tuple(self.pattern) if isinstance(
+          self.pattern, (list, tuple)
+      ) else ()
+      if (
+          len(pattern) != 2
+          or not all(type(v) is int for v in pattern)
+          or not 1 <= pattern[0] <= pattern[1] <= 64
+      ):
+        raise errors.RecipeError(
+            'Ternary.pattern must be None or (n, m) with 1 <= n <= m <= 64,'
+            f' got {self.pattern!r}.'
+        )
+      if self.density is not None:
+        raise errors.RecipeError(
+            'Ternary takes `density` or `pattern`, not both; got'
+            f' density={self.density!r}, pattern={self.pattern!r}.'
+        )
+      object.__setattr__(self, 'pattern', pattern)
+    if self.packing not in _PACKINGS:
+      raise errors.RecipeError(
+          f'Ternary.packing must be one of {_PACKINGS}, got {self.packing!r}.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int(Method):
+  """Symmetric integers with one scale per group or per output channel.
+
+  Attributes:
+    bits: Bits a weight, 2 to 8.
+    group: Input weights that share one scale; `None` for one scale per output
+      channel. Where it does not divide the input axis of a weight, the largest
+      divisor below it is used instead.
+  """
+
+  NAME: ClassVar[str] = 'int'
+
+  bits: int = 8
+  group: int | None = None
+
+  def __post_init__(self):
+    _check_int('Int.bits', self.bits, 2, 8)
+    if self.group is not None:
+      _check_int('Int.group', self.group, 1, _MAX_GROUP)
+
+
+METHODS: dict[str, type[Method]] = {
+    cls.NAME: cls for cls in (Keep, Ternary, Int)
+}
+
+RuleLike: TypeAlias = tuple[str, Method]
+
+
+# ---------------------------------- recipe -----------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  r"""Ordered rules from parameter paths to methods.
+
+  A pattern is a regular expression that must cover whole segments of a path:
+  `mlp` matches `layer_3/mlp/linear` but not `layer_3/mlp2/linear`, and
+  `layer_1` does not match `layer_10/...`.
+
+  Attributes:
+    rules: `(pattern, method)` pairs; the first pattern that matches wins.
+  """
+
+  rules: tuple[RuleLike, ...] = ()
+
+  def __post_init__(self):
+    rules = tuple(self.rules)
+    if len(rules) > _MAX_RULES:
+      raise errors.RecipeError(
+          f'A recipe has at most {_MAX_RULES} rules, got {len(rules)}.'
+      )
+    for rule in rules:
+      if not isinstance(rule, tuple) or len(rule) != 2:
+        raise errors.RecipeError(
+            f'A rule is a (pattern, method) pair, got {rule!r}.'
+        )
+      pattern, method = rule
+      _compile(pattern)
+      if type(method) not in METHODS.values():
+        raise errors.RecipeError(
+            f'The method of rule {pattern!r} must be one of'
+            f' {sorted(c.__name__ for c in METHODS.values())}, got {method!r}.'
+        )
+    object.__setattr__(self, 'rules', rules)
+
+  @classmethod
+  def of(
+      cls,
+      spec: Recipe | str | os.PathLike[str] | Mapping[str, Method] | Iterable,
+      *,
+      num_layers: int | None = None,
+  ) -> Recipe:
+    """Makes a recipe of what users have at hand.
+
+    Args:
+      spec: A recipe, a mapping or list of `pattern -> method`, the name of a
+        preset (see `Recipe.preset`), or the path of a JSON file.
+      num_layers: Number of layers of the model, for presets that count layers
+        from the end.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      RecipeError: If the recipe is not valid, or there is no such preset or
+        file.
+    """
+    if isinstance(spec, Recipe):
+      return spec
+    if isinstance(spec, (str, os.PathLike)):
+      name = os.fspath(spec)
+      if name.endswith('.json') or os.path.isfile(name):
+        return cls.from_json(_read_json(name))
+      return cls.preset(name, num_layers=num_layers)
+    if isinstance(spec, Mapping):
+      return cls(rules=tuple(spec.items()))
+    try:
+      return cls(rules=tuple(tuple(rule) for rule in spec))
+    except TypeError as e:
+      raise errors.RecipeError(
+          'A recipe is made of a mapping from pattern to method, a preset name'
+          f' or a JSON path, got {spec!r}.'
+      ) from e
+
+  @classmethod
+  def preset(cls, name: str, *, num_layers: int | None = None) -> Recipe:
+    """Returns the recipe of that name.
+
+    * `int8`: every weight in 8 bits, one scale per output channel.
+    * `int4`: every weight in 4 bits, groups of 32.
+    * `tssn`: feed-forward layers in one ternary plane, groups of 128; the
+      rest as in `int8`. `tssn-first-N`, `tssn-last-N` and `tssn-layer-N` make
+      only those feed-forward layers ternary.
+    * `tssn2`, `tssn3` (and `tssn2-last-N`, ...): two or three planes.
+
+    Args:
+      name: Name of the preset.
+      num_layers: Number of layers of the model; needed by `-last-N`.
+
+    Raises:
+      RecipeError: If there is no such preset, or the number of layers is
+        missing or too small.
+    """
+    if name == 'int8':
+      return cls(rules=(('.*', Int(bits=8)),))
+    if name == 'int4':
+      return cls(rules=(('.*', Int(bits=4, group=32)),))
+    match = re.fullmatch(
+        r'tssn([2-4]?)(?:-(first|last|layer)-(\d{1,4}))?', name
+    )
+    if not match:
+      raise errors.RecipeError(
+          f'No recipe preset or file {name!r}. Presets: {PRESETS}. A file is'
+          ' given by a path that ends in .json.'
+      )
+    planes, which, number = match.groups()
+    layers = _layer_pattern(which, int(number or 0), num_layers, name)
+    return cls(
+        rules=(
+            (rf'{layers}/mlp2?', Ternary(planes=int(planes or 1))),
+            ('.*', Int(bits=8)),
+        )
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the recipe as plain JSON values."""
+    return {
+        'version': _JSON_VERSION,
+        'rules': [
+            {'match': pattern, **method.to_json()}
+            for pattern, method in self.rules
+        ],
+    }
+
+  @classmethod
+  def from_json(cls, data: Any) -> Recipe:
+    """Inverse of `to_json`.
+
+    Args:
+      data: Parsed JSON.
+
+    Raises:
+      RecipeError: If it is not a recipe, naming the field.
+    """
+    if not isinstance(data, dict) or set(data) != {'version', 'rules'}:
+      raise errors.RecipeError(
+          "A recipe in JSON has the keys 'version' and 'rules', got"
+          f' {_brief(data)}.'
+      )
+    if data['version'] != _JSON_VERSION or isinstance(data['version'], bool):
+      raise errors.RecipeError(
+          f'Recipe version {_brief(data["version"])} is not supported, expected'
+          f' {_JSON_VERSION}. A newer gemma_ext may read it.'
+      )
+    if not isinstance(data['rules'], list):
+      raise errors.RecipeError(
+          f"'rules' must be a list, got {_brief(data['rules'])}."
+      )
+    return cls(rules=tuple(_rule_from_json(rule) for rule in data['rules']))
+
+  def method_of(self, path: str) -> Method:
+    """Returns the method for one parameter path; `Keep()` if none matches."""
+    for pattern, method in self.rules:
+      if _matches(pattern, path):
+        return method
+    return Keep()
+
+  def resolve(self, paths: Iterable[str]) -> dict[str, Method]:
+    """Returns the method for every path.
+
+    Args:
+      paths: Paths of all the weights that could be compressed.
+
+    Returns:
+      Path to method, in the order of `paths`. Routers stay dense unless a
+      pattern names them.
+
+    Raises:
+      UnmatchedRuleError: If a rule matched nothing.
+    """
+    paths = list(paths)
+    methods: dict[str, Method] = {}
+    used = set()
+    shadowed = set()
+    for path in paths:
+      methods[path] = Keep()
+      hits = [
+          i
+          for i, (pattern, _) in enumerate(self.rules)
+          if _matches(pattern, path)
+      ]
+      if hits:
+        methods[path] = self.rules[hits[0]][1]
+        used.add(hits[0])
+        shadowed.update(hits[1:])
+    for i, (pattern, _) in enumerate(self.rules):
+      if i in used:
+        continue
+      if i in shadowed:
+        raise errors.UnmatchedRuleError(
+            f'Rule {i} {pattern!r} never applies: earlier rules match all that'
+            ' it matches. Put it before them.'
+        )
+      raise errors.UnmatchedRuleError(
+          f'Rule {i} {pattern!r} matches no weight of the model. Near misses:'
+          f' {_near_misses(pattern, paths)}. Patterns cover whole path'
+          ' segments.'
+      )
+    return methods
+
+  def __str__(self) -> str:
+    lines = [f'  {pattern!r}: {method}' for pattern, method in self.rules]
+    return '\n'.join(['Recipe(', *lines, ')'])
+
+
+PRESETS = (
+    'int8, int4, tssn, tssn2, tssn3, tssn-first-N, tssn-last-N, tssn-layer-N'
+)
+
+
+# ---------------------------------- helpers ----------------------------------
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+  if type(value) is not int or not low <= value <= high:
+    raise errors.RecipeError(
+        f'{name} must be an integer in [{low}, {high}], got {value!r}.'
+    )
+
+
+@functools.lru_cache(maxsize=8192)
+def _compile(pattern: str) -> re.Pattern[str]:
+  if not isinstance(pattern, str) or not pattern:
+    raise errors.RecipeError(
+        f'A pattern must be a non-empty string, got {pattern!r}.'
+    )
+  if len(pattern) > _MAX_PATTERN_LENGTH:
+    raise errors.RecipeError(
+        f'A pattern has at most {_MAX_PATTERN_LENGTH} characters, got'
+        f' {len(pattern)}.'
+    )
+  try:
+    return re.compile(rf'(?:.*/)?(?:{pattern})(?:/.*)?')
+  except re.error as e:
+    raise errors.RecipeError(
+        f'Pattern {pattern!r} is not a regular expression: {e}.'
+    ) from e
+
+
+@functools.lru_cache(maxsize=65536)
+def _matches(pattern: str, path: str) -> bool:
+  # Routers decide which experts run: a few bits saved there cost the most, so
+  # a catch-all pattern leaves them alone.
+  if 'router' in path and 'router' not in pattern:
+    return False
+  return _compile(pattern).fullmatch(path) is not None
+
+
+def _near_misses(pattern: str, paths: list[str]) -> str:
+  plain = re.sub(r'\\d\+?|\\.|[\^$()\[\]{}|?*+]', '0', pattern)
+  near = difflib.get_close_matches(plain, paths, n=5, cutoff=0.0)
+  return ', '.join(repr(p) for p in near) or 'none, the model has no weights'
+
+
+def _layer_pattern(
+    which: str | None, number: int, num_layers: int | None, name: str
+) -> str:
+  """Returns a regular expression for the layers that a preset means."""
+  if which is None:
+    return r'layer_\d+'
+  if num_layers is None and which == 'last':
+    raise errors.RecipeError(
+        f'Preset {name!r} counts layers from the end: pass `num_layers=`.'
+    )
+  if which == 'layer':
+    layers = range(number, number + 1)
+  elif which == 'first':
+    layers = range(number)
+  else:
+    assert num_layers is not None
+    layers = range(num_layers - number, num_layers)
+  if not layers or layers[0] < 0 or (
+      num_layers is not None and layers[-1] >= num_layers
+  ):
+    raise errors.RecipeError(
+        f'Preset {name!r} names layers that a model of {num_layers} layers does'
+        ' not have.'
+    )
+  return f'layer_({"|".join(map(str, layers))})'
+
+
+def _rule_from_json(rule: Any) -> RuleLike:
+  if not isinstance(rule, dict) or not {'match', 'method'} <= set(rule):
+    raise errors.RecipeError(
+        f"A rule in JSON has the keys 'match' and 'method', got {_brief(rule)}."
+    )
+  fields = dict(rule)
+  pattern, name = fields.pop('match'), fields.pop('method')
+  if not isinstance(name, str) or name not in METHODS:
+    raise errors.RecipeError(
+        f'Unknown method {_brief(name)}, expected one of {sorted(METHODS)}.'
+    )
+  known = {f.name for f in dataclasses.fields(METHODS[name])}
+  if not set(fields) <= known:
+    raise errors.RecipeError(
+        f'Method {name!r} has no fields {sorted(set(fields) - known)}, expected'
+        f' some of {sorted(known)}.'
+    )
+  if isinstance(fields.get('pattern'), list):
+    fields['pattern'] = tuple(fields['pattern'])
+  return (pattern, METHODS[name](**fields))
+
+
+def _read_json(path: str) -> Any:
+  try:
+    with open(os.path.expanduser(path), 'rb') as f:
+      data = f.read(_MAX_JSON_BYTES + 1)
+  except OSError as e:
+    raise errors.RecipeError(f'Cannot read the recipe {path!r}: {e}.') from e
+  if len(data) > _MAX_JSON_BYTES:
+    raise errors.RecipeError(
+        f'The recipe {path!r} is larger than {_MAX_JSON_BYTES} bytes.'
+    )
+  try:
+    return json.loads(data)
+  except (ValueError, RecursionError) as e:
+    raise errors.RecipeError(f'{path!r} is not JSON: {e}.') from e
+
+
+def _brief(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else text[:77] + '...'
