@@ -2,7 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed weight formats and the operations on them; only jax and numpy."""
 
+from gemma_ext.kernels._dequantize import dequantize
 from gemma_ext.kernels._formats import choose_group
 from gemma_ext.kernels._formats import Format
 from gemma_ext.kernels._formats import IntFormat
 from gemma_ext.kernels._formats import TernaryFormat
+from gemma_ext.kernels._matmul import matmul
+from gemma_ext.kernels._params import random_codes
+from gemma_ext.kernels._params import validate
+from gemma_ext.kernels._take import take

@@ -1,0 +1,118 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights `{'codes', 'scale'}`: checks, initial values, the codes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_ext import errors
+from gemma_ext.kernels import _formats
+
+
+def validate(
+    p: Mapping[str, Any],
+    fmt: _formats.Format,
+    rows: tuple[int, ...],
+    cols: int,
+) -> None:
+  """Checks shapes and types of a packed weight, without looking at values.
+
+  Args:
+    p: `{'codes', 'scale'}` of arrays or `jax.ShapeDtypeStruct`s.
+    fmt: The format that they should have.
+    rows: Leading axes of the dense weight.
+    cols: Its input axis.
+
+  Raises:
+    ParamsMismatchError: If a key, shape or type is not the expected one.
+    GroupSizeError: If the format's group does not divide `cols`.
+  """
+  keys = sorted(p) if isinstance(p, Mapping) else type(p).__name__
+  if keys != ['codes', 'scale']:
+    raise errors.ParamsMismatchError(
+        f"Got {keys}; expected a dict with 'codes' and 'scale' for {fmt}."
+    )
+  codes, scale = p['codes'], p['scale']
+  want = fmt.scale_shape(rows, cols)
+  if tuple(scale.shape) != want or not jnp.issubdtype(
+      scale.dtype, jnp.floating
+  ):
+    raise errors.ParamsMismatchError(
+        f'scale is {scale.dtype}{list(scale.shape)}; expected'
+        f' bfloat16{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
+    )
+  if jnp.issubdtype(codes.dtype, jnp.floating):
+    want, dtype = fmt.latent_shape(rows, cols), codes.dtype
+  else:
+    want, dtype = fmt.codes_shape(rows, cols), fmt.codes_dtype
+  if tuple(codes.shape) != want or codes.dtype != dtype:
+    raise errors.ParamsMismatchError(
+        f'codes are {codes.dtype}{list(codes.shape)}; expected'
+        f' {dtype}{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
+    )
+
+
+def rows_of(p: Mapping[str, Any], fmt: _formats.Format) -> tuple[int, ...]:
+  """Returns the leading axes of the dense weight."""
+  planes = isinstance(fmt, _formats.TernaryFormat)
+  return tuple(p['scale'].shape[int(planes) : -1])
+
+
+def random_codes(
+    key: jax.Array, fmt: _formats.Format, rows: tuple[int, ...], cols: int
+) -> jax.Array:
+  """Draws valid packed codes, uniform over the format's range.
+
+  Args:
+    key: PRNG key.
+    fmt: Packed format.
+    rows: Leading axes of the dense weight.
+    cols: Its input axis.
+
+  Returns:
+    Codes of shape `fmt.codes_shape(rows, cols)` and type `fmt.codes_dtype`.
+  """
+  lo, hi = fmt.code_range
+  bits = jax.random.bits(key, fmt.latent_shape(rows, cols), jnp.uint8)
+  if hi - lo == 255:
+    return fmt.pack(jax.lax.bitcast_convert_type(bits, jnp.int8))
+  draw = (bits % jnp.uint8(hi - lo + 1)).astype(jnp.int8)
+  return fmt.pack(draw + jnp.int8(lo))
+
+
+@jax.custom_jvp
+def _round_ste(x: jax.Array, lo: int, hi: int) -> jax.Array:
+  return jnp.clip(jnp.round(x), lo, hi)
+
+
+@_round_ste.defjvp
+def _round_ste_jvp(primals, tangents):
+  x, lo, hi = primals
+  # A latent that has left the range by more than half a step would never come
+  # back into play by itself; past that its gradient only feeds the drift.
+  inside = (x >= lo - 0.5) & (x <= hi + 0.5)
+  return _round_ste(x, lo, hi), jnp.where(inside, tangents[0], 0)
+
+
+def integer_codes(
+    codes: jax.Array, fmt: _formats.Format, cols: int
+) -> jax.Array:
+  """Returns codes `[*, cols]`: unpacked, or latent ones rounded.
+
+  Floating codes are latent: forward rounds and clips to the format's range,
+  the gradient passes straight through within half a step of that range.
+
+  Args:
+    codes: Packed codes, or latent ones of `fmt.latent_shape`.
+    fmt: Packed format.
+    cols: Input axis of the dense weight.
+
+  Returns:
+    int8 codes, or whole numbers of the latent codes' type.
+  """
+  if jnp.issubdtype(codes.dtype, jnp.floating):
+    return _round_ste(codes, *fmt.code_range)
+  return fmt.unpack(codes, cols)
