@@ -60,7 +60,7 @@ def second_moments(
         'Calibration tokens must be integers of shape [batch, length], got'
         f' {tokens.dtype} {tokens.shape}.'
     )
-  probe = _config.attach(model, object())
+  probe = _config.probe(model)
 
   @jax.jit
   def step(params, tokens):

@@ -6,25 +6,45 @@ The `__call__` of the official models is jitted with the module as a static
 argument, and the cache of that jit knows nothing of interceptors: of two equal
 models, one of them intercepted, the first trace would answer for both. Models
 whose configs differ are not equal, so the recipe goes into the config.
+
+Flax compares the hash of a module's fields only, and equal hashes would mean
+equal traces: ids of objects come back once an object is freed, and dataclasses
+of different types may hash alike. So a text that says it all goes in as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import json
 from typing import Any
 
 from flax import linen as nn
+from gemma_ext import recipe as recipe_lib
 
-_FIELD = 'recipe'
+_probes = itertools.count()
 
 
-def attach(model: nn.Module, recipe: Any) -> nn.Module:
-  """Returns `model` with `recipe` (any hashable) in its config."""
+def attach(model: nn.Module, recipe: recipe_lib.Recipe) -> nn.Module:
+  """Returns `model` with `recipe` in its config."""
+  return _attach(model, recipe, json.dumps(recipe.to_json()))
+
+
+def probe(model: nn.Module) -> nn.Module:
+  """Returns a copy of `model` that no trace has seen before."""
+  return _attach(model, None, f'probe {next(_probes)}')
+
+
+def _attach(
+    model: nn.Module, recipe: recipe_lib.Recipe | None, fingerprint: str
+) -> nn.Module:
   model = strip(model)
   base = type(model.config)
   fields = {f.name: getattr(model.config, f.name) for f in _fields(base)}
-  config = _config_class(base)(**fields, **{_FIELD: recipe})
+  config = _config_class(base)(
+      **fields, recipe=recipe, fingerprint=fingerprint
+  )
   return model.clone(config=config)
 
 
@@ -46,7 +66,10 @@ def _fields(cls: type[Any]) -> tuple[dataclasses.Field, ...]:
 def _config_class(base: type[Any]) -> type[Any]:
   cls = dataclasses.make_dataclass(
       f'Compressed{base.__name__}',
-      [(_FIELD, Any, dataclasses.field(kw_only=True))],
+      [
+          ('recipe', Any, dataclasses.field(kw_only=True)),
+          ('fingerprint', str, dataclasses.field(kw_only=True)),
+      ],
       bases=(base,),
       frozen=True,
   )

@@ -151,7 +151,10 @@ def param(
       leaf = leaf['w']  # As the official Gemma 4 Einsum does.
     _check(leaf, fmt, layout, path)
   else:
-    leaf = module.param(name, _initializer(fmt, layout), layout.shape)
+    # By the class: `module.param` may be the hook that brought us here.
+    leaf = nn.Module.param(
+        module, name, _initializer(fmt, layout), layout.shape
+    )
   return PackedWeight(leaf=leaf, fmt=fmt, layout=layout, dtype=dtype)
 
 

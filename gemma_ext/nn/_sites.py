@@ -193,7 +193,8 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
   Returns:
     The sites in the order in which the model creates them.
   """
-  return _sites(_config.strip(model))
+  # The name that a model gets inside a larger module makes no difference.
+  return _sites(_config.strip(model).clone(name=None))
 
 
 @functools.lru_cache(maxsize=32)
@@ -226,9 +227,7 @@ def _sites(model: nn.Module) -> tuple[Site, ...]:
         return next_fun(*args, **kwargs)
     return next_fun(*args, **kwargs)
 
-  # A config of its own, so that the trace is not taken from the jit cache of
-  # an equal model (the cache of `nn.jit` does not know interceptors).
-  probe = _config.attach(model, object())
+  probe = _config.probe(model)
   with nn.intercept_methods(record):
     jax.eval_shape(
         lambda: probe.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
