@@ -118,7 +118,7 @@ def unpack_trits(packed: jax.Array, cols: int) -> jax.Array:
 
 
 def pack_stream(codes: jax.Array, bits: int, offset: int) -> jax.Array:
-  """Packs 8 codes in `bits` bytes (3, 5, 6 or 7), a little-endian bit stream."""
+  """Packs 8 codes in `bits` (3, 5, 6, 7) bytes, a little-endian bit stream."""
   cols = codes.shape[-1]
   x = (codes.astype(jnp.int16) + offset).astype(jnp.uint16)
   x = _pad(x, -(-cols // 8) * 8, offset)
