@@ -228,7 +228,7 @@ def _fill(
       if offset:
         rows = rows.astype(np.float32) - np.float32(offset)
       rows = rows.astype(array.dtype, copy=False)
-      if not _all_finite(rows):
+      if not all_finite(rows):
         raise errors.NonFiniteError(
             f'Tensor {part.name} holds NaN or infinity in rows'
             f' {block.start}:{block.stop}. The checkpoint is damaged, or its'
@@ -259,7 +259,8 @@ def _blocks(part: _layout.Part, array: np.ndarray) -> Iterator[_Block]:
       )
 
 
-def _all_finite(rows: np.ndarray) -> bool:
+def all_finite(rows: np.ndarray) -> bool:
+  """Whether no number is NaN or infinite."""
   if rows.dtype == ml_dtypes.bfloat16:
     # All exponent bits set; far faster than the generic loop of ml_dtypes.
     bits = np.ascontiguousarray(rows).view(np.uint16)
