@@ -18,6 +18,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
   """No checkpoint at that path or of that name; says where it looked."""
 
 
+class CheckpointExistsError(CheckpointError, FileExistsError):
+  """There is already something at the path to save to."""
+
+
 class UnknownFormatError(CheckpointError):
   """The path is none of the formats that `gemma_ext.ckpts` reads."""
 
