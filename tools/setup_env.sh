@@ -95,7 +95,9 @@ create_venv() {
 }
 
 with_uv() {
-  # What pip was told about the machine holds for uv as well.
+  # As pip does, uv is to trust the certificates that the machine trusts, and
+  # to ask the index that pip was told to ask.
+  export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
   [ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
   [ -z "${PIP_INDEX_URL:-}" ] \
     || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
@@ -112,7 +114,7 @@ install() {
   say 'uv did not succeed; trying pip'
   with_pip "${what[@]}" "${tested[@]}" && return
   say 'the tested versions do not fit this machine; trying the newest ones'
-  with_pip "${what[@]}"
+  with_uv "${what[@]}"
 }
 
 main() {
