@@ -15,6 +15,7 @@ from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.nn import _packed
+from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ class Compressed(nn.Module):
   recipe: recipe_lib.Recipe
 
   def __post_init__(self):
+    _config.check(self.model)
     # Clones, which flax makes inside every transform, arrive here resolved.
     if not isinstance(self.recipe, recipe_lib.Recipe):
       recipe = recipe_lib.Recipe.of(
@@ -52,13 +54,12 @@ class Compressed(nn.Module):
             self, 'model', _config.attach(self.model, self.recipe)
         )
     super().__post_init__()
-    # Transparent in the parameter tree: `{'params': model_params}`.
-    if self.scope is not None:
-      nn.share_scope(self, self.model)
+    _scopes.share(self)
 
   @nn.compact
   def __call__(self, *args, **kwargs):
     """Calls the model. Arguments and outputs are those of the model."""
+    _scopes.share(self)
     with self._intercept():
       return self.model(*args, **kwargs)
 
@@ -71,6 +72,7 @@ class Compressed(nn.Module):
     Returns:
       Logits of shape `[..., vocab]`, before any soft cap.
     """
+    _scopes.share(self)
     with self._intercept():
       return self.model.embedder.decode(x)
 

@@ -21,6 +21,7 @@ import json
 from typing import Any
 
 from flax import linen as nn
+from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 
 _probes = itertools.count()
@@ -29,6 +30,16 @@ _probes = itertools.count()
 def attach(model: nn.Module, recipe: recipe_lib.Recipe) -> nn.Module:
   """Returns `model` with `recipe` in its config."""
   return _attach(model, recipe, json.dumps(recipe.to_json()))
+
+
+def stamp(model: nn.Module, text: str) -> nn.Module:
+  """Returns `model` so that no trace is shared with one stamped otherwise."""
+  config = model.config
+  recipe = getattr(config, 'recipe', None)
+  fingerprint = getattr(config, 'fingerprint', '')
+  if fingerprint.endswith(text):
+    return model
+  return _attach(model, recipe, fingerprint + text)
 
 
 def probe(model: nn.Module) -> nn.Module:
@@ -46,6 +57,18 @@ def _attach(
       **fields, recipe=recipe, fingerprint=fingerprint
   )
   return model.clone(config=config)
+
+
+def check(model: nn.Module) -> None:
+  """Raises `ParamsMismatchError` unless `model` is a model with a config."""
+  is_module = isinstance(model, nn.Module)
+  names = {f.name for f in dataclasses.fields(model)} if is_module else set()
+  if not {'config', 'dtype'} <= names:
+    raise errors.ParamsMismatchError(
+        'Expected an official Gemma model such as `gm.nn.Gemma3_1B()`, got'
+        f' {type(model).__name__}. Wrappers such as LoRA go around'
+        ' `gx.nn.Compressed`, not inside.'
+    )
 
 
 def strip(model: nn.Module) -> nn.Module:

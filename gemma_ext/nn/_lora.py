@@ -17,6 +17,9 @@ from typing import Any
 from flax import linen as nn
 from gemma import peft
 from gemma_ext import errors
+from gemma_ext.nn import _compressed
+from gemma_ext.nn import _config
+from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
 import jax
 import jax.numpy as jnp
@@ -49,13 +52,15 @@ class LoRA(nn.Module):
       raise errors.RecipeError(
           f'LoRA.rank must be a positive integer, got {self.rank!r}.'
       )
+    if self.model.scope is None:
+      object.__setattr__(self, 'model', self._stamped())
     super().__post_init__()
-    if self.scope is not None:
-      nn.share_scope(self, self.model)
+    _scopes.share(self)
 
   @nn.compact
   def __call__(self, *args, **kwargs):
     """Calls the model. Arguments and outputs are those of the model."""
+    _scopes.share(self)
     adapted: list[str] = []
     pattern = re.compile(rf'(?:.*/)?(?:{self.target})(?:/.*)?')
     depth = len(self.path)
@@ -84,6 +89,17 @@ class LoRA(nn.Module):
           f' {type(self.model).__name__}.'
       )
     return output
+
+  def _stamped(self) -> nn.Module:
+    """The model, told apart from the same one with other adapters."""
+    text = f' LoRA({self.rank}, {jnp.dtype(self.dtype)}, {self.target!r})'
+    if isinstance(self.model, _compressed.Compressed):
+      inner = _config.stamp(self.model.model, text)
+      if inner is self.model.model:
+        return self.model
+      return self.model.clone(model=inner)
+    _config.check(self.model)
+    return _config.stamp(self.model, text)
 
   def __kontext_keys__(self) -> dict[str, str]:
     """Keys of the wrapped model, for kauldron configs."""
