@@ -1,0 +1,14 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: any Gemma in, our own directories out."""
+
+# pylint: disable=g-importing-member
+
+from gemma_ext.ckpts._checkpoint import Checkpoint
+from gemma_ext.ckpts._load import load
+from gemma_ext.ckpts._save import directory_bytes
+from gemma_ext.ckpts._save import save
+from gemma_ext.ckpts._search import find
+from gemma_ext.ckpts._search import names
+
+__all__ = ['Checkpoint', 'directory_bytes', 'find', 'load', 'names', 'save']

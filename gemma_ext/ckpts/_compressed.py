@@ -1,0 +1,298 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Our own directories: an orbax tree, `recipe.json` and the tokenizer.
+
+  DIR/recipe.json      model, recipe, shapes and hashes; data only
+  DIR/params/          the parameters as orbax stores them, uncompressed
+  DIR/tokenizer.model  SentencePiece
+
+The chunks are stored as they are, so that the size of a directory is the size
+of its parameters, whatever the values. Plain `ocp.StandardCheckpointer` and
+`gm.ckpts.load_params` read DIR/params too.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import math
+import os
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.ckpts import _assemble
+from gemma_ext.ckpts import _checkpoint
+from gemma_ext.ckpts import _families
+from gemma_ext.ckpts import _manifest
+from gemma_ext.ckpts import _strict_json
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from orbax import checkpoint as ocp
+
+PARAMS_NAME = 'params'
+TOKENIZER_NAME = 'tokenizer.model'
+
+# Peak memory beyond the result while orbax restores.
+_CONCURRENT_GB = 1
+_FLOATS = ('bfloat16', 'float16', 'float32')
+
+
+def is_own(path: os.PathLike | str) -> bool:
+  """Whether a directory is one that `save` wrote."""
+  file = pathlib.Path(path) / _manifest.NAME
+  try:
+    data = _strict_json.read_object(file, limit=_manifest.MAX_BYTES)
+  except errors.CheckpointError:
+    return False
+  return data.get('format') == _manifest.FORMAT
+
+
+def load(
+    path: os.PathLike | str, *, dtype: Any = None
+) -> _checkpoint.Checkpoint:
+  """Loads a directory that `save` wrote.
+
+  Everything is checked against `recipe.json`, and that against the model, the
+  recipe and the size of the files, before any parameter is read.
+
+  Args:
+    path: The directory.
+    dtype: Type of dense parameters and of the model; `None` for the one it was
+      saved with. Packed codes and their scales keep their own.
+
+  Returns:
+    The checkpoint. Its model is a `gx.nn.Compressed` if it has a recipe.
+
+  Raises:
+    HeaderError: If recipe.json is malformed or of another version.
+    HeaderTooLargeError: If it, or a size in it, is too large.
+    RecipeError: If the recipe in it is not valid for the model.
+    ParamsMismatchError: If the parameters are not those of model and recipe.
+    TruncatedFileError: If the parameters cannot be read.
+    NonFiniteError: If a parameter holds NaN or infinity.
+    ChecksumError: If the tokenizer does not have its hash.
+    MissingTensorError: If a file is missing.
+  """
+  path = pathlib.Path(path).expanduser().absolute()
+  manifest = _manifest.read(path / _manifest.NAME)
+  spec = manifest['params']
+  _check_bytes(path / PARAMS_NAME, spec)
+  saved_dtype = jnp.dtype(manifest['dtype'])
+  dense = _families.model_from_json(
+      manifest['model'], dtype=saved_dtype if dtype is None else dtype
+  )
+  _check_layers(dense, spec, path)
+  model, recipe = dense, None
+  if manifest['recipe'] is not None:
+    recipe = recipe_lib.Recipe.from_json(manifest['recipe'])
+    model = gx_nn.Compressed(model=dense, recipe=recipe)
+  expected = _assemble.expected_params(model)
+  _check_spec(spec, expected, path)
+  tokenizer = _load_tokenizer(path, manifest['tokenizer'], dense)
+  params = _restore(path / PARAMS_NAME, spec, expected)
+  check_finite(params, path)
+  if dtype is not None and jnp.dtype(dtype) != saved_dtype:
+    params = _cast_dense(params, dtype)
+  return _checkpoint.Checkpoint(
+      model=model,
+      params=params,
+      tokenizer=tokenizer,
+      source=str(path),
+      recipe=recipe,
+      metadata=manifest['metadata'],
+  )
+
+
+def tree_spec(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Shape and type of every leaf: 'layer_0/mlp/linear' -> {shape, dtype}."""
+  out = {}
+  for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    names = [getattr(k, 'key', None) for k in keys]
+    if not all(isinstance(n, str) and n and '/' not in n for n in names):
+      raise errors.ParamsMismatchError(
+          f'Parameters must be nested dicts with names as keys, got {keys!r}.'
+      )
+    out['/'.join(names)] = {
+        'shape': list(leaf.shape),
+        'dtype': jnp.dtype(leaf.dtype).name,
+    }
+  return out
+
+
+def check_params(
+    params: Mapping[str, Any], model: nn.Module, *, what: str
+) -> None:
+  """Checks that parameters are those of a model.
+
+  Raises:
+    ParamsMismatchError: If they are not.
+  """
+  _check_spec(tree_spec(params), _assemble.expected_params(model), what)
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+  """The orbax handler of our directories: one store, chunks as they are."""
+  return ocp.PyTreeCheckpointHandler(
+      use_ocdbt=True, use_compression=False, restore_concurrent_gb=_CONCURRENT_GB
+  )
+
+
+def _check_bytes(folder: pathlib.Path, spec: Mapping[str, Any]) -> None:
+  """Bounds what will be allocated by what is on disk."""
+  if not folder.is_dir():
+    raise errors.MissingTensorError(f'{folder}: no such directory.')
+  promised = sum(_leaf_bytes(v) for v in spec.values())
+  present = folder_bytes(folder)
+  if promised > present:
+    raise errors.TruncatedFileError(
+        f'{folder} holds {present} bytes, but {_manifest.NAME} promises'
+        f' {promised} bytes of parameters.'
+    )
+
+
+def folder_bytes(folder: pathlib.Path) -> int:
+  """Bytes of all files below a folder."""
+  return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+
+
+def _leaf_bytes(leaf: Mapping[str, Any]) -> int:
+  return math.prod(leaf['shape']) * jnp.dtype(leaf['dtype']).itemsize
+
+
+def _check_layers(
+    model: nn.Module, spec: Mapping[str, Any], path: pathlib.Path
+) -> None:
+  """A cheap look before the model is traced, which takes time per layer."""
+  have = len({k.split('/')[0] for k in spec if k.startswith('layer_')})
+  if have != model.config.num_layers:
+    raise errors.ParamsMismatchError(
+        f'{path}: the model has {model.config.num_layers} layers, the'
+        f' parameters {have}.'
+    )
+
+
+def _check_spec(
+    spec: Mapping[str, Any], expected: Mapping[str, Any], source: Any
+) -> None:
+  """Checks shapes and types of leaves against what the model expects."""
+  want = tree_spec(expected)
+  missing = sorted(want.keys() - spec.keys())
+  unexpected = sorted(spec.keys() - want.keys())
+  if missing or unexpected:
+    raise errors.ParamsMismatchError(
+        f'{source}: the parameters are not those of the model and its recipe:'
+        f' {len(missing)} are missing, first {missing[:3]};'
+        f' {len(unexpected)} have no place, first {unexpected[:3]}.'
+    )
+  for name, leaf in want.items():
+    got = spec[name]
+    same_type = got['dtype'] == leaf['dtype'] or (
+        got['dtype'] in _FLOATS and leaf['dtype'] in _FLOATS
+    )
+    if got['shape'] != leaf['shape'] or not same_type:
+      raise errors.ParamsMismatchError(
+          f'{source}: {name} is {got["dtype"]}{got["shape"]}; the model and'
+          f' its recipe need {leaf["dtype"]}{leaf["shape"]}.'
+      )
+
+
+def _restore(
+    folder: pathlib.Path,
+    spec: Mapping[str, Any],
+    expected: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Reads every array onto the default device, types as stored."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def target(keys, leaf):
+    dtype = spec['/'.join(k.key for k in keys)]['dtype']
+    return jax.ShapeDtypeStruct(
+        leaf.shape, jnp.dtype(dtype), sharding=sharding
+    )
+
+  item = jax.tree_util.tree_map_with_path(target, dict(expected))
+  try:
+    with ocp.Checkpointer(handler()) as checkpointer:
+      _check_stored(checkpointer.metadata(folder), spec, folder)
+      return checkpointer.restore(
+          folder,
+          ocp.args.PyTreeRestore(
+              item=item,
+              restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+          ),
+      )
+  except errors.GemmaExtError:
+    raise
+  except Exception as e:  # orbax and tensorstore raise of every kind
+    raise errors.TruncatedFileError(
+        f'{folder}: orbax cannot read the parameters: {e!s:.500}'
+    ) from e
+
+
+def _check_stored(
+    metadata: Any, spec: Mapping[str, Any], folder: pathlib.Path
+) -> None:
+  """Checks what orbax says it stores against recipe.json."""
+  item = getattr(metadata, 'item_metadata', metadata)
+  if item is None:
+    raise errors.HeaderError(f'{folder} is not an orbax checkpoint.')
+  stored = tree_spec(getattr(item, 'tree', item))
+  if stored != dict(spec):
+    wrong = sorted(
+        k
+        for k in stored.keys() | spec.keys()
+        if stored.get(k) != spec.get(k)
+    )
+    raise errors.ParamsMismatchError(
+        f'{folder} stores {wrong[0]} as {stored.get(wrong[0])};'
+        f' {_manifest.NAME} says {spec.get(wrong[0])} ({len(wrong)} differ).'
+    )
+
+
+def check_finite(params: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Raises NonFiniteError if a parameter, or a scale, is not finite."""
+  for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      continue
+    if not _assemble.all_finite(np.asarray(leaf)):
+      name = '/'.join(k.key for k in keys)
+      raise errors.NonFiniteError(
+          f'{path}: {name} holds NaN or infinity.'
+      )
+
+
+def _cast_dense(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+  """Casts floating leaves, except those of packed weights."""
+  out: dict[str, Any] = {}
+  for key, value in params.items():
+    if isinstance(value, Mapping):
+      packed = set(value) == {'codes', 'scale'}
+      out[key] = dict(value) if packed else _cast_dense(value, dtype)
+    else:
+      out[key] = value.astype(dtype)
+  return out
+
+
+def _load_tokenizer(
+    path: pathlib.Path, entry: Mapping[str, Any] | None, model: nn.Module
+) -> Any:
+  if entry is None:
+    return _checkpoint.default_tokenizer(model)
+  file = path / entry['file']
+  try:
+    with open(file, 'rb') as f:
+      digest = hashlib.file_digest(f, 'sha256').hexdigest()
+  except OSError as e:
+    raise errors.MissingTensorError(f'{file}: {e.strerror}.') from e
+  if digest != entry['sha256']:
+    raise errors.ChecksumError(
+        f'{file} has sha256 {digest}; {_manifest.NAME} says'
+        f' {entry["sha256"]}.'
+    )
+  cls = _families.tokenizer_class(model)
+  custom = {int(k): v for k, v in entry['custom_tokens'].items()}
+  return cls(path=str(file), custom_tokens=custom)
