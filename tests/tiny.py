@@ -33,35 +33,35 @@ import sentencepiece as spm
 VOCAB_SIZE = 512
 
 _SIZES = dict(
-    num_embed=VOCAB_SIZE,
-    embed_dim=128,
-    hidden_dim=256,
-    num_heads=4,
-    head_dim=32,
-    use_post_attn_norm=True,
-    use_post_ffw_norm=True,
-    sliding_window_size=16,
+  num_embed=VOCAB_SIZE,
+  embed_dim=128,
+  hidden_dim=256,
+  num_heads=4,
+  head_dim=32,
+  use_post_attn_norm=True,
+  use_post_ffw_norm=True,
+  sliding_window_size=16,
 )
 _GEMMA3_LAYERS = (
-    gemma3_modules.AttentionType.LOCAL_SLIDING,
-    gemma3_modules.AttentionType.GLOBAL,
+  gemma3_modules.AttentionType.LOCAL_SLIDING,
+  gemma3_modules.AttentionType.GLOBAL,
 )
 _GEMMA3N_LAYERS = (
-    gemma3n_modules.AttentionType.LOCAL_SLIDING,
-    gemma3n_modules.AttentionType.GLOBAL,
+  gemma3n_modules.AttentionType.LOCAL_SLIDING,
+  gemma3n_modules.AttentionType.GLOBAL,
 )
 _GEMMA4_LAYERS = (
-    gemma4_modules.AttentionType.LOCAL_SLIDING,
-    gemma4_modules.AttentionType.GLOBAL,
+  gemma4_modules.AttentionType.LOCAL_SLIDING,
+  gemma4_modules.AttentionType.GLOBAL,
 )
 _GEMMA4_ATTENTION = dict(
-    final_logit_softcap=30.0,
-    qk_norm_with_scale=True,
-    global_key_size=64,
-    global_rope_proportion=0.25,
-    local_rope_proportion=1.0,
-    local_base_frequency=10_000,
-    global_base_frequency=1_000_000,
+  final_logit_softcap=30.0,
+  qk_norm_with_scale=True,
+  global_key_size=64,
+  global_rope_proportion=0.25,
+  local_rope_proportion=1.0,
+  local_base_frequency=10_000,
+  global_base_frequency=1_000_000,
 )
 
 
@@ -69,11 +69,11 @@ class TinyGemma2(gm.nn.Gemma2_2B):
   """Gemma 2: soft caps, FFN weights not transposed."""
 
   config: gemma3_config.TransformerConfig = gemma3_config.TransformerConfig(
-      **_SIZES,
-      num_kv_heads=2,
-      final_logit_softcap=30.0,
-      attn_logits_soft_cap=50.0,
-      attention_types=_GEMMA3_LAYERS,
+    **_SIZES,
+    num_kv_heads=2,
+    final_logit_softcap=30.0,
+    attn_logits_soft_cap=50.0,
+    attention_types=_GEMMA3_LAYERS,
   )
 
 
@@ -81,14 +81,14 @@ class TinyGemma3(gm.nn.Gemma3_270M):
   """Gemma 3: query-key norms, transposed gating, one key-value head."""
 
   config: gemma3_config.TransformerConfig = gemma3_config.TransformerConfig(
-      **_SIZES,
-      num_kv_heads=1,
-      final_logit_softcap=None,
-      use_qk_norm=True,
-      transpose_gating_einsum=True,
-      attention_types=_GEMMA3_LAYERS + _GEMMA3_LAYERS[:1],
-      local_base_frequency=10_000,
-      global_base_frequency=1_000_000,
+    **_SIZES,
+    num_kv_heads=1,
+    final_logit_softcap=None,
+    use_qk_norm=True,
+    transpose_gating_einsum=True,
+    attention_types=_GEMMA3_LAYERS + _GEMMA3_LAYERS[:1],
+    local_base_frequency=10_000,
+    global_base_frequency=1_000_000,
   )
 
 
@@ -96,28 +96,28 @@ class TinyGemma3n(gm.nn.Gemma3n_E2B):
   """Gemma 3n: AltUp, LAuReL, per-layer inputs, sparse and KV-sharing layers."""
 
   config: gemma3n_config.TransformerConfig = gemma3n_config.TransformerConfig(
-      **_SIZES,
-      num_kv_heads=2,
-      final_logit_softcap=None,
-      use_qk_norm=True,
-      qk_norm_with_scale=True,
-      use_value_norm=True,
-      attention_types=_GEMMA3N_LAYERS * 2,
-      query_pre_attn_norm=gemma3n_config.QueryPreAttentionNormalisation.NONE,
-      transpose_gating_einsum=True,
-      local_base_frequency=10_000,
-      global_base_frequency=1_000_000,
-      activation_sparsity_pattern=(0.95, 0.0, 0.0, 0.0),
-      use_altup=True,
-      altup_coef_clip=120.0,
-      per_layer_input_dim=32,
-      use_laurel=True,
-      laurel_rank=16,
-      kv_cache_sharing_config=gemma3n_config.KVCacheSharingConfig(
-          frac_shared_layers=0.5, share_global=True, share_local=True
-      ),
-      scale_plus_one=False,
-      guard_against_excess_precision=True,
+    **_SIZES,
+    num_kv_heads=2,
+    final_logit_softcap=None,
+    use_qk_norm=True,
+    qk_norm_with_scale=True,
+    use_value_norm=True,
+    attention_types=_GEMMA3N_LAYERS * 2,
+    query_pre_attn_norm=gemma3n_config.QueryPreAttentionNormalisation.NONE,
+    transpose_gating_einsum=True,
+    local_base_frequency=10_000,
+    global_base_frequency=1_000_000,
+    activation_sparsity_pattern=(0.95, 0.0, 0.0, 0.0),
+    use_altup=True,
+    altup_coef_clip=120.0,
+    per_layer_input_dim=32,
+    use_laurel=True,
+    laurel_rank=16,
+    kv_cache_sharing_config=gemma3n_config.KVCacheSharingConfig(
+      frac_shared_layers=0.5, share_global=True, share_local=True
+    ),
+    scale_plus_one=False,
+    guard_against_excess_precision=True,
   )
 
 
@@ -125,13 +125,13 @@ class TinyGemma4(gm.nn.Gemma4_31B):
   """Gemma 4 dense: wider global heads whose keys are also their values."""
 
   config: gemma4_config.TransformerConfig = gemma4_config.TransformerConfig(
-      **_SIZES,
-      **_GEMMA4_ATTENTION,
-      num_kv_heads=2,
-      num_global_kv_heads=1,
-      k_eq_v_global=True,
-      attention_types=_GEMMA4_LAYERS,
-      use_bidirectional_attention='vision',
+    **_SIZES,
+    **_GEMMA4_ATTENTION,
+    num_kv_heads=2,
+    num_global_kv_heads=1,
+    k_eq_v_global=True,
+    attention_types=_GEMMA4_LAYERS,
+    use_bidirectional_attention='vision',
   )
 
 
@@ -139,15 +139,15 @@ class TinyGemma4E2B(gm.nn.Gemma4_E2B):
   """Gemma 4 E2B: per-layer inputs, KV sharing with wider FFNs."""
 
   config: gemma4_config.TransformerConfig = gemma4_config.TransformerConfig(
-      **_SIZES,
-      **_GEMMA4_ATTENTION,
-      num_kv_heads=1,
-      attention_types=_GEMMA4_LAYERS * 2,
-      per_layer_input_dim=32,
-      kv_cache_sharing_config=gemma4_config.KVCacheSharingConfig(
-          frac_shared_layers=0.5, share_global=True, share_local=True
-      ),
-      override_kv_shared_ffw_hidden=512,
+    **_SIZES,
+    **_GEMMA4_ATTENTION,
+    num_kv_heads=1,
+    attention_types=_GEMMA4_LAYERS * 2,
+    per_layer_input_dim=32,
+    kv_cache_sharing_config=gemma4_config.KVCacheSharingConfig(
+      frac_shared_layers=0.5, share_global=True, share_local=True
+    ),
+    override_kv_shared_ffw_hidden=512,
   )
 
 
@@ -155,28 +155,28 @@ class TinyGemma4Moe(gm.nn.Gemma4_26B_A4B):
   """Gemma 4 mixture of experts: 4 experts, 2 of them a token."""
 
   config: gemma4_config.TransformerConfig = gemma4_config.TransformerConfig(
-      **_SIZES,
-      **_GEMMA4_ATTENTION,
-      num_kv_heads=2,
-      num_global_kv_heads=1,
-      k_eq_v_global=True,
-      attention_types=_GEMMA4_LAYERS,
-      enable_moe=True,
-      num_experts=4,
-      expert_dim=128,
-      top_k_experts=2,
-      moe_dense_hidden_dim=256,
-      use_bidirectional_attention='vision',
+    **_SIZES,
+    **_GEMMA4_ATTENTION,
+    num_kv_heads=2,
+    num_global_kv_heads=1,
+    k_eq_v_global=True,
+    attention_types=_GEMMA4_LAYERS,
+    enable_moe=True,
+    num_experts=4,
+    expert_dim=128,
+    top_k_experts=2,
+    moe_dense_hidden_dim=256,
+    use_bidirectional_attention='vision',
   )
 
 
 _CLASSES = {
-    'gemma2': TinyGemma2,
-    'gemma3': TinyGemma3,
-    'gemma3n': TinyGemma3n,
-    'gemma4': TinyGemma4,
-    'gemma4_e2b': TinyGemma4E2B,
-    'gemma4_moe': TinyGemma4Moe,
+  'gemma2': TinyGemma2,
+  'gemma3': TinyGemma3,
+  'gemma3n': TinyGemma3n,
+  'gemma4': TinyGemma4,
+  'gemma4_e2b': TinyGemma4E2B,
+  'gemma4_moe': TinyGemma4Moe,
 }
 FAMILIES = tuple(_CLASSES)
 
@@ -234,28 +234,28 @@ def tokenizer_model(*, version: int | str = 3) -> bytes:
   symbols = ['<mask>'] + [f'<unused{i}>' for i in range(first - 5)]
   out = io.BytesIO()
   spm.SentencePieceTrainer.train(
-      sentence_iterator=iter(_TEXT.splitlines()),
-      model_writer=out,
-      model_type='bpe',
-      vocab_size=VOCAB_SIZE,
-      hard_vocab_limit=True,
-      byte_fallback=True,
-      character_coverage=1.0,
-      normalization_rule_name='identity',
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      split_digits=True,
-      allow_whitespace_only_pieces=True,
-      pad_id=0,
-      eos_id=1,
-      bos_id=2,
-      unk_id=3,
-      pad_piece='<pad>',
-      eos_piece='<eos>',
-      bos_piece='<bos>',
-      unk_piece='<unk>',
-      user_defined_symbols=[*symbols, *turns, '\n', '\n\n'],
-      minloglevel=2,
+    sentence_iterator=iter(_TEXT.splitlines()),
+    model_writer=out,
+    model_type='bpe',
+    vocab_size=VOCAB_SIZE,
+    hard_vocab_limit=True,
+    byte_fallback=True,
+    character_coverage=1.0,
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    split_digits=True,
+    allow_whitespace_only_pieces=True,
+    pad_id=0,
+    eos_id=1,
+    bos_id=2,
+    unk_id=3,
+    pad_piece='<pad>',
+    eos_piece='<eos>',
+    bos_piece='<bos>',
+    unk_piece='<unk>',
+    user_defined_symbols=[*symbols, *turns, '\n', '\n\n'],
+    minloglevel=2,
   )
   return out.getvalue()
 
@@ -269,13 +269,13 @@ def _folder() -> pathlib.Path:
 
 @functools.cache
 def tokenizer(version: int | str = 3) -> gm.text.Tokenizer:
-  """Returns a tiny official tokenizer (2, 3, '3n' or 4), made once a session."""
+  """Returns a tiny official tokenizer (2, 3, '3n' or 4), made once."""
   path = _folder() / f'tokenizer_{version}.model'
   path.write_bytes(tokenizer_model(version=version))
   cls = {
-      2: gm.text.Gemma2Tokenizer,
-      3: gm.text.Gemma3Tokenizer,
-      '3n': gm.text.Gemma3nTokenizer,
-      4: gm.text.Gemma4Tokenizer,
+    2: gm.text.Gemma2Tokenizer,
+    3: gm.text.Gemma3Tokenizer,
+    '3n': gm.text.Gemma3nTokenizer,
+    4: gm.text.Gemma4Tokenizer,
   }[version]
   return cls(path=str(path))

@@ -1,0 +1,14 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity with intervals, paired comparisons, sizes of weights."""
+
+from gemma_ext.evals._perplexity import perplexity
+from gemma_ext.evals._results import finite
+from gemma_ext.evals._results import package_versions
+from gemma_ext.evals._results import paired_json
+from gemma_ext.evals._results import paired_ratio
+from gemma_ext.evals._results import PerplexityResult
+from gemma_ext.evals._sizes import weight_sizes
+from gemma_ext.evals._sizes import WeightSizes
+from gemma_ext.evals._statistics import bootstrap_ci
+from gemma_ext.evals._statistics import Interval
