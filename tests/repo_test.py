@@ -136,8 +136,7 @@ def test_rooms_have_no_import_cycle():
 
 def test_every_room_is_on_the_list():
   rooms = {
-    p.parent.relative_to(_PACKAGE).parts[0]
-    for p in _PACKAGE.glob('*/**/*.py')
+    p.parent.relative_to(_PACKAGE).parts[0] for p in _PACKAGE.glob('*/**/*.py')
   }
   assert rooms <= set(_ORDER), f'add to the list: {rooms - set(_ORDER)}'
 
@@ -257,8 +256,8 @@ def test_no_path_of_a_machine():
 
 def test_version_is_the_same_everywhere():
   project = tomllib.loads(_text('pyproject.toml'))['project']
-  assert (
-    f"__version__ = '{project['version']}'" in _text('gemma_ext/__init__.py')
+  assert f"__version__ = '{project['version']}'" in _text(
+    'gemma_ext/__init__.py'
   )
 
 

@@ -1,9 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Executes a notebook without a browser.
-
-    python -m tools.run_notebook examples/enhancements/quickstart.ipynb OUT.ipynb
-"""
+"""Executes a notebook: `python -m tools.run_notebook IN.ipynb OUT.ipynb`."""
 
 import argparse
 import os
@@ -51,7 +48,7 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description='Executes a notebook.')
   parser.add_argument('notebook', type=pathlib.Path)
   parser.add_argument('output', type=pathlib.Path, help='executed copy')
   args = parser.parse_args()

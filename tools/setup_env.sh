@@ -34,12 +34,12 @@ fingerprint() {
 
 # Prints every Python that may serve, best first.
 candidates() {
-  local minor dir
+  local minor dir pyenv=$HOME/.pyenv
   [ -z "${1:-}" ] || printf '%s\n' "$1"
   for minor in $MINORS; do
     type -aP "python3.$minor" || true
-    for dir in "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor".* \
-        "$HOME/.pyenv/versions/3.$minor".* \
+    for dir in "${PYENV_ROOT:-$pyenv}/versions/3.$minor".* \
+        "$pyenv/versions/3.$minor".* \
         "$HOME/.local/share/uv/python/cpython-3.$minor"* \
         /opt/python*3."$minor"* /opt/homebrew /usr/local /usr; do
       [ ! -x "$dir/bin/python3.$minor" ] || printf '%s\n' \

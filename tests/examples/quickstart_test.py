@@ -5,16 +5,15 @@
 import pathlib
 import re
 
-from gemma_ext import ckpts
 import nbformat
 import pytest
 
+from gemma_ext import ckpts
 from tests import tiny
 from tools import run_notebook
 
-_NOTEBOOK = (
-  pathlib.Path(__file__).parents[2] / 'examples/enhancements/quickstart.ipynb'
-)
+_ROOT = pathlib.Path(__file__).parents[2]
+_NOTEBOOK = _ROOT / 'examples/enhancements/quickstart.ipynb'
 
 
 @pytest.fixture(scope='module')
@@ -28,6 +27,8 @@ def printed(tmp_path_factory):
     tokenizer=tiny.tokenizer(3),
   )
   with pytest.MonkeyPatch.context() as patch:
+    # The kernel is a process of its own: it is to import what is tested here.
+    patch.setenv('PYTHONPATH', str(_ROOT))
     patch.setenv('GEMMA_EXT_QUICKSTART_CHECKPOINT', str(path))
     return run_notebook.printed(run_notebook.execute(_NOTEBOOK, timeout=300))
 
