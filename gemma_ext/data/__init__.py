@@ -5,6 +5,7 @@
 from gemma_ext.data._documents import Document
 from gemma_ext.data._documents import load_documents
 from gemma_ext.data._splits import documents_sha256
+from gemma_ext.data._splits import NAMES as SPLIT_NAMES
 from gemma_ext.data._splits import Split
 from gemma_ext.data._splits import split
 from gemma_ext.data._splits import Splits

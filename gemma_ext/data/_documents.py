@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Document`, and the one function that reads documents from anywhere."""
 
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
 import os

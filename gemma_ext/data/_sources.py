@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import gzip
 import json
 import pathlib
-from typing import cast
-from typing import IO
+import re
+from typing import cast, IO
 
 from gemma_ext import errors
 from gemma_ext.data import _wikitext
@@ -22,6 +22,9 @@ _SAMPLE = (
   'enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'
 )
 _MIN_ARTICLE = 1000  # Characters. Shorter ones are stubs and lists of links.
+# A name may hold a config and a version ('c4/en:3.1.0'); a split starts with a
+# letter and may hold a slice ('train[:10%]').
+_TFDS_SPEC = re.compile(r'tfds:([^:]+(?::[\d*][\w.*]*)?)(?::([A-Za-z].*))?')
 
 
 def wikipedia_sample() -> Iterator[tuple[str, str]]:
@@ -132,14 +135,12 @@ def tfds(spec: str, text_field: str) -> Iterator[tuple[str, str]]:
 
   TFDS downloads and prepares what is not in `TFDS_DATA_DIR` yet.
   """
-  # A name may hold a config and a version ('c4/en:3.1.0'), a split never a dot.
-  name, _, split = spec.removeprefix('tfds:').rpartition(':')
-  if not name or '.' in split.split('[')[0]:
-    name, split = spec.removeprefix('tfds:'), ''
-  if not name:
+  match = _TFDS_SPEC.fullmatch(spec)
+  if not match:
     raise errors.DataError(
       f'{spec!r} names no data set. Write tfds:NAME or tfds:NAME:SPLIT.'
     )
+  name, split = match[1], match[2]
   try:
     import tensorflow_datasets
   except ImportError as e:

@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents cut into windows of tokens, for evaluation and calibration."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 from typing import Any

@@ -1,0 +1,192 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of a checkpoint with its 95% interval, beside a baseline's.
+
+  python -m gemma_ext.evaluate --checkpoint=DIR --baseline=gemma3-270m \
+      --text=sample --max_tokens=8192 --json=result.json
+
+The interval is a bootstrap over documents, so many short documents say more
+than a long one.
+"""
+
+from collections.abc import Mapping, Sequence
+import gc
+import sys
+from typing import Any
+
+from absl import flags
+import jax.numpy as jnp
+
+from gemma_ext import _cli
+from gemma_ext import ckpts
+from gemma_ext import data
+from gemma_ext import errors
+from gemma_ext import evals
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit status."""
+  return _cli.run(__doc__, _define_flags, _run, argv)
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+  _cli.define_checkpoint(values)
+  string = lambda name, default, text: flags.DEFINE_string(
+    name, default, text, flag_values=values
+  )
+  integer = lambda name, default, text, low: flags.DEFINE_integer(
+    name, default, text, lower_bound=low, flag_values=values
+  )
+  string('baseline', '', 'Checkpoint to compare with, on the same tokens.')
+  string(
+    'text',
+    'sample',
+    "'sample' (Wikipedia), a .txt or .jsonl file, a folder, a pattern, or"
+    " 'tfds:NAME[:SPLIT]'.",
+  )
+  string('text_field', 'text', 'Field of .jsonl lines and TFDS examples.')
+  flags.DEFINE_enum(
+    'split',
+    'auto',
+    ('auto', 'all', *data.SPLIT_NAMES),
+    "Documents to measure on. 'auto' is 'test' for the sample, whose other"
+    " documents calibrate and choose, and 'all' for a text of your own.",
+    flag_values=values,
+  )
+  integer('max_tokens', None, 'Stop after that many tokens.', 1)
+  integer('window', 512, 'Tokens of a window.', 2)
+  integer('stride', None, 'New tokens a window; the others are context.', 1)
+  integer('batch_size', 1, 'Windows at once.', 1)
+  integer('seed', 0, 'Seed of the split and of the bootstrap.', 0)
+  string('json', '', 'File to write the result to.')
+
+
+def _run(args: Any) -> None:
+  _cli.check_output(args.json)
+  documents, split = _documents(args)
+  found, result, tokenizer = _measure(args.checkpoint, args, documents, None)
+  baseline: dict[str, Any] | None = None
+  paired: dict[str, Any] | None = None
+  if args.baseline:
+    baseline, other, _ = _measure(args.baseline, args, documents, tokenizer)
+    paired = evals.paired_json(
+      evals.paired_ratio(result, other, seed=args.seed)
+    )
+  out = {
+    **found,
+    'text': args.text,
+    'split': split,
+    'baseline': baseline,
+    'paired_delta': paired,
+  }
+  _report(out)
+  if args.json:
+    _cli.write_json(args.json, out)
+
+
+def _documents(args: Any) -> tuple[tuple[data.Document, ...], str]:
+  """Returns the documents to measure on, and of which split they are."""
+  documents = data.load_documents(args.text, text_field=args.text_field)
+  split = args.split
+  if split == 'auto':
+    split = 'test' if args.text == 'sample' else 'all'
+  if split == 'all':
+    return tuple(documents), split
+  splits = data.split(documents, seed=args.seed)
+  return getattr(splits, split).documents, split
+
+
+def _measure(
+  name: str,
+  args: Any,
+  documents: Sequence[data.Document],
+  tokenizer: Any,
+) -> tuple[dict[str, Any], evals.PerplexityResult, Any]:
+  """Loads one checkpoint, measures it, and lets go of it.
+
+  Returns:
+    JSON values, the result, and the tokenizer that was used.
+  """
+  _cli.note(f'Loading {name} ...')
+  checkpoint = ckpts.load(
+    name, dtype=jnp.dtype(args.dtype), progress=sys.stderr.isatty()
+  )
+  tokenizer = checkpoint.tokenizer or tokenizer
+  if tokenizer is None:
+    raise errors.TokenizerError(
+      f'{name!r} has no tokenizer, so the text cannot be turned into tokens.'
+      ' Put its tokenizer.model beside the checkpoint.'
+    )
+  sizes = evals.weight_sizes(checkpoint.model, checkpoint.params)
+  windows = data.windows(
+    tokenizer,
+    documents,
+    length=args.window,
+    stride=args.stride,
+    max_tokens=args.max_tokens,
+  )
+  _cli.note(
+    f'Measuring on {windows.num_scored:,} tokens of {len(windows.ids)}'
+    ' documents ...'
+  )
+  result = evals.perplexity(
+    checkpoint.model,
+    checkpoint.params,
+    windows,
+    batch_size=args.batch_size,
+    seed=args.seed,
+    progress=True,
+  )
+  recipe = checkpoint.recipe
+  found = {
+    'checkpoint': name,
+    'source': checkpoint.source,
+    'recipe': None if recipe is None else recipe.to_json(),
+    'dtype': args.dtype,
+    **result.to_json(),
+    'weight_bytes': sizes.weight_bytes,
+    'dense_bf16_bytes': sizes.dense_bf16_bytes,
+  }
+  # The next checkpoint must not have to share the memory with this one.
+  del checkpoint
+  gc.collect()
+  return found, result, tokenizer
+
+
+def _report(out: Mapping[str, Any]) -> None:
+  models = [out] + ([out['baseline']] if out['baseline'] else [])
+  _cli.print_table(
+    f'{out["tokens"]:,} tokens of {out["documents"]} documents, windows of'
+    f' {out["window"]}, {out["split"]} of {out["text"]}',
+    ('checkpoint', 'perplexity', '95% interval', 'weights', 'of bf16'),
+    [_row(m) for m in models],
+  )
+  console = _cli.console()
+  if paired := out['paired_delta']:
+    ratio = paired['ratio']
+    console.print(
+      f'perplexity ratio {"-" if ratio is None else f"{ratio:,.4f}"}, 95%'
+      f' interval {_cli.human_interval(*paired["ci95"], 4)}, paired by'
+      f' {out["ci_unit"]}'
+    )
+  if out['ci_unit'] == 'window':
+    console.print(
+      'A single document: the interval is over its windows, taken as'
+      ' independent, and says nothing about other documents.'
+    )
+
+
+def _row(model: Mapping[str, Any]) -> tuple[str, ...]:
+  value = model['perplexity']
+  share = model['weight_bytes'] / model['dense_bf16_bytes']
+  return (
+    model['checkpoint'],
+    'overflow' if value is None else f'{value:,.3f}',
+    _cli.human_interval(*model['ci95'], 3),
+    _cli.human_bytes(model['weight_bytes']),
+    f'{share:.1%}',
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(main())
