@@ -1,0 +1,53 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights to test with, and what they stand for in float64."""
+
+import gemma_ext.kernels as kernels
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Eager operations compile one by one; these compile once a shape.
+_random = jax.jit(kernels.random_codes, static_argnums=(1, 2, 3))
+_unpack = jax.jit(
+    lambda codes, fmt, cols: fmt.unpack(codes, cols), static_argnums=(1, 2)
+)
+
+FORMATS = [
+    kernels.TernaryFormat(group=32),
+    kernels.TernaryFormat(group=48, planes=3),
+    kernels.TernaryFormat(group=32, packing='5trit', planes=2),
+    kernels.IntFormat(bits=8),
+    kernels.IntFormat(bits=8, group=16),
+    kernels.IntFormat(bits=5, group=32),
+    kernels.IntFormat(bits=4, group=32),
+    kernels.IntFormat(bits=3),
+    kernels.IntFormat(bits=2, group=96),
+]
+
+
+def packed(fmt, rows, cols, seed=0):
+  """Random codes and scales of both signs."""
+  codes = _random(jax.random.key(seed), fmt, rows, cols)
+  rng = np.random.default_rng(seed)
+  scale = rng.standard_normal(fmt.scale_shape(rows, cols))
+  return {'codes': codes, 'scale': jnp.asarray(scale, jnp.bfloat16)}
+
+
+def unpacked(p, fmt, cols):
+  """Its integer codes as float64."""
+  return np.asarray(_unpack(p['codes'], fmt, cols), np.float64)
+
+
+def dense(p, fmt, cols):
+  """The weight that `p` stands for, float64 `[*rows, cols]`."""
+  codes = unpacked(p, fmt, cols)
+  scale = np.asarray(p['scale'], np.float64)
+  w = codes * np.repeat(scale, cols // scale.shape[-1], axis=-1)
+  return w.sum(0) if isinstance(fmt, kernels.TernaryFormat) else w
+
+
+def relative(got, want):
+  """Error in the 2-norm."""
+  got = np.asarray(got, np.float64)
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
