@@ -68,7 +68,7 @@ def fit_ternary(
     raise errors.RecipeError(f'{iterations=}; expected at least 0.')
   h = _groups.check(w, group, curvature)
   fit = functools.partial(
-      _fit_chunk, planes=planes, keep=keep, iterations=iterations
+      _fit_chunk, planes=planes, keep=keep, iterations=jnp.int32(iterations)
   )
   return _groups.fit_chunks(fit, w, group, h)
 
@@ -102,14 +102,14 @@ def _keep(
   return None
 
 
-@functools.partial(jax.jit, static_argnames=('planes', 'keep', 'iterations'))
+@functools.partial(jax.jit, static_argnames=('planes', 'keep'))
 def _fit_chunk(
     w: jax.Array,  # float32[N, group]
     h: jax.Array | None,  # float32[N, group]
     *,
     planes: int,
     keep: tuple[int, int] | None,
-    iterations: int,
+    iterations: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # int8[P, N, group], bf16[P, N]
   # Scaling by a power of two is exact, commutes with rounding to bfloat16 and
   # keeps squares of tiny and huge weights in range.

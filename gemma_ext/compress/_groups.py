@@ -63,7 +63,6 @@ def check(
   if curvature is None:
     return None
   curvature = jnp.asarray(curvature, jnp.float32)
-  shape = np.broadcast_shapes(curvature.shape[-1:], w.shape[-1:])
   if (
       curvature.ndim < 1
       or curvature.shape[-1] != w.shape[-1]
@@ -75,7 +74,7 @@ def check(
   ):
     raise errors.ShapeError(
         f'Got curvature {list(curvature.shape)} for weights {list(w.shape)};'
-        f' expected {list(shape)} or a shape that broadcasts to the weights.'
+        f' expected [{w.shape[-1]}] or a shape that broadcasts to the weights.'
     )
   if not bool(_all_finite(curvature)) or bool(jnp.any(curvature < 0)):
     raise errors.NonFiniteError(

@@ -88,7 +88,7 @@ def nearest(w: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def fit_free(
-    w: jax.Array, h: jax.Array | None, planes: int, iterations: int
+    w: jax.Array, h: jax.Array | None, planes: int, iterations: jax.Array
 ) -> Fit:
   """Fits `planes` planes: codes [P, N, group], scales [P, N]."""
   residual, codes, scales = w, [], []
@@ -105,17 +105,19 @@ def fit_free(
     scale = least_squares(w, h, codes, scale)
     return nearest(w, scale), scale
 
-  best = alternate(w, h, greedy, update, iterations)
   # Scales of ratio 3 span evenly spaced sums: the other basin that matters.
-  levels = 3**planes // 2
-  for clip in (0.75, 1.0):
-    step = clip * jnp.max(jnp.abs(w), axis=-1) / levels
-    ladder = jnp.stack([step * 3.0**p for p in reversed(range(planes))])
-    ladder = _groups.round_bf16(ladder)
-    start = nearest(w, ladder), ladder
-    other = alternate(w, h, start, update, iterations)
-    best = _better(w, h, best, other)
-  return best
+  step = jnp.max(jnp.abs(w), axis=-1) / (3**planes // 2)
+  ladder = jnp.stack([step * 3.0**p for p in reversed(range(planes))])
+  starts = jnp.stack([
+      greedy[1], *(_groups.round_bf16(clip * ladder) for clip in (0.75, 1.0))
+  ])
+
+  def attempt(i, best):
+    # The nearest codes to the greedy scales are at least as good as its own.
+    start = nearest(w, starts[i]), starts[i]
+    return _better(w, h, best, alternate(w, h, start, update, iterations))
+
+  return jax.lax.fori_loop(0, len(starts), attempt, greedy)
 
 
 # ------------------------------ alternation ----------------------------------
@@ -164,7 +166,7 @@ def alternate(
     h: jax.Array | None,
     start: Fit,
     update: Callable[[jax.Array, jax.Array], Fit],
-    iterations: int,
+    iterations: jax.Array,
 ) -> Fit:
   """Repeats `update`, keeping of each group the best that was seen."""
 
@@ -234,7 +236,7 @@ def fit_kept(
     h: jax.Array | None,
     planes: int,
     keep: tuple[int, int],
-    iterations: int,
+    iterations: jax.Array,
 ) -> Fit:
   """As `fit_free`, with n nonzeros in every m neighbours of every plane."""
 
@@ -281,6 +283,11 @@ def _one_kept(
   best = start(peak)
   if h is not None:
     # The order of gains goes from h |w| (small scales) to 1 / h (large ones).
-    for ratio in (0.02, 0.2, 0.4, 0.6, 0.8):
-      best = _better(w, h, best, alternate(w, h, start(ratio * peak), step, 3))
+    ratios = jnp.array([0.02, 0.2, 0.4, 0.6, 0.8], jnp.float32)
+
+    def attempt(i, best):
+      other = alternate(w, h, start(ratios[i] * peak), step, 3)
+      return _better(w, h, best, other)
+
+    best = jax.lax.fori_loop(0, len(ratios), attempt, best)
   return best[0][0], best[1][0]
