@@ -28,6 +28,9 @@ import rich.table
 
 from gemma_ext import errors
 
+# TensorFlow arrives as a dependency of a dependency, and talks at import.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
 DTYPES = ('bfloat16', 'float32')
 EXIT_ERROR = 2
 
@@ -180,11 +183,12 @@ def human_bytes(n: int) -> str:
   return f'{n / 1000**power:.1f} {" kMGT"[power]}B'
 
 
-def human_interval(low: float | None, high: float | None, digits: int) -> str:
+def human_interval(ends: Sequence[float | None], digits: int) -> str:
   """Returns '[13.2, 15.1]', or a dash where there is no interval."""
-  if low is None or high is None or not math.isfinite(low + high):
+  numbers = [x for x in ends if x is not None and math.isfinite(x)]
+  if len(numbers) != 2:
     return '-'
-  return f'[{low:,.{digits}f}, {high:,.{digits}f}]'
+  return f'[{numbers[0]:,.{digits}f}, {numbers[1]:,.{digits}f}]'
 
 
 def _complain(text: str) -> None:

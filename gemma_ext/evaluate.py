@@ -166,7 +166,7 @@ def _report(out: Mapping[str, Any]) -> None:
     ratio = paired['ratio']
     console.print(
       f'perplexity ratio {"-" if ratio is None else f"{ratio:,.4f}"}, 95%'
-      f' interval {_cli.human_interval(*paired["ci95"], 4)}, paired by'
+      f' interval {_cli.human_interval(paired["ci95"], 4)}, paired by'
       f' {out["ci_unit"]}'
     )
   if out['ci_unit'] == 'window':
@@ -182,7 +182,7 @@ def _row(model: Mapping[str, Any]) -> tuple[str, ...]:
   return (
     model['checkpoint'],
     'overflow' if value is None else f'{value:,.3f}',
-    _cli.human_interval(*model['ci95'], 3),
+    _cli.human_interval(model['ci95'], 3),
     _cli.human_bytes(model['weight_bytes']),
     f'{share:.1%}',
   )

@@ -133,9 +133,9 @@ def test_human_bytes(n, text):
 
 
 def test_human_interval():
-  assert _cli.human_interval(1234.5678, 2000, 2) == '[1,234.57, 2,000.00]'
-  assert _cli.human_interval(None, None, 2) == '-'
-  assert _cli.human_interval(1.0, math.inf, 2) == '-'
+  assert _cli.human_interval([1234.5678, 2000], 2) == '[1,234.57, 2,000.00]'
+  assert _cli.human_interval([None, None], 2) == '-'
+  assert _cli.human_interval([1.0, math.inf], 2) == '-'
 
 
 def test_table_is_not_cut(capsys):

@@ -132,9 +132,9 @@ def test_sample_measures_on_the_test_split(loaded, tmp_path, monkeypatch):
 
 def test_one_document_is_said_to_be_one(loaded, texts, capsys):
   argv = [f'--text={texts / "00.txt"}', '--window=32', '--batch_size=4']
-  assert evaluate.main(['--checkpoint=mine', '--max_tokens=90', *argv]) == 0
+  assert evaluate.main(['--checkpoint=mine', '--max_tokens=40', *argv]) == 0
   out = capsys.readouterr().out
-  assert '90 tokens of 1 documents' in out
+  assert '40 tokens of 1 documents' in out
   assert 'A single document' in out
 
 

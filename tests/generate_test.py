@@ -59,7 +59,7 @@ def test_same_text_as_the_official_sampler(chat):
     params=params,
     tokenizer=tokenizer,
     sampling=gm.text.RandomSampling(temperature=1.0),
-    cache_length=72,
+    cache_length=300,
     max_out_length=8,
   )
   if chat:

@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A progress bar on stderr, with the time left."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import sys
 
 import tqdm
@@ -18,6 +17,8 @@ def track[T](
     desc=description,
     disable=not enabled,
     file=sys.stderr,
+    # A log file keeps every state of the bar.
+    mininterval=0.1 if sys.stderr.isatty() else 10,
     dynamic_ncols=True,
     leave=False,
   )
