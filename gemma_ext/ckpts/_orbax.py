@@ -79,7 +79,7 @@ def load(
   )
   try:
     params = gm.ckpts.load_params(path, params=target)
-  except (ValueError, KeyError, OSError, TypeError) as e:
+  except Exception as e:  # orbax and tensorstore raise of every kind
     raise errors.TruncatedFileError(
         f'{path}: orbax cannot read the parameters: {e!s:.500}'
     ) from e
