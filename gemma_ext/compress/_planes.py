@@ -21,7 +21,7 @@ def _sum(x: jax.Array, h: jax.Array | None) -> jax.Array:
 
 
 def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a / b, 0 where b is 0."""
+  """Returns a / b, 0 where b is 0."""
   return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
 
 
@@ -166,7 +166,7 @@ def alternate(
     h: jax.Array | None,
     start: Fit,
     update: Callable[[jax.Array, jax.Array], Fit],
-    iterations: jax.Array,
+    iterations: jax.Array | int,
 ) -> Fit:
   """Repeats `update`, keeping of each group the best that was seen."""
 

@@ -139,13 +139,16 @@ def unpack_stream(
     packed: jax.Array, bits: int, offset: int, cols: int
 ) -> jax.Array:
   """Inverse of `pack_stream`: int8[..., cols]."""
-  x = packed.reshape(*packed.shape[:-1], -1, bits).astype(jnp.uint16)
-  out = []
-  for i in range(8):
-    byte, shift = divmod(bits * i, 8)
-    v = x[..., byte] >> shift
-    if shift + bits > 8:
-      v = v | (x[..., byte + 1] << (8 - shift))
-    out.append((v & ((1 << bits) - 1)).astype(jnp.int8) - jnp.int8(offset))
-  out = jnp.stack(out, axis=-1).reshape(*packed.shape[:-1], -1)
-  return out[..., :cols]
+  x = packed.reshape(*packed.shape[:-1], -1, bits).astype(jnp.uint32)
+  # Four codes at a time fit a 32-bit word, wherever in a byte they start.
+  words = []
+  for start in (0, 4 * bits):
+    first, shift = divmod(start, 8)
+    word = jnp.zeros(x.shape[:-1], jnp.uint32)
+    for k, byte in enumerate(range(first, min(first + 4, bits))):
+      word = word | (x[..., byte] << (8 * k))
+    words.append(word >> shift)
+  word = jnp.stack(words, axis=-1)[..., None]
+  codes = (word >> (bits * jnp.arange(4, dtype=jnp.uint32))) & ((1 << bits) - 1)
+  codes = codes.astype(jnp.int8) - jnp.int8(offset)
+  return codes.reshape(*packed.shape[:-1], -1)[..., :cols]

@@ -84,7 +84,7 @@ def matmul_xla(
   alone = jax.default_backend() == 'cpu' and jax.device_count() == 1
   if chunk is None:
     chunk = CHUNK if alone else 0
-  dtype = jnp.float32 if few and alone else x.dtype
+  dtype = jnp.dtype(jnp.float32) if few and alone else x.dtype
   axis = int(isinstance(fmt, _formats.TernaryFormat))
   rows = _params.rows_of(p, fmt)
 

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the integer fit: against absmax, brute force, and bad input."""
 
-from gemma_ext import errors
-from gemma_ext.compress import _fit_int
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from gemma_ext import errors
+from gemma_ext.compress import _fit_int
 
 fit = _fit_int.fit_int
 relative_error = _fit_int.relative_error

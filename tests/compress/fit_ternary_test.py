@@ -5,14 +5,16 @@
 import itertools
 import math
 
-from gemma_ext import errors
-from gemma_ext.compress import _fit_ternary
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_ext import errors
+from gemma_ext.compress import _fit_ternary
+
 fit = _fit_ternary.fit_ternary
 relative_error = _fit_ternary.relative_error
+KEPT = [{'density': 0.5}, {'pattern': (3, 4)}]
 
 
 def _weights(*shape, seed=0):
@@ -181,7 +183,7 @@ def _kept_codes(n, keep, block):
   ]
 
 
-@pytest.mark.parametrize('how', [{'density': 0.5}, {'pattern': (3, 4)}], ids=str)
+@pytest.mark.parametrize('how', KEPT, ids=str)
 def test_fixed_density_is_the_exact_minimum(how):
   w = _weights(40, 8, seed=3)
   kept = _kept_codes(8, *((4, 8) if 'density' in how else (3, 4)))
@@ -190,7 +192,7 @@ def test_fixed_density_is_the_exact_minimum(how):
   assert np.abs(gap / (w**2).sum(-1)).max() < 2e-6
 
 
-@pytest.mark.parametrize('how', [{'density': 0.5}, {'pattern': (3, 4)}], ids=str)
+@pytest.mark.parametrize('how', KEPT, ids=str)
 def test_fixed_density_with_curvature_is_near_the_minimum(how):
   w, h = _weights(100, 8, seed=3), _curvature(8)
   kept = _kept_codes(8, *((4, 8) if 'density' in how else (3, 4)))

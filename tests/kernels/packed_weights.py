@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed weights to test with, and what they stand for in float64."""
 
-import gemma_ext.kernels as kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import gemma_ext.kernels as kernels
 
 # Eager operations compile one by one; these compile once a shape.
 _random = jax.jit(kernels.random_codes, static_argnums=(1, 2, 3))

@@ -5,13 +5,13 @@
 import subprocess
 import sys
 
-from gemma_ext import errors
-import gemma_ext.kernels as kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_ext import errors
+import gemma_ext.kernels as kernels
 from tests.kernels import packed_weights
 
 COLS = 96
