@@ -30,6 +30,7 @@ from gemma_ext import errors
 
 # TensorFlow arrives as a dependency of a dependency, and talks at import.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # Else it says so.
 
 DTYPES = ('bfloat16', 'float32')
 EXIT_ERROR = 2
