@@ -251,7 +251,7 @@ class _Cursor:
           f'The header is longer than {MAX_HEADER_BYTES} bytes; no Gemma needs'
           ' that much.'
       )
-    want = min(max(n, _CHUNK), self.size - position)
+    want = min(max(n, _CHUNK), self.size - position, MAX_HEADER_BYTES - position)
     self._file.seek(position)
     buffer = self._file.read(want)
     if len(buffer) < n:

@@ -79,9 +79,9 @@ def peer_nll(
   for i, row in enumerate(windows):
     logits = peer.logits(row)
     for j, target in enumerate(row[1:]):
-      at = logits[j].astype(np.float64)
-      top = at.max()
-      out[i, j] = top + np.log(np.exp(at - top).sum()) - at[target]
+      top = logits[j].max()
+      total = np.exp(logits[j] - top).sum(dtype=np.float64)
+      out[i, j] = np.log(total) + float(top) - float(logits[j, target])
   return out
 
 
