@@ -19,8 +19,7 @@ Canonical names, shapes as Hugging Face stores them ([out, in], rows first):
     post_ffw_norm [D] of their sum
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 import re
@@ -40,10 +39,10 @@ BLOCK_BYTES = 16 << 20
 _ALIGNMENT = 64  # What XLA's CPU client needs to take over a host buffer.
 
 _HARMLESS = re.compile(
-    r'(^|\.)(rope_freqs|rotary_emb|inv_freq)(\.|$)'
-    r'|(^|\.)(vision_tower|vision_model|vision_embedder|audio_tower'
-    r'|embed_vision|embed_audio|multi_modal_projector)\.'
-    r'|^(v|a|mm|mtp)\.'
+  r'(^|\.)(rope_freqs|rotary_emb|inv_freq)(\.|$)'
+  r'|(^|\.)(vision_tower|vision_model|vision_embedder|audio_tower'
+  r'|embed_vision|embed_audio|multi_modal_projector)\.'
+  r'|^(v|a|mm|mtp)\.'
 )
 
 
@@ -64,7 +63,7 @@ class TensorSource(Protocol):
     """Logical shape, rows first; marks the tensor as used."""
 
   def read(
-      self, name: str, start: int = 0, stop: int | None = None
+    self, name: str, start: int = 0, stop: int | None = None
   ) -> np.ndarray:
     """Rows `start:stop` of the first axis, in float32 or bfloat16."""
 
@@ -88,11 +87,11 @@ def expected_params(model: nn.Module) -> dict[str, Any]:
 
 
 def assemble(
-    model: nn.Module,
-    source: TensorSource,
-    *,
-    dtype: Any = jnp.bfloat16,
-    progress: bool = False,
+  model: nn.Module,
+  source: TensorSource,
+  *,
+  dtype: Any = jnp.bfloat16,
+  progress: bool = False,
 ) -> dict[str, Any]:
   """Reads the parameters of `model` from `source`.
 
@@ -120,15 +119,15 @@ def assemble(
   dtype = np.dtype(dtype)
   if dtype not in (np.dtype(ml_dtypes.bfloat16), np.float32, np.float16):
     raise errors.UnsupportedTypeError(
-        f'Parameters in {dtype} are not supported; expected bfloat16, float32'
-        ' or float16.'
+      f'Parameters in {dtype} are not supported; expected bfloat16, float32'
+      ' or float16.'
     )
   leaves = _layout.leaves_of(model, expected_params(model), source)
   _check(leaves, source)
   total = sum(math.prod(leaf.shape) * dtype.itemsize for leaf in leaves)
   params: dict[str, Any] = {}
   with tqdm.tqdm(
-      total=total, unit='B', unit_scale=True, desc='Loading', disable=not progress
+    total=total, unit='B', unit_scale=True, desc='Loading', disable=not progress
   ) as bar:
     for leaf in leaves:
       array = aligned_empty(leaf.shape, dtype)
@@ -156,31 +155,31 @@ def to_device(array: np.ndarray) -> jax.Array:
 def _check(leaves: list[_layout.Leaf], source: TensorSource) -> None:
   """Checks names and shapes of all tensors, before any of them is read."""
   missing = [
-      part.name
-      for leaf in leaves
-      for part in leaf.parts
-      if not source.has(part.name)
+    part.name
+    for leaf in leaves
+    for part in leaf.parts
+    if not source.has(part.name)
   ]
   if missing:
     raise errors.MissingTensorError(
-        f'The checkpoint lacks {len(missing)} tensors of the model, first'
-        f' {missing[:5]}.'
+      f'The checkpoint lacks {len(missing)} tensors of the model, first'
+      f' {missing[:5]}.'
     )
   for leaf in leaves:
     for part in leaf.parts:
       shape = tuple(source.shape(part.name))
       if shape != part.shape:
         raise errors.TensorShapeError(
-            f'Tensor {part.name} has shape {shape}; {"/".join(leaf.path)}'
-            f' needs {part.shape}.'
+          f'Tensor {part.name} has shape {shape}; {"/".join(leaf.path)}'
+          f' needs {part.shape}.'
         )
   if source.has('output'):
     _check_tied(source)
   unexpected = source.unused()
   if unexpected:
     raise errors.UnexpectedTensorError(
-        f'The checkpoint holds {len(unexpected)} tensors that the model has no'
-        f' place for, first {sorted(unexpected)[:5]}.'
+      f'The checkpoint holds {len(unexpected)} tensors that the model has no'
+      f' place for, first {sorted(unexpected)[:5]}.'
     )
 
 
@@ -189,8 +188,8 @@ def _check_tied(source: TensorSource) -> None:
   shape, embed = source.shape('output'), source.shape('embed')
   if tuple(shape) != tuple(embed):
     raise errors.UnexpectedTensorError(
-        f'The output head has shape {tuple(shape)}, the embedding'
-        f' {tuple(embed)}; Gemma uses one table for both.'
+      f'The output head has shape {tuple(shape)}, the embedding'
+      f' {tuple(embed)}; Gemma uses one table for both.'
     )
   # The two may be quantised differently, to as few as two bits.
   tolerance = 0.5
@@ -200,16 +199,16 @@ def _check_tied(source: TensorSource) -> None:
     table = source.read('embed', int(start), stop).astype(np.float64)
     if np.linalg.norm(head - table) > tolerance * np.linalg.norm(table):
       raise errors.UnexpectedTensorError(
-          'The output head is not the embedding table; Gemma uses one table'
-          f' for both, and rows {start}:{stop} differ.'
+        'The output head is not the embedding table; Gemma uses one table'
+        f' for both, and rows {start}:{stop} differ.'
       )
 
 
 def _fill(
-    leaf: _layout.Leaf,
-    array: np.ndarray,
-    source: TensorSource,
-    done: Callable[[int], Any],
+  leaf: _layout.Leaf,
+  array: np.ndarray,
+  source: TensorSource,
+  done: Callable[[int], Any],
 ) -> None:
   """Writes all parts of `leaf` into `array`, block by block."""
   if leaf.fill is not None:
@@ -222,17 +221,17 @@ def _fill(
       view = block.view
       if rows.size != view.size:
         raise errors.TensorShapeError(
-            f'Rows {block.start}:{block.stop} of tensor {part.name} hold'
-            f' {rows.size} numbers; expected {view.size}.'
+          f'Rows {block.start}:{block.stop} of tensor {part.name} hold'
+          f' {rows.size} numbers; expected {view.size}.'
         )
       if offset:
         rows = rows.astype(np.float32) - np.float32(offset)
       rows = rows.astype(array.dtype, copy=False)
       if not all_finite(rows):
         raise errors.NonFiniteError(
-            f'Tensor {part.name} holds NaN or infinity in rows'
-            f' {block.start}:{block.stop}. The checkpoint is damaged, or its'
-            f' values do not fit {array.dtype}.'
+          f'Tensor {part.name} holds NaN or infinity in rows'
+          f' {block.start}:{block.stop}. The checkpoint is damaged, or its'
+          f' values do not fit {array.dtype}.'
         )
       view[...] = rows.reshape(view.shape)
       done(view.nbytes)
@@ -255,7 +254,7 @@ def _blocks(part: _layout.Part, array: np.ndarray) -> Iterator[_Block]:
     for first in range(0, view.shape[0], step):
       last = min(first + step, view.shape[0])
       yield _Block(
-          start=start + first, stop=start + last, view=view[first:last]
+        start=start + first, stop=start + last, view=view[first:last]
       )
 
 

@@ -40,8 +40,8 @@ def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     handle, name = tempfile.mkstemp(prefix='.partial-', dir=path.parent)
   except OSError as e:
     raise errors.CheckpointError(
-        f'Cannot write to the cache {path.parent}: {e}. Set {CACHE_ENV} to a'
-        ' folder that can be written to.'
+      f'Cannot write to the cache {path.parent}: {e}. Set {CACHE_ENV} to a'
+      ' folder that can be written to.'
     ) from e
   try:
     with os.fdopen(handle, 'w+b') as file:

@@ -28,54 +28,54 @@ from gemma_ext.ckpts import _vocab
 _FAST_ROW = 4096
 
 _GLOBAL_NAMES = {
-    'embed': 'token_embd.weight',
-    'output': 'output.weight',
-    'final_norm': 'output_norm.weight',
-    'per_layer_embed': 'per_layer_token_embd.weight',
-    'per_layer_projection': 'per_layer_model_proj.weight',
-    'per_layer_projection_norm': 'per_layer_proj_norm.weight',
+  'embed': 'token_embd.weight',
+  'output': 'output.weight',
+  'final_norm': 'output_norm.weight',
+  'per_layer_embed': 'per_layer_token_embd.weight',
+  'per_layer_projection': 'per_layer_model_proj.weight',
+  'per_layer_projection_norm': 'per_layer_proj_norm.weight',
 }
 _LAYER_NAMES = {
-    'q': 'attn_q.weight',
-    'k': 'attn_k.weight',
-    'v': 'attn_v.weight',
-    'o': 'attn_output.weight',
-    'q_norm': 'attn_q_norm.weight',
-    'k_norm': 'attn_k_norm.weight',
-    'gate': 'ffn_gate.weight',
-    'up': 'ffn_up.weight',
-    'down': 'ffn_down.weight',
-    'pre_attn_norm': 'attn_norm.weight',
-    'post_attn_norm': 'post_attention_norm.weight',
-    'pre_ffw_norm': 'ffn_norm.weight',
-    'post_ffw_norm': 'post_ffw_norm.weight',
-    'skip_scale': 'layer_output_scale.weight',
-    'per_layer_gate': 'inp_gate.weight',
-    'per_layer_out': 'proj.weight',
-    'per_layer_norm': 'post_norm.weight',
+  'q': 'attn_q.weight',
+  'k': 'attn_k.weight',
+  'v': 'attn_v.weight',
+  'o': 'attn_output.weight',
+  'q_norm': 'attn_q_norm.weight',
+  'k_norm': 'attn_k_norm.weight',
+  'gate': 'ffn_gate.weight',
+  'up': 'ffn_up.weight',
+  'down': 'ffn_down.weight',
+  'pre_attn_norm': 'attn_norm.weight',
+  'post_attn_norm': 'post_attention_norm.weight',
+  'pre_ffw_norm': 'ffn_norm.weight',
+  'post_ffw_norm': 'post_ffw_norm.weight',
+  'skip_scale': 'layer_output_scale.weight',
+  'per_layer_gate': 'inp_gate.weight',
+  'per_layer_out': 'proj.weight',
+  'per_layer_norm': 'post_norm.weight',
 }
 # With experts, the plain FFN tensors are the FFN that all tokens share.
 _MOE_NAMES = {
-    'dense_pre_norm': 'ffn_norm.weight',
-    'dense_post_norm': 'post_ffw_norm_1.weight',
-    'pre_ffw_norm': 'pre_ffw_norm_2.weight',
-    'moe_post_norm': 'post_ffw_norm_2.weight',
-    'router': 'ffn_gate_inp.weight',
-    'router_scale': 'ffn_gate_inp.scale',
-    'experts_gate_up': 'ffn_gate_up_exps.weight',
-    'experts_gate': 'ffn_gate_exps.weight',
-    'experts_up': 'ffn_up_exps.weight',
-    'experts_down': 'ffn_down_exps.weight',
-    'expert_scale': 'ffn_down_exps.scale',
+  'dense_pre_norm': 'ffn_norm.weight',
+  'dense_post_norm': 'post_ffw_norm_1.weight',
+  'pre_ffw_norm': 'pre_ffw_norm_2.weight',
+  'moe_post_norm': 'post_ffw_norm_2.weight',
+  'router': 'ffn_gate_inp.weight',
+  'router_scale': 'ffn_gate_inp.scale',
+  'experts_gate_up': 'ffn_gate_up_exps.weight',
+  'experts_gate': 'ffn_gate_exps.weight',
+  'experts_up': 'ffn_up_exps.weight',
+  'experts_down': 'ffn_down_exps.weight',
+  'expert_scale': 'ffn_down_exps.scale',
 }
 _LAYER = re.compile(r'layer_(\d+)/(\w+)')
 
 
 def load_gguf(
-    path: str | os.PathLike[str],
-    *,
-    dtype: Any = jnp.bfloat16,
-    progress: bool = False,
+  path: str | os.PathLike[str],
+  *,
+  dtype: Any = jnp.bfloat16,
+  progress: bool = False,
 ) -> tuple[nn.Module, dict[str, Any], gm.text.Tokenizer | None]:
   """Loads a GGUF file.
 
@@ -104,9 +104,9 @@ def load_gguf(
     hparams = source.hparams
     model = _families.model_from_hparams(hparams, dtype)
     tokenizer = _vocab.tokenizer_of(
-        header.metadata,
-        _families.tokenizer_class(model),
-        max_tokens=hparams.vocab_size,
+      header.metadata,
+      _families.tokenizer_class(model),
+      max_tokens=hparams.vocab_size,
     )
     params = _assemble.assemble(model, source, dtype=dtype, progress=progress)
   return model, params, tokenizer
@@ -125,7 +125,7 @@ class GgufSource:
       info = header.tensors['rope_freqs.weight']
       if math.prod(info.shape) > _hparams.LIMITS['global_head_dim'][1]:
         raise errors.TensorShapeError(
-            f'rope_freqs.weight has shape {info.shape}; expected half of a head.'
+          f'rope_freqs.weight has shape {info.shape}; expected half of a head.'
         )
       factors = self._read_file_tensor(info, 0, info.shape[0])
     self.hparams = _gguf_hparams.hparams_of(header, factors)
@@ -138,14 +138,14 @@ class GgufSource:
     info = self._info(name)
     if not can_dequantize(info.kind):
       raise errors.UnsupportedTypeError(
-          f'Tensor {info.name} is stored as {info.kind.name}, which the'
-          ' installed gguf package cannot dequantise.'
+        f'Tensor {info.name} is stored as {info.kind.name}, which the'
+        ' installed gguf package cannot dequantise.'
       )
     self._used.add(info.name)
     return info.shape
 
   def read(
-      self, name: str, start: int = 0, stop: int | None = None
+    self, name: str, start: int = 0, stop: int | None = None
   ) -> np.ndarray:
     info = self._info(name)
     stop = info.shape[0] if stop is None else stop
@@ -153,9 +153,9 @@ class GgufSource:
 
   def unused(self) -> list[str]:
     return [
-        name
-        for name in self._header.tensors
-        if name not in self._used and not _assemble.is_harmless(name)
+      name
+      for name in self._header.tensors
+      if name not in self._used and not _assemble.is_harmless(name)
     ]
 
   def _info(self, name: str) -> _gguf_header.TensorInfo:
@@ -163,7 +163,7 @@ class GgufSource:
     info = self._header.tensors.get(file_name)
     if info is None:
       raise errors.MissingTensorError(
-          f'The file has no tensor {file_name} ({name}).'
+        f'The file has no tensor {file_name} ({name}).'
       )
     return info
 
@@ -179,36 +179,34 @@ class GgufSource:
     return f'blk.{layer}.{suffix}' if suffix else ''
 
   def _read_file_tensor(
-      self, info: _gguf_header.TensorInfo, start: int, stop: int
+    self, info: _gguf_header.TensorInfo, start: int, stop: int
   ) -> np.ndarray:
     """Rows `start:stop` of a tensor, dequantised."""
     if not 0 <= start <= stop <= info.shape[0]:
       raise errors.TensorShapeError(
-          f'Rows {start}:{stop} of tensor {info.name} with {info.shape[0]} rows.'
+        f'Rows {start}:{stop} of tensor {info.name} with {info.shape[0]} rows.'
       )
     row_bytes = info.nbytes // info.shape[0]
     # One axis: a "row" of a vector is a single number, or part of a block.
     if len(info.shape) == 1:
-      values = dequantize(
-          self._read_bytes(info, 0, info.nbytes), info.kind
-      )
+      values = dequantize(self._read_bytes(info, 0, info.nbytes), info.kind)
       return values[start:stop]
     raw = self._read_bytes(info, start * row_bytes, (stop - start) * row_bytes)
     return dequantize(raw, info.kind).reshape(stop - start, *info.shape[1:])
 
   def _read_bytes(
-      self, info: _gguf_header.TensorInfo, offset: int, n: int
+    self, info: _gguf_header.TensorInfo, offset: int, n: int
   ) -> np.ndarray:
     raw = np.empty(n, np.uint8)
     view = memoryview(raw)
     done = 0
     while done < n:
       got = os.preadv(
-          self._file.fileno(), [view[done:]], info.offset + offset + done
+        self._file.fileno(), [view[done:]], info.offset + offset + done
       )
       if not got:
         raise errors.TruncatedFileError(
-            f'The file ended while tensor {info.name} was read.'
+          f'The file ended while tensor {info.name} was read.'
         )
       done += got
     return raw
@@ -252,6 +250,6 @@ def dequantize(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
       if first < last:
         part = raw[first * block_bytes : last * block_bytes]
         out[first * block : last * block] = gguf.quants.dequantize(
-            part.reshape(-1, per_row * block_bytes), kind
+          part.reshape(-1, per_row * block_bytes), kind
         ).reshape(-1)
   return out

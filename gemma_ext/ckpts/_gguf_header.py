@@ -32,24 +32,24 @@ _CHUNK = 1 << 20
 _STRING = 8
 _ARRAY = 9
 _BOOL = 7
-_SCALARS = {
-    0: np.dtype('<u1'),
-    1: np.dtype('<i1'),
-    2: np.dtype('<u2'),
-    3: np.dtype('<i2'),
-    4: np.dtype('<u4'),
-    5: np.dtype('<i4'),
-    6: np.dtype('<f4'),
-    7: np.dtype('<u1'),
-    10: np.dtype('<u8'),
-    11: np.dtype('<i8'),
-    12: np.dtype('<f8'),
+_SCALARS: dict[int, np.dtype[Any]] = {
+  0: np.dtype('<u1'),
+  1: np.dtype('<i1'),
+  2: np.dtype('<u2'),
+  3: np.dtype('<i2'),
+  4: np.dtype('<u4'),
+  5: np.dtype('<i4'),
+  6: np.dtype('<f4'),
+  7: np.dtype('<u1'),
+  10: np.dtype('<u8'),
+  11: np.dtype('<i8'),
+  12: np.dtype('<f8'),
 }
 # Least bytes that one value of a type takes.
 _LEAST_BYTES = {
-    _STRING: 8,
-    _ARRAY: 12,
-    **{k: d.itemsize for k, d in _SCALARS.items()},
+  _STRING: 8,
+  _ARRAY: 12,
+  **{k: d.itemsize for k, d in _SCALARS.items()},
 }
 _LEAST_PAIR_BYTES = 8 + 4 + 1
 _LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
@@ -112,8 +112,8 @@ def read_header(file: BinaryIO) -> Header:
   cursor = _Cursor(file)
   if cursor.size < 24 or cursor.take(4) != MAGIC:
     raise errors.UnknownFormatError(
-        'Not a GGUF file: it must start with the bytes "GGUF" and have a header'
-        f' of at least 24 bytes; the file has {cursor.size}.'
+      'Not a GGUF file: it must start with the bytes "GGUF" and have a header'
+      f' of at least 24 bytes; the file has {cursor.size}.'
     )
   version = cursor.u32()
   if version not in VERSIONS:
@@ -121,7 +121,7 @@ def read_header(file: BinaryIO) -> Header:
     if int.from_bytes(version.to_bytes(4, 'little'), 'big') in VERSIONS:
       hint = ' This one is big-endian; convert it to little-endian first.'
     raise errors.HeaderError(
-        f'GGUF version {version} is not supported; expected {VERSIONS}.{hint}'
+      f'GGUF version {version} is not supported; expected {VERSIONS}.{hint}'
     )
   num_tensors = cursor.count('tensors', _LEAST_TENSOR_BYTES)
   num_pairs = cursor.count('metadata pairs', _LEAST_PAIR_BYTES)
@@ -140,14 +140,14 @@ def read_header(file: BinaryIO) -> Header:
       raise errors.HeaderError(f'Tensor {info.name!r} occurs twice.')
     if info.offset % alignment:
       raise errors.HeaderError(
-          f'Tensor {info.name!r} starts at offset {info.offset}, which is not a'
-          f' multiple of the alignment {alignment}.'
+        f'Tensor {info.name!r} starts at offset {info.offset}, which is not a'
+        f' multiple of the alignment {alignment}.'
       )
     end = data + info.offset + info.nbytes
     if end > cursor.size:
       raise errors.TruncatedFileError(
-          f'Tensor {info.name!r} ends at byte {end}, the file at'
-          f' {cursor.size}. Download it again.'
+        f'Tensor {info.name!r} ends at byte {end}, the file at'
+        f' {cursor.size}. Download it again.'
       )
     tensors[info.name] = dataclasses.replace(info, offset=data + info.offset)
   _check_overlap(list(tensors.values()))
@@ -190,8 +190,8 @@ class _Cursor:
     n = self.u64()
     if n * least_bytes > self.remaining:
       raise errors.HeaderTooLargeError(
-          f'The header promises {n} {what}, which take at least'
-          f' {n * least_bytes} bytes; {self.remaining} are left in the file.'
+        f'The header promises {n} {what}, which take at least'
+        f' {n * least_bytes} bytes; {self.remaining} are left in the file.'
       )
     return n
 
@@ -200,8 +200,8 @@ class _Cursor:
     n = self.u64()
     if n > min(limit, self.remaining):
       raise errors.HeaderTooLargeError(
-          f'A {what} of {n} bytes is promised; at most {limit} are allowed and'
-          f' {self.remaining} left in the file.'
+        f'A {what} of {n} bytes is promised; at most {limit} are allowed and'
+        f' {self.remaining} left in the file.'
       )
     return self.take(n)
 
@@ -243,20 +243,22 @@ class _Cursor:
     position = self.position
     if position + n > self.size:
       raise errors.TruncatedFileError(
-          f'The file ends at byte {self.size}, inside its header, which goes on'
-          f' to byte {position + n} or further. Download it again.'
+        f'The file ends at byte {self.size}, inside its header, which goes on'
+        f' to byte {position + n} or further. Download it again.'
       )
     if position + n > MAX_HEADER_BYTES:
       raise errors.HeaderTooLargeError(
-          f'The header is longer than {MAX_HEADER_BYTES} bytes; no Gemma needs'
-          ' that much.'
+        f'The header is longer than {MAX_HEADER_BYTES} bytes; no Gemma needs'
+        ' that much.'
       )
-    want = min(max(n, _CHUNK), self.size - position, MAX_HEADER_BYTES - position)
+    want = min(
+      max(n, _CHUNK), self.size - position, MAX_HEADER_BYTES - position
+    )
     self._file.seek(position)
     buffer = self._file.read(want)
     if len(buffer) < n:
       raise errors.TruncatedFileError(
-          f'The file ended at byte {position + len(buffer)} while being read.'
+        f'The file ended at byte {position + len(buffer)} while being read.'
       )
     self._buffer, self._at, self._start = buffer, 0, position
 
@@ -283,7 +285,7 @@ def _typed(cursor: _Cursor, key: str, kind: int, depth: int) -> Any:
 def _array(cursor: _Cursor, key: str, depth: int) -> Any:
   if depth > _MAX_ARRAY_DEPTH:
     raise errors.HeaderError(
-        f'{key} nests arrays deeper than {_MAX_ARRAY_DEPTH} levels.'
+      f'{key} nests arrays deeper than {_MAX_ARRAY_DEPTH} levels.'
     )
   kind = cursor.u32()
   if kind not in _LEAST_BYTES:
@@ -314,13 +316,13 @@ def _tensor_info(cursor: _Cursor) -> TensorInfo:
   num_dims = cursor.u32()
   if not 1 <= num_dims <= MAX_DIMS:
     raise errors.HeaderError(
-        f'Tensor {name!r} has {num_dims} dimensions; expected 1 to {MAX_DIMS}.'
+      f'Tensor {name!r} has {num_dims} dimensions; expected 1 to {MAX_DIMS}.'
     )
   dims = struct.unpack(f'<{num_dims}Q', cursor.take(8 * num_dims))
   if min(dims) < 1 or math.prod(dims) > _MAX_DIM:
     raise errors.HeaderTooLargeError(
-        f'Tensor {name!r} has dimensions {dims}; expected sizes of at least 1'
-        f' and at most {_MAX_DIM} numbers.'
+      f'Tensor {name!r} has dimensions {dims}; expected sizes of at least 1'
+      f' and at most {_MAX_DIM} numbers.'
     )
   raw_kind = cursor.u32()
   offset = cursor.u64()
@@ -329,34 +331,34 @@ def _tensor_info(cursor: _Cursor) -> TensorInfo:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
   except (ValueError, KeyError) as e:
     raise errors.UnsupportedTypeError(
-        f'Tensor {name!r} has the unknown type {raw_kind}; a newer gguf package'
-        ' may know it.'
+      f'Tensor {name!r} has the unknown type {raw_kind}; a newer gguf package'
+      ' may know it.'
     ) from e
   if dims[0] % block:
     raise errors.HeaderError(
-        f'Rows of tensor {name!r} have {dims[0]} numbers, which is not a'
-        f' multiple of the {block} in a block of {kind.name}.'
+      f'Rows of tensor {name!r} have {dims[0]} numbers, which is not a'
+      f' multiple of the {block} in a block of {kind.name}.'
     )
   return TensorInfo(
-      name=name,
-      shape=dims[::-1],
-      kind=kind,
-      offset=offset,
-      nbytes=math.prod(dims) // block * block_bytes,
+    name=name,
+    shape=dims[::-1],
+    kind=kind,
+    offset=offset,
+    nbytes=math.prod(dims) // block * block_bytes,
   )
 
 
 def _alignment(metadata: dict[str, Any]) -> int:
   value = metadata.get('general.alignment', _DEFAULT_ALIGNMENT)
   if (
-      isinstance(value, bool)
-      or not isinstance(value, int)
-      or not 1 <= value <= _MAX_ALIGNMENT
-      or value & (value - 1)
+    isinstance(value, bool)
+    or not isinstance(value, int)
+    or not 1 <= value <= _MAX_ALIGNMENT
+    or value & (value - 1)
   ):
     raise errors.HeaderError(
-        f'general.alignment is {value!r}; expected a power of two up to'
-        f' {_MAX_ALIGNMENT}.'
+      f'general.alignment is {value!r}; expected a power of two up to'
+      f' {_MAX_ALIGNMENT}.'
     )
   return value
 
@@ -366,7 +368,7 @@ def _check_overlap(tensors: list[TensorInfo]) -> None:
   for before, after in zip(ordered, ordered[1:]):
     if before.offset + before.nbytes > after.offset:
       raise errors.OverlappingTensorsError(
-          f'Tensors {before.name!r} and {after.name!r} overlap: the first ends'
-          f' at byte {before.offset + before.nbytes}, the second starts at'
-          f' {after.offset}.'
+        f'Tensors {before.name!r} and {after.name!r} overlap: the first ends'
+        f' at byte {before.offset + before.nbytes}, the second starts at'
+        f' {after.offset}.'
       )

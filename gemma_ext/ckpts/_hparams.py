@@ -14,22 +14,22 @@ GLOBAL = 'global'
 # Far above every released Gemma, and low enough that no size taken from a
 # file can make a shape whose product overflows or a loop that never ends.
 LIMITS = {
-    'vocab_size': (1, 1 << 22),
-    'embed_dim': (1, 1 << 16),
-    'hidden_dim': (1, 1 << 19),
-    'num_layers': (1, 512),
-    'num_heads': (1, 1024),
-    'num_kv_heads': (1, 1024),
-    'head_dim': (2, 1 << 13),
-    'sliding_window': (1, 1 << 24),
-    'global_head_dim': (2, 1 << 13),
-    'num_global_kv_heads': (1, 1024),
-    'per_layer_dim': (0, 1 << 13),
-    'num_kv_shared_layers': (0, 512),
-    'shared_hidden_dim': (1, 1 << 19),
-    'num_experts': (0, 1 << 12),
-    'expert_dim': (0, 1 << 17),
-    'top_k_experts': (0, 1 << 12),
+  'vocab_size': (1, 1 << 22),
+  'embed_dim': (1, 1 << 16),
+  'hidden_dim': (1, 1 << 19),
+  'num_layers': (1, 512),
+  'num_heads': (1, 1024),
+  'num_kv_heads': (1, 1024),
+  'head_dim': (2, 1 << 13),
+  'sliding_window': (1, 1 << 24),
+  'global_head_dim': (2, 1 << 13),
+  'num_global_kv_heads': (1, 1024),
+  'per_layer_dim': (0, 1 << 13),
+  'num_kv_shared_layers': (0, 512),
+  'shared_hidden_dim': (1, 1 << 19),
+  'num_experts': (0, 1 << 12),
+  'expert_dim': (0, 1 << 17),
+  'top_k_experts': (0, 1 << 12),
 }
 _FLOAT_LIMIT = 1e9
 
@@ -44,12 +44,12 @@ def check_int(name: str, value: object, limits: tuple[int, int]) -> int:
   low, high = limits
   if isinstance(value, bool) or not isinstance(value, int):
     raise errors.HeaderError(
-        f'{name} is {value!r}; expected an integer in [{low}, {high}].'
+      f'{name} is {value!r}; expected an integer in [{low}, {high}].'
     )
   if value > high:
     raise errors.HeaderTooLargeError(
-        f'{name} is {value}; no Gemma has more than {high}. The checkpoint is'
-        ' damaged or not a Gemma.'
+      f'{name} is {value}; no Gemma has more than {high}. The checkpoint is'
+      ' damaged or not a Gemma.'
     )
   if value < low:
     raise errors.HeaderError(f'{name} is {value}; expected at least {low}.')
@@ -70,8 +70,8 @@ def check_float(name: str, value: object, *, above: float = 0.0) -> float:
     raise errors.HeaderError(f'{name} is too large for a float.') from e
   if not math.isfinite(number) or not above < number <= _FLOAT_LIMIT:
     raise errors.HeaderError(
-        f'{name} is {value!r}; expected a number above {above} and at most'
-        f' {_FLOAT_LIMIT:g}.'
+      f'{name} is {value!r}; expected a number above {above} and at most'
+      f' {_FLOAT_LIMIT:g}.'
     )
   return number
 
@@ -149,14 +149,14 @@ class Hparams:
   def __post_init__(self):
     if self.family not in FAMILIES:
       raise errors.UnsupportedTypeError(
-          f'Unknown model family {self.family!r}; expected one of {FAMILIES}.'
+        f'Unknown model family {self.family!r}; expected one of {FAMILIES}.'
       )
     check_int('num_layers', len(self.attention_types), LIMITS['num_layers'])
     for i, kind in enumerate(self.attention_types):
       if kind not in (LOCAL, GLOBAL):
         raise errors.HeaderError(
-            f'Attention type of layer {i} is {kind!r}; expected {LOCAL!r} or'
-            f' {GLOBAL!r}.'
+          f'Attention type of layer {i} is {kind!r}; expected {LOCAL!r} or'
+          f' {GLOBAL!r}.'
         )
     for name, limits in LIMITS.items():
       value = getattr(self, name)
@@ -183,39 +183,39 @@ class Hparams:
     for name in ('local_rope_proportion', 'global_rope_proportion'):
       if check_float(name, getattr(self, name)) > 1.0:
         raise errors.HeaderError(
-            f'{name} is {getattr(self, name)}; expected at most 1.'
+          f'{name} is {getattr(self, name)}; expected at most 1.'
         )
 
   def _check_attention(self) -> None:
     if self.query_scale not in ('head_dim', 'embed_per_head'):
       raise errors.HeaderError(
-          f"query_scale is {self.query_scale!r}; expected 'head_dim' or"
-          " 'embed_per_head'."
+        f"query_scale is {self.query_scale!r}; expected 'head_dim' or"
+        " 'embed_per_head'."
       )
     for name in ('num_kv_heads', 'num_global_kv_heads'):
       value = getattr(self, name)
       if value is not None and self.num_heads % value:
         raise errors.HeaderError(
-            f'{self.num_heads} query heads do not divide over {name}={value}.'
+          f'{self.num_heads} query heads do not divide over {name}={value}.'
         )
     for name in ('head_dim', 'global_head_dim'):
       if (getattr(self, name) or 0) % 2:
         raise errors.HeaderError(
-            f'{name} is {getattr(self, name)}; RoPE needs an even width.'
+          f'{name} is {getattr(self, name)}; RoPE needs an even width.'
         )
     if LOCAL in self.attention_types and self.sliding_window is None:
       raise errors.HeaderError(
-          'The model has sliding-window layers but no window size.'
+        'The model has sliding-window layers but no window size.'
       )
 
   def _check_gemma4(self) -> None:
     if self.num_experts and not (
-        self.expert_dim and 1 <= self.top_k_experts <= self.num_experts
+      self.expert_dim and 1 <= self.top_k_experts <= self.num_experts
     ):
       raise errors.HeaderError(
-          f'A mixture of {self.num_experts} experts needs expert_dim and 1 to'
-          f' {self.num_experts} experts per token, got'
-          f' expert_dim={self.expert_dim}, top_k={self.top_k_experts}.'
+        f'A mixture of {self.num_experts} experts needs expert_dim and 1 to'
+        f' {self.num_experts} experts per token, got'
+        f' expert_dim={self.expert_dim}, top_k={self.top_k_experts}.'
       )
     shared = self.num_kv_shared_layers
     if not shared:
@@ -223,7 +223,7 @@ class Hparams:
     own = self.num_layers - shared
     if own < 2 or self.attention_types[own - 2 : own] != (LOCAL, GLOBAL):
       raise errors.UnsupportedTypeError(
-          f'The last {shared} of {self.num_layers} layers share keys and values'
-          ' of earlier layers; that needs a local and then a global layer just'
-          f' before them, got {self.attention_types[max(own - 2, 0) : own]}.'
+        f'The last {shared} of {self.num_layers} layers share keys and values'
+        ' of earlier layers; that needs a local and then a global layer just'
+        f' before them, got {self.attention_types[max(own - 2, 0) : own]}.'
       )

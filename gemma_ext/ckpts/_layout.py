@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each canonical tensor lies inside the parameter tree of a model."""
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 from typing import Any, Protocol
 
@@ -16,7 +15,6 @@ from gemma_ext.ckpts import _model_classes
 
 
 class _Has(Protocol):
-
   def has(self, name: str) -> bool:
     """Whether the checkpoint holds the tensor."""
 
@@ -57,35 +55,35 @@ class Leaf:
 
 
 _NORMS = {
-    'pre_attention_norm': 'pre_attn_norm',
-    'post_attention_norm': 'post_attn_norm',
-    'pre_ffw_norm': 'pre_ffw_norm',
-    'post_ffw_norm': 'post_ffw_norm',
-    'pre_ffw2_norm': 'dense_pre_norm',
-    'post_ffw2_norm': 'dense_post_norm',
-    'post_ffw1_norm': 'moe_post_norm',
-    'post_per_layer_input_norm': 'per_layer_norm',
-    'attn/query_norm': 'q_norm',
-    'attn/key_norm': 'k_norm',
-    'attn/_query_norm': 'q_norm',
-    'attn/_key_norm': 'k_norm',
+  'pre_attention_norm': 'pre_attn_norm',
+  'post_attention_norm': 'post_attn_norm',
+  'pre_ffw_norm': 'pre_ffw_norm',
+  'post_ffw_norm': 'post_ffw_norm',
+  'pre_ffw2_norm': 'dense_pre_norm',
+  'post_ffw2_norm': 'dense_post_norm',
+  'post_ffw1_norm': 'moe_post_norm',
+  'post_per_layer_input_norm': 'per_layer_norm',
+  'attn/query_norm': 'q_norm',
+  'attn/key_norm': 'k_norm',
+  'attn/_query_norm': 'q_norm',
+  'attn/_key_norm': 'k_norm',
 }
 _TRANSPOSED = {
-    'per_layer_input_gate/w': 'per_layer_gate',
-    'per_layer_projection/w': 'per_layer_out',
-    'mlp/router_logits/w': 'router',
-    'mlp/linear': 'down',
-    'mlp2/linear': 'down',
+  'per_layer_input_gate/w': 'per_layer_gate',
+  'per_layer_projection/w': 'per_layer_out',
+  'mlp/router_logits/w': 'router',
+  'mlp/linear': 'down',
+  'mlp2/linear': 'down',
 }
 _VECTORS = {
-    'skip_scale': 'skip_scale',
-    'mlp/per_expert_scale': 'expert_scale',
-    'mlp/router_scale': 'router_scale',
+  'skip_scale': 'skip_scale',
+  'mlp/per_expert_scale': 'expert_scale',
+  'mlp/router_scale': 'router_scale',
 }
 
 
 def leaves_of(
-    model: nn.Module, params: dict[str, Any], source: _Has
+  model: nn.Module, params: dict[str, Any], source: _Has
 ) -> list[Leaf]:
   """Returns a `Leaf` for every parameter of `model`.
 
@@ -100,8 +98,8 @@ def leaves_of(
   family = _model_classes.family_of(model).name
   if family == 'gemma3n':
     raise errors.UnsupportedTypeError(
-        'Gemma 3n is read from official checkpoints only; use'
-        ' gm.ckpts.CheckpointPath.'
+      'Gemma 3n is read from official checkpoints only; use'
+      ' gm.ckpts.CheckpointPath.'
     )
   shared = _kv_shared_layers(model) if family == 'gemma4' else frozenset()
   leaves = []
@@ -115,17 +113,17 @@ def _kv_shared_layers(model: nn.Module) -> frozenset[str]:
   """Layers that reuse the keys and values of an earlier layer."""
   config = model.config
   pattern = _model_classes.gemma4_config.create_kv_cache_sharing_patterns(
-      config.kv_cache_sharing_config, config.num_layers, config.attention_types
+    config.kv_cache_sharing_config, config.num_layers, config.attention_types
   )
   return frozenset(f'layer_{i}' for i, p in enumerate(pattern) if p != i)
 
 
 def _leaf(
-    model: nn.Module,
-    path: tuple[str, ...],
-    shape: tuple[int, ...],
-    source: _Has,
-    shared: frozenset[str],
+  model: nn.Module,
+  path: tuple[str, ...],
+  shape: tuple[int, ...],
+  source: _Has,
+  shared: frozenset[str],
 ) -> Leaf:
   name = '/'.join(path)
   if name == 'final_norm/scale':
@@ -146,7 +144,7 @@ def _leaf(
     return Leaf(path=path, shape=shape, parts=(part,), is_norm=True)
   if rest in _VECTORS:
     return Leaf(
-        path=path, shape=shape, parts=(_rows(at(_VECTORS[rest]), shape),)
+      path=path, shape=shape, parts=(_rows(at(_VECTORS[rest]), shape),)
     )
   if rest in _TRANSPOSED:
     part = _transposed(at(_TRANSPOSED[rest]), shape)
@@ -166,8 +164,8 @@ def _leaf(
 
 def _unknown(model: nn.Module, name: str) -> errors.UnsupportedTypeError:
   return errors.UnsupportedTypeError(
-      f'{type(model).__name__} has a parameter {name} that is not known here;'
-      ' expected a text-only Gemma 2, 3 or 4 of gemma 4.0.1.'
+    f'{type(model).__name__} has a parameter {name} that is not known here;'
+    ' expected a text-only Gemma 2, 3 or 4 of gemma 4.0.1.'
   )
 
 
@@ -178,43 +176,43 @@ def _embedder_leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> Leaf:
   elif rest == 'per_layer_embeddings':
     rows, layers, width = shape
     part = Part(
-        name='per_layer_embed',
-        shape=(rows, layers * width),
-        views=lambda leaf: iter([(0, leaf)]),
+      name='per_layer_embed',
+      shape=(rows, layers * width),
+      views=lambda leaf: iter([(0, leaf)]),
     )
   elif rest == 'per_layer_model_projection/w':
     embed, layers, width = shape
     part = Part(
-        name='per_layer_projection',
-        shape=(layers * width, embed),
-        views=lambda leaf: iter([(0, leaf.reshape(embed, -1).T)]),
+      name='per_layer_projection',
+      shape=(layers * width, embed),
+      views=lambda leaf: iter([(0, leaf.reshape(embed, -1).T)]),
     )
   elif rest == 'per_layer_projection_norm/scale':
     part = _rows('per_layer_projection_norm', shape)
     return Leaf(path=path, shape=shape, parts=(part,), is_norm=True)
   else:
     raise errors.UnsupportedTypeError(
-        f'The model has a parameter embedder/{rest}, which belongs to a media'
-        ' encoder; expected a text-only model (text_only=True).'
+      f'The model has a parameter embedder/{rest}, which belongs to a media'
+      ' encoder; expected a text-only model (text_only=True).'
     )
   return Leaf(path=path, shape=shape, parts=(part,))
 
 
 def _attention_parts(
-    model: nn.Module,
-    rest: str,
-    shape: tuple[int, ...],
-    at: Callable[[str], str],
+  model: nn.Module,
+  rest: str,
+  shape: tuple[int, ...],
+  at: Callable[[str], str],
 ) -> tuple[Part, ...]:
   match rest:
     case 'attn/attn_vec_einsum/w':
       heads, width, embed = shape
       return (
-          Part(
-              name=at('o'),
-              shape=(embed, heads * width),
-              views=lambda leaf: iter([(0, leaf.reshape(-1, embed).T)]),
-          ),
+        Part(
+          name=at('o'),
+          shape=(embed, heads * width),
+          views=lambda leaf: iter([(0, leaf.reshape(-1, embed).T)]),
+        ),
       )
     case 'attn/q_einsum/w':
       return (_heads(at('q'), shape, lambda leaf: leaf),)
@@ -222,63 +220,71 @@ def _attention_parts(
       return (_heads(at('k'), shape, lambda leaf: leaf),)
     case 'attn/kv_einsum/w':
       return tuple(
-          _heads(at(n), shape[1:], lambda leaf, i=i: leaf[i])
-          for i, n in enumerate('kv')
+        _heads(at(n), shape[1:], _index(i)) for i, n in enumerate('kv')
       )
     case 'attn/qkv_einsum/w':
       return tuple(
-          _heads(at(n), shape[1:], lambda leaf, i=i: leaf[i])
-          for i, n in enumerate('qkv')
+        _heads(at(n), shape[1:], _index(i)) for i, n in enumerate('qkv')
       )
   raise _unknown(model, rest)
 
 
 def _ffw_parts(
-    model: nn.Module,
-    rest: str,
-    shape: tuple[int, ...],
-    at: Callable[[str], str],
-    source: _Has,
+  model: nn.Module,
+  rest: str,
+  shape: tuple[int, ...],
+  at: Callable[[str], str],
+  source: _Has,
 ) -> tuple[Part, ...]:
   match rest:
     case 'mlp/gating_einsum' | 'mlp2/gating_einsum':
       if getattr(model.config, 'transpose_gating_einsum', True):
         return tuple(
-            _rows(at(n), shape[1:], lambda leaf, i=i: leaf[i])
-            for i, n in enumerate(('gate', 'up'))
+          _rows(at(n), shape[1:], _index(i))
+          for i, n in enumerate(('gate', 'up'))
         )
       return tuple(
-          _transposed(at(n), shape[1:], lambda leaf, i=i: leaf[i])
-          for i, n in enumerate(('gate', 'up'))
+        _transposed(at(n), shape[1:], _index(i))
+        for i, n in enumerate(('gate', 'up'))
       )
     case 'mlp/gating_einsum/w':
       experts, _, hidden, embed = shape
       if source.has(at('experts_gate_up')):
         return (
-            Part(
-                name=at('experts_gate_up'),
-                shape=(experts, 2 * hidden, embed),
-                views=lambda leaf: iter([(0, leaf)]),
-            ),
+          Part(
+            name=at('experts_gate_up'),
+            shape=(experts, 2 * hidden, embed),
+            views=lambda leaf: iter([(0, leaf)]),
+          ),
         )
       return tuple(
-          Part(
-              name=at(n),
-              shape=(experts, hidden, embed),
-              views=lambda leaf, i=i: iter([(0, leaf[:, i])]),
-          )
-          for i, n in enumerate(('experts_gate', 'experts_up'))
+        Part(
+          name=at(n),
+          shape=(experts, hidden, embed),
+          views=_expert_views(i),
+        )
+        for i, n in enumerate(('experts_gate', 'experts_up'))
       )
     case 'mlp/linear/w':
       experts, hidden, embed = shape
       return (
-          Part(
-              name=at('experts_down'),
-              shape=(experts, embed, hidden),
-              views=lambda leaf: iter([(0, leaf.transpose(0, 2, 1))]),
-          ),
+        Part(
+          name=at('experts_down'),
+          shape=(experts, embed, hidden),
+          views=lambda leaf: iter([(0, leaf.transpose(0, 2, 1))]),
+        ),
       )
   raise _unknown(model, rest)
+
+
+def _index(i: int) -> Callable[[np.ndarray], np.ndarray]:
+  return lambda leaf: leaf[i]
+
+
+def _expert_views(
+  i: int,
+) -> Callable[[np.ndarray], Iterator[tuple[int, np.ndarray]]]:
+  return lambda leaf: iter([(0, leaf[:, i])])
 
 
 def _same(leaf: np.ndarray) -> np.ndarray:
@@ -286,35 +292,33 @@ def _same(leaf: np.ndarray) -> np.ndarray:
 
 
 def _rows(
-    name: str,
-    shape: tuple[int, ...],
-    of: Callable[[np.ndarray], np.ndarray] = _same,
+  name: str,
+  shape: tuple[int, ...],
+  of: Callable[[np.ndarray], np.ndarray] = _same,
 ) -> Part:
   """A tensor stored as the model holds it."""
-  return Part(
-      name=name, shape=shape, views=lambda leaf: iter([(0, of(leaf))])
-  )
+  return Part(name=name, shape=shape, views=lambda leaf: iter([(0, of(leaf))]))
 
 
 def _transposed(
-    name: str,
-    shape: tuple[int, ...],
-    of: Callable[[np.ndarray], np.ndarray] = _same,
+  name: str,
+  shape: tuple[int, ...],
+  of: Callable[[np.ndarray], np.ndarray] = _same,
 ) -> Part:
   """A tensor stored [out, in] that the model holds as [in, out]."""
   return Part(
-      name=name,
-      shape=shape[::-1],
-      views=lambda leaf: iter([(0, of(leaf).T)]),
+    name=name,
+    shape=shape[::-1],
+    views=lambda leaf: iter([(0, of(leaf).T)]),
   )
 
 
 def _heads(
-    name: str,
-    shape: tuple[int, ...],
-    of: Callable[[np.ndarray], np.ndarray],
+  name: str,
+  shape: tuple[int, ...],
+  of: Callable[[np.ndarray], np.ndarray],
 ) -> Part:
-  """A tensor [heads * width, embed] that the model holds as [heads, embed, width]."""
+  """A tensor [heads * width, embed], held as [heads, embed, width]."""
   heads, embed, width = shape
 
   def views(leaf: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -63,62 +63,62 @@ class Family:
 
 
 FAMILIES = {
-    'gemma2': Family(
-        name='gemma2',
-        generic=Gemma2,
-        official=(gm.nn.Gemma2_2B, gm.nn.Gemma2_9B, gm.nn.Gemma2_27B),
-        config=dense_config,
-        base=dense_transformer.Transformer,
-        tokenizer=gm.text.Gemma2Tokenizer,
+  'gemma2': Family(
+    name='gemma2',
+    generic=Gemma2,
+    official=(gm.nn.Gemma2_2B, gm.nn.Gemma2_9B, gm.nn.Gemma2_27B),
+    config=dense_config,
+    base=dense_transformer.Transformer,
+    tokenizer=gm.text.Gemma2Tokenizer,
+  ),
+  'gemma3': Family(
+    name='gemma3',
+    generic=Gemma3,
+    official=(
+      gm.nn.Gemma3_270M,
+      gm.nn.Gemma3_1B,
+      gm.nn.Gemma3_4B,
+      gm.nn.Gemma3_12B,
+      gm.nn.Gemma3_27B,
     ),
-    'gemma3': Family(
-        name='gemma3',
-        generic=Gemma3,
-        official=(
-            gm.nn.Gemma3_270M,
-            gm.nn.Gemma3_1B,
-            gm.nn.Gemma3_4B,
-            gm.nn.Gemma3_12B,
-            gm.nn.Gemma3_27B,
-        ),
-        config=dense_config,
-        base=dense_transformer.Transformer,
-        tokenizer=gm.text.Gemma3Tokenizer,
+    config=dense_config,
+    base=dense_transformer.Transformer,
+    tokenizer=gm.text.Gemma3Tokenizer,
+  ),
+  'gemma3n': Family(
+    name='gemma3n',
+    generic=Gemma3n,
+    official=(gm.nn.Gemma3n_E2B, gm.nn.Gemma3n_E4B),
+    config=gemma3n_config,
+    base=gemma3n_transformer.Gemma3nTransformer,
+    tokenizer=gm.text.Gemma3nTokenizer,
+  ),
+  'gemma4': Family(
+    name='gemma4',
+    generic=Gemma4,
+    official=(
+      gm.nn.Gemma4_E2B,
+      gm.nn.Gemma4_E4B,
+      gm.nn.Gemma4_31B,
+      gm.nn.Gemma4_26B_A4B,
     ),
-    'gemma3n': Family(
-        name='gemma3n',
-        generic=Gemma3n,
-        official=(gm.nn.Gemma3n_E2B, gm.nn.Gemma3n_E4B),
-        config=gemma3n_config,
-        base=gemma3n_transformer.Gemma3nTransformer,
-        tokenizer=gm.text.Gemma3nTokenizer,
-    ),
-    'gemma4': Family(
-        name='gemma4',
-        generic=Gemma4,
-        official=(
-            gm.nn.Gemma4_E2B,
-            gm.nn.Gemma4_E4B,
-            gm.nn.Gemma4_31B,
-            gm.nn.Gemma4_26B_A4B,
-        ),
-        config=gemma4_config,
-        base=gemma4_transformer.Transformer,
-        tokenizer=gm.text.Gemma4Tokenizer,
-    ),
+    config=gemma4_config,
+    base=gemma4_transformer.Transformer,
+    tokenizer=gm.text.Gemma4Tokenizer,
+  ),
 }
 
 CLASSES = {
-    cls.__name__: (cls, family)
-    for family in FAMILIES.values()
-    for cls in (family.generic, *family.official)
+  cls.__name__: (cls, family)
+  for family in FAMILIES.values()
+  for cls in (family.generic, *family.official)
 }
 
 _FAMILY_OF_VERSION = {
-    2: 'gemma2',
-    3: 'gemma3',
-    '3n': 'gemma3n',
-    4: 'gemma4',
+  2: 'gemma2',
+  3: 'gemma3',
+  '3n': 'gemma3n',
+  4: 'gemma4',
 }
 
 
@@ -140,8 +140,8 @@ def family_of(model: nn.Module) -> Family:
     is_gemma3 = model.config.use_qk_norm
     return FAMILIES['gemma3' if is_gemma3 else 'gemma2']
   raise errors.UnsupportedTypeError(
-      f'{type(model).__name__} is no Gemma model; expected a subclass of'
-      ' gm.nn.Transformer or of the Gemma 3n or Gemma 4 Transformer.'
+    f'{type(model).__name__} is no Gemma model; expected a subclass of'
+    ' gm.nn.Transformer or of the Gemma 3n or Gemma 4 Transformer.'
   )
 
 
@@ -153,9 +153,9 @@ def text_config(cls: type[nn.Module]) -> Any:
 def without_encoders(config: Any) -> Any:
   """Returns `config` without vision and audio encoders."""
   encoders = {
-      name: None
-      for name in ('vision_encoder', 'audio_encoder')
-      if getattr(config, name, None) is not None
+    name: None
+    for name in ('vision_encoder', 'audio_encoder')
+    if getattr(config, name, None) is not None
   }
   return dataclasses.replace(config, **encoders) if encoders else config
 

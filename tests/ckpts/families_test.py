@@ -15,24 +15,18 @@ from gemma_ext.ckpts import _model_classes
 from tests import tiny
 
 _OFFICIAL = tuple(
-    cls for family in _model_classes.FAMILIES.values() for cls in family.official
+  cls for family in _model_classes.FAMILIES.values() for cls in family.official
 )
 _LOCAL5 = ('local',) * 5 + ('global',)
 _SIZES = {
-    'Gemma2_2B': dict(embed=2304, hidden=9216, heads=8, kv=4, head=256, n=26),
-    'Gemma2_9B': dict(embed=3584, hidden=14336, heads=16, kv=8, head=256, n=42),
-    'Gemma2_27B': dict(
-        embed=4608, hidden=36864, heads=32, kv=16, head=128, n=46
-    ),
-    'Gemma3_270M': dict(embed=640, hidden=2048, heads=4, kv=1, head=256, n=18),
-    'Gemma3_1B': dict(embed=1152, hidden=6912, heads=4, kv=1, head=256, n=26),
-    'Gemma3_4B': dict(embed=2560, hidden=10240, heads=8, kv=4, head=256, n=34),
-    'Gemma3_12B': dict(
-        embed=3840, hidden=15360, heads=16, kv=8, head=256, n=48
-    ),
-    'Gemma3_27B': dict(
-        embed=5376, hidden=21504, heads=32, kv=16, head=128, n=62
-    ),
+  'Gemma2_2B': dict(embed=2304, hidden=9216, heads=8, kv=4, head=256, n=26),
+  'Gemma2_9B': dict(embed=3584, hidden=14336, heads=16, kv=8, head=256, n=42),
+  'Gemma2_27B': dict(embed=4608, hidden=36864, heads=32, kv=16, head=128, n=46),
+  'Gemma3_270M': dict(embed=640, hidden=2048, heads=4, kv=1, head=256, n=18),
+  'Gemma3_1B': dict(embed=1152, hidden=6912, heads=4, kv=1, head=256, n=26),
+  'Gemma3_4B': dict(embed=2560, hidden=10240, heads=8, kv=4, head=256, n=34),
+  'Gemma3_12B': dict(embed=3840, hidden=15360, heads=16, kv=8, head=256, n=48),
+  'Gemma3_27B': dict(embed=5376, hidden=21504, heads=32, kv=16, head=128, n=62),
 }
 
 
@@ -43,43 +37,43 @@ def _dense(name: str, **changes) -> _families.Hparams:
   pattern = ('local', 'global') if is_2 else _LOCAL5
   large = name in ('Gemma3_4B', 'Gemma3_12B', 'Gemma3_27B')
   values = dict(
-      family='gemma2' if is_2 else 'gemma3',
-      vocab_size=256_000 if is_2 else 262_144,
-      embed_dim=s['embed'],
-      hidden_dim=s['hidden'],
-      num_heads=s['heads'],
-      num_kv_heads=s['kv'],
-      head_dim=s['head'],
-      attention_types=(pattern * s['n'])[: s['n']],
-      sliding_window=4096 if is_2 else 1024 if large else 512,
-      query_scale='embed_per_head' if '27B' in name else 'head_dim',
-      attn_softcap=50.0 if is_2 else None,
-      final_softcap=30.0 if is_2 else None,
-      global_rope_base=10_000.0 if is_2 else 1_000_000.0,
-      global_rope_scale=8.0 if large else 1.0,
-      use_qk_norm=not is_2,
+    family='gemma2' if is_2 else 'gemma3',
+    vocab_size=256_000 if is_2 else 262_144,
+    embed_dim=s['embed'],
+    hidden_dim=s['hidden'],
+    num_heads=s['heads'],
+    num_kv_heads=s['kv'],
+    head_dim=s['head'],
+    attention_types=(pattern * s['n'])[: s['n']],
+    sliding_window=4096 if is_2 else 1024 if large else 512,
+    query_scale='embed_per_head' if '27B' in name else 'head_dim',
+    attn_softcap=50.0 if is_2 else None,
+    final_softcap=30.0 if is_2 else None,
+    global_rope_base=10_000.0 if is_2 else 1_000_000.0,
+    global_rope_scale=8.0 if large else 1.0,
+    use_qk_norm=not is_2,
   )
   return _families.Hparams(**(values | changes))
 
 
 def _gemma4(**changes) -> _families.Hparams:
   values = dict(
-      family='gemma4',
-      vocab_size=262_144,
-      embed_dim=1536,
-      hidden_dim=6144,
-      num_heads=8,
-      num_kv_heads=1,
-      head_dim=256,
-      global_head_dim=512,
-      attention_types=(('local',) * 4 + ('global',)) * 7,
-      sliding_window=512,
-      final_softcap=30.0,
-      global_rope_base=1_000_000.0,
-      use_qk_norm=True,
-      per_layer_dim=256,
-      num_kv_shared_layers=20,
-      shared_hidden_dim=12288,
+    family='gemma4',
+    vocab_size=262_144,
+    embed_dim=1536,
+    hidden_dim=6144,
+    num_heads=8,
+    num_kv_heads=1,
+    head_dim=256,
+    global_head_dim=512,
+    attention_types=(('local',) * 4 + ('global',)) * 7,
+    sliding_window=512,
+    final_softcap=30.0,
+    global_rope_base=1_000_000.0,
+    use_qk_norm=True,
+    per_layer_dim=256,
+    num_kv_shared_layers=20,
+    shared_hidden_dim=12288,
   )
   return _families.Hparams(**(values | changes))
 
@@ -96,56 +90,56 @@ def test_published_sizes_give_official_class(name):
 
 
 @pytest.mark.parametrize(
-    ('name', 'changes'),
-    [
-        ('Gemma4_E2B', {}),
-        (
-            'Gemma4_E4B',
-            dict(
-                embed_dim=2560,
-                hidden_dim=10240,
-                num_kv_heads=2,
-                attention_types=_LOCAL5 * 7,
-                num_kv_shared_layers=18,
-                shared_hidden_dim=None,
-            ),
-        ),
-        (
-            'Gemma4_31B',
-            dict(
-                embed_dim=5376,
-                hidden_dim=21504,
-                num_heads=32,
-                num_kv_heads=16,
-                num_global_kv_heads=4,
-                k_eq_v_global=True,
-                attention_types=_LOCAL5 * 10,
-                sliding_window=1024,
-                per_layer_dim=0,
-                num_kv_shared_layers=0,
-                shared_hidden_dim=None,
-            ),
-        ),
-        (
-            'Gemma4_26B_A4B',
-            dict(
-                embed_dim=2816,
-                hidden_dim=2112,
-                num_heads=16,
-                num_kv_heads=8,
-                num_global_kv_heads=2,
-                k_eq_v_global=True,
-                attention_types=_LOCAL5 * 5,
-                sliding_window=1024,
-                per_layer_dim=0,
-                num_kv_shared_layers=0,
-                shared_hidden_dim=None,
-                num_experts=128,
-                expert_dim=704,
-                top_k_experts=8,
-            ),
-        ),
-    ],
+  ('name', 'changes'),
+  [
+    ('Gemma4_E2B', {}),
+    (
+      'Gemma4_E4B',
+      dict(
+        embed_dim=2560,
+        hidden_dim=10240,
+        num_kv_heads=2,
+        attention_types=_LOCAL5 * 7,
+        num_kv_shared_layers=18,
+        shared_hidden_dim=None,
+      ),
+    ),
+    (
+      'Gemma4_31B',
+      dict(
+        embed_dim=5376,
+        hidden_dim=21504,
+        num_heads=32,
+        num_kv_heads=16,
+        num_global_kv_heads=4,
+        k_eq_v_global=True,
+        attention_types=_LOCAL5 * 10,
+        sliding_window=1024,
+        per_layer_dim=0,
+        num_kv_shared_layers=0,
+        shared_hidden_dim=None,
+      ),
+    ),
+    (
+      'Gemma4_26B_A4B',
+      dict(
+        embed_dim=2816,
+        hidden_dim=2112,
+        num_heads=16,
+        num_kv_heads=8,
+        num_global_kv_heads=2,
+        k_eq_v_global=True,
+        attention_types=_LOCAL5 * 5,
+        sliding_window=1024,
+        per_layer_dim=0,
+        num_kv_shared_layers=0,
+        shared_hidden_dim=None,
+        num_experts=128,
+        expert_dim=704,
+        top_k_experts=8,
+      ),
+    ),
+  ],
 )
 def test_published_gemma4_sizes_give_official_class(name, changes):
   model = _families.model_from_hparams(_gemma4(**changes))
@@ -155,7 +149,7 @@ def test_published_gemma4_sizes_give_official_class(name, changes):
 
 def test_other_sizes_give_generic_class():
   model = _families.model_from_hparams(
-      _dense('Gemma3_270M', embed_dim=128), jnp.float32
+    _dense('Gemma3_270M', embed_dim=128), jnp.float32
   )
   assert type(model) is _model_classes.Gemma3
   assert model.config.embed_dim == 128
@@ -173,7 +167,7 @@ def test_every_shared_layer_count_survives_the_official_rounding():
       assert own == layers - shared, (layers, shared)
   model = _families.model_from_hparams(_gemma4())
   pattern = config.create_kv_cache_sharing_patterns(
-      model.config.kv_cache_sharing_config, 35, model.config.attention_types
+    model.config.kv_cache_sharing_config, 35, model.config.attention_types
   )
   assert pattern[:15] == list(range(15))
   assert set(pattern[15:]) == {13, 14}
@@ -206,8 +200,8 @@ def test_added_config_fields_are_ignored():
     recipe: object = None
 
   fields = {
-      f.name: getattr(base.config, f.name)
-      for f in dataclasses.fields(base.config)
+    f.name: getattr(base.config, f.name)
+    for f in dataclasses.fields(base.config)
   }
   model = gm.nn.Gemma3_270M(config=WithRecipe(**fields, recipe=object()))
   assert _families.model_to_json(model) == _families.model_to_json(base)
@@ -225,32 +219,32 @@ def _json(**changes):
 
 
 @pytest.mark.parametrize(
-    ('data', 'error'),
-    [
-        ([], errors.HeaderError),
-        ({'class': 'Gemma3_270M'}, errors.HeaderError),
-        ({'class': 'os.system', 'config': {}}, errors.UnsupportedTypeError),
-        ({'class': 3, 'config': {}}, errors.UnsupportedTypeError),
-        ({'class': 'Gemma3', 'config': []}, errors.HeaderError),
-        ({'class': 'Gemma3', 'config': {}}, errors.HeaderError),
-        (_json(recipe={}), errors.HeaderError),
-        (_json(vision_encoder={}), errors.HeaderError),
-        (_json(num_embed=10**12), errors.HeaderTooLargeError),
-        (_json(num_embed=-1), errors.HeaderError),
-        (_json(num_embed=True), errors.HeaderError),
-        (_json(num_embed='4'), errors.HeaderError),
-        (_json(num_heads=7, num_kv_heads=2), errors.HeaderError),
-        (_json(attention_types=['GLOBAL'] * 100_000), errors.HeaderTooLargeError),
-        (_json(attention_types=['SIDEWAYS']), errors.HeaderError),
-        (_json(attention_types=None), errors.HeaderError),
-        (_json(final_logit_softcap=float('nan')), errors.HeaderError),
-        (_json(global_scale_factor=0.5), errors.HeaderError),
-        (_json(local_base_frequency=10**400), errors.HeaderError),
-        (_json(kv_cache_sharing_config={'frac': 1}), errors.HeaderError),
-        (_json(enable_moe=1), errors.HeaderError),
-        (_json(sliding_window_size=None), errors.HeaderError),
-        (_json(use_bidirectional_attention='audio'), errors.HeaderError),
-    ],
+  ('data', 'error'),
+  [
+    ([], errors.HeaderError),
+    ({'class': 'Gemma3_270M'}, errors.HeaderError),
+    ({'class': 'os.system', 'config': {}}, errors.UnsupportedTypeError),
+    ({'class': 3, 'config': {}}, errors.UnsupportedTypeError),
+    ({'class': 'Gemma3', 'config': []}, errors.HeaderError),
+    ({'class': 'Gemma3', 'config': {}}, errors.HeaderError),
+    (_json(recipe={}), errors.HeaderError),
+    (_json(vision_encoder={}), errors.HeaderError),
+    (_json(num_embed=10**12), errors.HeaderTooLargeError),
+    (_json(num_embed=-1), errors.HeaderError),
+    (_json(num_embed=True), errors.HeaderError),
+    (_json(num_embed='4'), errors.HeaderError),
+    (_json(num_heads=7, num_kv_heads=2), errors.HeaderError),
+    (_json(attention_types=['GLOBAL'] * 100_000), errors.HeaderTooLargeError),
+    (_json(attention_types=['SIDEWAYS']), errors.HeaderError),
+    (_json(attention_types=None), errors.HeaderError),
+    (_json(final_logit_softcap=float('nan')), errors.HeaderError),
+    (_json(global_scale_factor=0.5), errors.HeaderError),
+    (_json(local_base_frequency=10**400), errors.HeaderError),
+    (_json(kv_cache_sharing_config={'frac': 1}), errors.HeaderError),
+    (_json(enable_moe=1), errors.HeaderError),
+    (_json(sliding_window_size=None), errors.HeaderError),
+    (_json(use_bidirectional_attention='audio'), errors.HeaderError),
+  ],
 )
 def test_bad_json(data, error):
   with pytest.raises(error):
@@ -258,23 +252,23 @@ def test_bad_json(data, error):
 
 
 @pytest.mark.parametrize(
-    ('changes', 'error'),
-    [
-        (dict(family='llama'), errors.UnsupportedTypeError),
-        (dict(embed_dim=1 << 30), errors.HeaderTooLargeError),
-        (dict(embed_dim=0), errors.HeaderError),
-        (dict(embed_dim=4.0), errors.HeaderError),
-        (dict(num_heads=4, num_kv_heads=3), errors.HeaderError),
-        (dict(head_dim=255), errors.HeaderError),
-        (dict(attention_types=()), errors.HeaderError),
-        (dict(attention_types=('left',)), errors.HeaderError),
-        (dict(attention_types=_LOCAL5 * 100), errors.HeaderTooLargeError),
-        (dict(sliding_window=None), errors.HeaderError),
-        (dict(query_scale='one'), errors.HeaderError),
-        (dict(final_softcap=float('inf')), errors.HeaderError),
-        (dict(global_rope_scale=0.25), errors.HeaderError),
-        (dict(global_rope_base=0.0), errors.HeaderError),
-    ],
+  ('changes', 'error'),
+  [
+    (dict(family='llama'), errors.UnsupportedTypeError),
+    (dict(embed_dim=1 << 30), errors.HeaderTooLargeError),
+    (dict(embed_dim=0), errors.HeaderError),
+    (dict(embed_dim=4.0), errors.HeaderError),
+    (dict(num_heads=4, num_kv_heads=3), errors.HeaderError),
+    (dict(head_dim=255), errors.HeaderError),
+    (dict(attention_types=()), errors.HeaderError),
+    (dict(attention_types=('left',)), errors.HeaderError),
+    (dict(attention_types=_LOCAL5 * 100), errors.HeaderTooLargeError),
+    (dict(sliding_window=None), errors.HeaderError),
+    (dict(query_scale='one'), errors.HeaderError),
+    (dict(final_softcap=float('inf')), errors.HeaderError),
+    (dict(global_rope_scale=0.25), errors.HeaderError),
+    (dict(global_rope_base=0.0), errors.HeaderError),
+  ],
 )
 def test_bad_hparams(changes, error):
   with pytest.raises(error):
@@ -282,17 +276,17 @@ def test_bad_hparams(changes, error):
 
 
 @pytest.mark.parametrize(
-    ('changes', 'error'),
-    [
-        (dict(num_kv_shared_layers=34), errors.UnsupportedTypeError),
-        (dict(num_kv_shared_layers=19), errors.UnsupportedTypeError),
-        (dict(num_experts=4), errors.HeaderError),
-        (
-            dict(num_experts=4, expert_dim=8, top_k_experts=5),
-            errors.HeaderError,
-        ),
-        (dict(global_rope_proportion=1.5), errors.HeaderError),
-    ],
+  ('changes', 'error'),
+  [
+    (dict(num_kv_shared_layers=34), errors.UnsupportedTypeError),
+    (dict(num_kv_shared_layers=19), errors.UnsupportedTypeError),
+    (dict(num_experts=4), errors.HeaderError),
+    (
+      dict(num_experts=4, expert_dim=8, top_k_experts=5),
+      errors.HeaderError,
+    ),
+    (dict(global_rope_proportion=1.5), errors.HeaderError),
+  ],
 )
 def test_bad_gemma4_hparams(changes, error):
   with pytest.raises(error):

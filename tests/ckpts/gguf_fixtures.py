@@ -36,29 +36,29 @@ def exact(params: Any) -> Any:
 
 
 def tensors(model: Any, params: Any) -> dict[str, np.ndarray]:
-  """The file's tensors, rows first, in float32, norms as llama.cpp stores them."""
+  """The file's tensors in float32, rows first, norms as llama.cpp has them."""
   config, family = model.config, family_of(model)
   plus = 0.0 if family == 'gemma4' else 1.0
   embedder = params['embedder']
   out = {
-      'token_embd.weight': embedder['input_embedding'],
-      'output_norm.weight': params['final_norm']['scale'] + plus,
+    'token_embd.weight': embedder['input_embedding'],
+    'output_norm.weight': params['final_norm']['scale'] + plus,
   }
   if 'per_layer_embeddings' in embedder:
     table = embedder['per_layer_embeddings']
     projection = embedder['per_layer_model_projection']['w']
     out['per_layer_token_embd.weight'] = table.reshape(table.shape[0], -1)
     out['per_layer_model_proj.weight'] = np.einsum(
-        'dlp->lpd', projection
+      'dlp->lpd', projection
     ).reshape(-1, projection.shape[0])
     out['per_layer_proj_norm.weight'] = embedder['per_layer_projection_norm'][
-        'scale'
+      'scale'
     ]
   if family == 'gemma4':
     half = config.global_key_size // 2
     turned = int(config.global_rope_proportion * half)
     out['rope_freqs.weight'] = np.array(
-        [1.0] * turned + [1e30] * (half - turned), np.float32
+      [1.0] * turned + [1e30] * (half - turned), np.float32
     )
   for i in range(config.num_layers):
     layer = _layer(params[f'layer_{i}'], config, plus)
@@ -71,12 +71,12 @@ def _layer(p: Any, config: Any, plus: float) -> dict[str, np.ndarray]:
   norm = lambda name: p[name]['scale'] + plus
   attn = p['attn']
   out = {
-      'attn_norm.weight': norm('pre_attention_norm'),
-      'post_attention_norm.weight': norm('post_attention_norm'),
-      'post_ffw_norm.weight': norm('post_ffw_norm'),
-      'attn_output.weight': np.einsum(
-          'hkd->dhk', attn['attn_vec_einsum']['w']
-      ).reshape(config.embed_dim, -1),
+    'attn_norm.weight': norm('pre_attention_norm'),
+    'post_attention_norm.weight': norm('post_attention_norm'),
+    'post_ffw_norm.weight': norm('post_ffw_norm'),
+    'attn_output.weight': np.einsum(
+      'hkd->dhk', attn['attn_vec_einsum']['w']
+    ).reshape(config.embed_dim, -1),
   }
   rows = lambda w: np.einsum('hdk->hkd', w).reshape(-1, config.embed_dim)
   if 'qkv_einsum' in attn:
@@ -117,14 +117,14 @@ def _moe(p: Any) -> dict[str, np.ndarray]:
   gate_up = moe['gating_einsum']['w']
   experts, _, _, embed = gate_up.shape
   return {
-      'post_ffw_norm_1.weight': p['post_ffw2_norm']['scale'],
-      'pre_ffw_norm_2.weight': p['pre_ffw_norm']['scale'],
-      'post_ffw_norm_2.weight': p['post_ffw1_norm']['scale'],
-      'ffn_gate_inp.weight': moe['router_logits']['w'].T,
-      'ffn_gate_inp.scale': moe['router_scale'],
-      'ffn_gate_up_exps.weight': gate_up.reshape(experts, -1, embed),
-      'ffn_down_exps.weight': np.einsum('efd->edf', moe['linear']['w']),
-      'ffn_down_exps.scale': moe['per_expert_scale'],
+    'post_ffw_norm_1.weight': p['post_ffw2_norm']['scale'],
+    'pre_ffw_norm_2.weight': p['pre_ffw_norm']['scale'],
+    'post_ffw_norm_2.weight': p['post_ffw1_norm']['scale'],
+    'ffn_gate_inp.weight': moe['router_logits']['w'].T,
+    'ffn_gate_inp.scale': moe['router_scale'],
+    'ffn_gate_up_exps.weight': gate_up.reshape(experts, -1, embed),
+    'ffn_down_exps.weight': np.einsum('efd->edf', moe['linear']['w']),
+    'ffn_down_exps.scale': moe['per_expert_scale'],
   }
 
 
@@ -133,14 +133,14 @@ def metadata(model: Any) -> dict[str, Any]:
   c, family = model.config, family_of(model)
   is_local = [t.name == 'LOCAL_SLIDING' for t in c.attention_types]
   out: dict[str, Any] = {
-      'block_count': c.num_layers,
-      'embedding_length': c.embed_dim,
-      'feed_forward_length': c.hidden_dim,
-      'attention.head_count': c.num_heads,
-      'attention.head_count_kv': c.num_kv_heads,
-      'attention.key_length': c.head_dim,
-      'attention.sliding_window': c.sliding_window_size,
-      'rope.freq_base': float(c.global_base_frequency),
+    'block_count': c.num_layers,
+    'embedding_length': c.embed_dim,
+    'feed_forward_length': c.hidden_dim,
+    'attention.head_count': c.num_heads,
+    'attention.head_count_kv': c.num_kv_heads,
+    'attention.key_length': c.head_dim,
+    'attention.sliding_window': c.sliding_window_size,
+    'rope.freq_base': float(c.global_base_frequency),
   }
   if c.final_logit_softcap:
     out['final_logit_softcapping'] = c.final_logit_softcap
@@ -156,24 +156,24 @@ def metadata(model: Any) -> dict[str, Any]:
     wide = c.override_kv_shared_ffw_hidden or c.hidden_dim
     global_kv = c.num_global_kv_heads or c.num_kv_heads
     out |= {
-        'attention.key_length': c.global_key_size,
-        'attention.key_length_swa': c.head_dim,
-        'attention.sliding_window_pattern': is_local,
-        'attention.head_count_kv': [
-            c.num_kv_heads if local else global_kv for local in is_local
-        ],
-        'attention.shared_kv_layers': shared,
-        'embedding_length_per_layer_input': c.per_layer_input_dim,
-        'rope.freq_base_swa': float(c.local_base_frequency),
-        'rope.dimension_count_swa': c.head_dim,
-        'feed_forward_length': [c.hidden_dim] * (c.num_layers - shared)
-        + [wide] * shared,
+      'attention.key_length': c.global_key_size,
+      'attention.key_length_swa': c.head_dim,
+      'attention.sliding_window_pattern': is_local,
+      'attention.head_count_kv': [
+        c.num_kv_heads if local else global_kv for local in is_local
+      ],
+      'attention.shared_kv_layers': shared,
+      'embedding_length_per_layer_input': c.per_layer_input_dim,
+      'rope.freq_base_swa': float(c.local_base_frequency),
+      'rope.dimension_count_swa': c.head_dim,
+      'feed_forward_length': [c.hidden_dim] * (c.num_layers - shared)
+      + [wide] * shared,
     }
     if c.enable_moe:
       out |= {
-          'expert_count': c.num_experts,
-          'expert_used_count': c.top_k_experts,
-          'expert_feed_forward_length': c.expert_dim,
+        'expert_count': c.num_experts,
+        'expert_used_count': c.top_k_experts,
+        'expert_feed_forward_length': c.expert_dim,
       }
   return {f'{family}.{key}': value for key, value in out.items()}
 
@@ -198,11 +198,11 @@ def vocabulary(model: Any) -> dict[str, Any]:
       types.append(_NORMAL)
     tokens.append(text)
   out = {
-      'tokenizer.ggml.model': 'llama',
-      'tokenizer.ggml.tokens': tokens,
-      'tokenizer.ggml.scores': [float(p.score) for p in proto.pieces],
-      'tokenizer.ggml.token_type': types,
-      'tokenizer.ggml.bos_token_id': 2,
+    'tokenizer.ggml.model': 'llama',
+    'tokenizer.ggml.tokens': tokens,
+    'tokenizer.ggml.scores': [float(p.score) for p in proto.pieces],
+    'tokenizer.ggml.token_type': types,
+    'tokenizer.ggml.bos_token_id': 2,
   }
   if family == 'gemma4':
     out['tokenizer.ggml.model'] = 'gemma4'
@@ -225,14 +225,14 @@ def _merges(proto: sp_proto.ModelProto) -> list[str]:
 
 
 def write(
-    path: pathlib.Path,
-    model: Any,
-    params: Any,
-    *,
-    kind: gguf.GGMLQuantizationType = F32,
-    change: Mapping[str, Any] | None = None,
-    change_tensors: Mapping[str, Any] | None = None,
-    arch: str | None = None,
+  path: pathlib.Path,
+  model: Any,
+  params: Any,
+  *,
+  kind: gguf.GGMLQuantizationType = F32,
+  change: Mapping[str, Any] | None = None,
+  change_tensors: Mapping[str, Any] | None = None,
+  arch: str | None = None,
 ) -> dict[str, np.ndarray]:
   """Writes a GGUF file and returns its tensors before quantisation.
 
@@ -293,38 +293,38 @@ def pair(key: str | bytes, kind: int, value: bytes) -> bytes:
 
 
 def tensor_info(
-    name: str | bytes,
-    dims: tuple[int, ...] = (32,),
-    *,
-    kind: int = 0,
-    offset: int = 0,
-    num_dims: int | None = None,
+  name: str | bytes,
+  dims: tuple[int, ...] = (32,),
+  *,
+  kind: int = 0,
+  offset: int = 0,
+  num_dims: int | None = None,
 ) -> bytes:
   """A tensor info; `dims` in the order of the file."""
   count = len(dims) if num_dims is None else num_dims
   return (
-      string(name)
-      + struct.pack(f'<I{len(dims)}Q', count, *dims)
-      + struct.pack('<IQ', kind, offset)
+    string(name)
+    + struct.pack(f'<I{len(dims)}Q', count, *dims)
+    + struct.pack('<IQ', kind, offset)
   )
 
 
 def header(
-    pairs: tuple[bytes, ...] = (),
-    infos: tuple[bytes, ...] = (),
-    *,
-    magic: bytes = b'GGUF',
-    version: int = 3,
-    num_pairs: int | None = None,
-    num_tensors: int | None = None,
-    data: int = 0,
+  pairs: tuple[bytes, ...] = (),
+  infos: tuple[bytes, ...] = (),
+  *,
+  magic: bytes = b'GGUF',
+  version: int = 3,
+  num_pairs: int | None = None,
+  num_tensors: int | None = None,
+  data: int = 0,
 ) -> bytes:
   """A whole file: header, padding to 32 bytes, `data` zero bytes."""
   raw = magic + struct.pack(
-      '<IQQ',
-      version,
-      len(infos) if num_tensors is None else num_tensors,
-      len(pairs) if num_pairs is None else num_pairs,
+    '<IQQ',
+    version,
+    len(infos) if num_tensors is None else num_tensors,
+    len(pairs) if num_pairs is None else num_pairs,
   )
   raw += b''.join(pairs) + b''.join(infos)
   return raw + bytes(-len(raw) % 32) + bytes(data)

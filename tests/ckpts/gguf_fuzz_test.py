@@ -23,11 +23,11 @@ from tests import tiny
 from tests.ckpts import gguf_fixtures as fx
 
 _SETTINGS = hypothesis.settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
+  max_examples=300,
+  deadline=None,
+  derandomize=True,
+  database=None,
+  suppress_health_check=list(hypothesis.HealthCheck),
 )
 _MAX_BYTES = 64 << 20
 # Hypothesis prefers small integers; places in a file shall be even.
@@ -62,9 +62,9 @@ def _headers_only(raw: bytes) -> None:
       source = _gguf.GgufSource(file, header)
       _gguf._families.model_from_hparams(source.hparams)
       _vocab.tokenizer_of(
-          header.metadata,
-          gm.text.Gemma3Tokenizer,
-          max_tokens=source.hparams.vocab_size,
+        header.metadata,
+        gm.text.Gemma3Tokenizer,
+        max_tokens=source.hparams.vocab_size,
       )
       for name in ('embed', 'layer_0/q', 'layer_2/down', 'final_norm'):
         if source.has(name):
@@ -103,7 +103,7 @@ def test_changed_bytes(valid, data):
 
 
 _NUMBERS = st.sampled_from(
-    [0, 1, 2, 7, 8, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 63, (1 << 64) - 1]
+  [0, 1, 2, 7, 8, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 63, (1 << 64) - 1]
 )
 
 
@@ -142,51 +142,55 @@ def test_pieces_removed_or_doubled(valid, data):
 
 
 _VALUE = st.one_of(
-    st.tuples(st.just(4), st.binary(min_size=4, max_size=4)),
-    st.tuples(st.just(8), st.text(max_size=9).map(fx.string)),
-    st.tuples(st.integers(0, 14), st.binary(max_size=24)),
-    st.tuples(
-        st.just(9),
-        st.tuples(st.integers(0, 13), _NUMBERS, st.binary(max_size=40)).map(
-            lambda t: struct.pack('<IQ', t[0], t[1]) + t[2]
-        ),
+  st.tuples(st.just(4), st.binary(min_size=4, max_size=4)),
+  st.tuples(st.just(8), st.text(max_size=9).map(fx.string)),
+  st.tuples(st.integers(0, 14), st.binary(max_size=24)),
+  st.tuples(
+    st.just(9),
+    st.tuples(st.integers(0, 13), _NUMBERS, st.binary(max_size=40)).map(
+      lambda t: struct.pack('<IQ', t[0], t[1]) + t[2]
     ),
+  ),
 )
 
 
-_KEYS = st.sampled_from([
+_KEYS = st.sampled_from(
+  [
     'general.alignment',
     'split.count',
     'tokenizer.ggml.tokens',
     'tokenizer.ggml.scores',
     *fx.metadata(tiny.model('gemma3')),
-])
-_NAMES = st.sampled_from(['token_embd.weight', 'output.weight', 'x', 'rope_freqs.weight'])
+  ]
+)
+_NAMES = st.sampled_from(
+  ['token_embd.weight', 'output.weight', 'x', 'rope_freqs.weight']
+)
 
 
 @_SETTINGS
 @hypothesis.given(
-    pairs=st.lists(st.tuples(_KEYS | st.text(max_size=8), _VALUE), max_size=4),
-    infos=st.lists(
-        st.tuples(
-            _NAMES,
-            st.lists(st.sampled_from([1, 2, 32]) | _NUMBERS, max_size=5),
-            st.integers(0, 3) | st.integers(0, 45),
-            st.sampled_from([0, 32, 128]) | _NUMBERS,
-        ),
-        max_size=3,
+  pairs=st.lists(st.tuples(_KEYS | st.text(max_size=8), _VALUE), max_size=4),
+  infos=st.lists(
+    st.tuples(
+      _NAMES,
+      st.lists(st.sampled_from([1, 2, 32]) | _NUMBERS, max_size=5),
+      st.integers(0, 3) | st.integers(0, 45),
+      st.sampled_from([0, 32, 128]) | _NUMBERS,
     ),
-    data=st.integers(0, 512),
+    max_size=3,
+  ),
+  data=st.integers(0, 512),
 )
 def test_random_headers(pairs, infos, data):
   raw = fx.header(
-      (fx.pair('general.architecture', 8, fx.string('gemma3')),)
-      + tuple(fx.pair(key, *value) for key, value in pairs),
-      tuple(
-          fx.tensor_info(name, tuple(dims), kind=kind, offset=offset)
-          for name, dims, kind, offset in infos
-      ),
-      data=data,
+    (fx.pair('general.architecture', 8, fx.string('gemma3')),)
+    + tuple(fx.pair(key, *value) for key, value in pairs),
+    tuple(
+      fx.tensor_info(name, tuple(dims), kind=kind, offset=offset)
+      for name, dims, kind, offset in infos
+    ),
+    data=data,
   )
   assert not _ends_well(raw)
 

@@ -3,11 +3,6 @@
 """Tests of loading GGUF files: every family and type, and the real sample."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import textwrap
 
 from gemma import gm
 import gguf
@@ -19,7 +14,6 @@ import pytest
 from gemma_ext import errors
 from gemma_ext.ckpts import _gguf
 from gemma_ext.ckpts import _gguf_hparams
-from gemma_ext.ckpts import _sample
 from tests import tiny
 from tests.ckpts import gguf_fixtures as fx
 
@@ -51,7 +45,7 @@ def test_file_gives_back_the_params_it_was_made_from(family, tmp_path):
   model, params = _model_and_params(family)
   fx.write(tmp_path / 'm.gguf', model, params)
   loaded, actual, tokenizer = _gguf.load_gguf(
-      tmp_path / 'm.gguf', dtype=jnp.float32
+    tmp_path / 'm.gguf', dtype=jnp.float32
   )
   changes = {}
   if family == 'gemma2':
@@ -116,7 +110,7 @@ def test_quantised_file_equals_the_whole_tensor_dequantised(kind, tmp_path):
   if block > 128:
     model = tiny.model('gemma3')
     config = dataclasses.replace(
-        model.config, embed_dim=256, head_dim=64, num_embed=512
+      model.config, embed_dim=256, head_dim=64, num_embed=512
     )
     model = type(model)(dtype=jnp.float32, config=config)
   else:
@@ -125,16 +119,16 @@ def test_quantised_file_equals_the_whole_tensor_dequantised(kind, tmp_path):
   content = fx.write(tmp_path / 'm.gguf', model, params, kind=kind)
   _, actual, _ = _gguf.load_gguf(tmp_path / 'm.gguf', dtype=jnp.float32)
   whole = lambda name: np.asarray(
-      gguf.quants.dequantize(
-          gguf.quants.quantize(content[name], kind).view(np.uint8), kind
-      ),
-      np.float32,
+    gguf.quants.dequantize(
+      gguf.quants.quantize(content[name], kind).view(np.uint8), kind
+    ),
+    np.float32,
   )
   np.testing.assert_array_equal(
-      actual['embedder']['input_embedding'], whole('token_embd.weight')
+    actual['embedder']['input_embedding'], whole('token_embd.weight')
   )
   np.testing.assert_array_equal(
-      actual['layer_1']['mlp']['linear'], whole('blk.1.ffn_down.weight').T
+    actual['layer_1']['mlp']['linear'], whole('blk.1.ffn_down.weight').T
   )
 
 
@@ -181,112 +175,102 @@ def _write(tmp_path, family='gemma3', **kwargs):
 
 
 @pytest.mark.parametrize(
-    ('change', 'error'),
-    [
-        (dict(arch='llama'), errors.UnsupportedTypeError),
-        (dict(arch='gemma3n'), errors.UnsupportedTypeError),
-        (dict(change={'split.count': 2}), errors.UnsupportedTypeError),
-        (
-            dict(change={'gemma3.embedding_length': None}),
-            errors.MissingTensorError,
-        ),
-        (dict(change={'gemma3.block_count': 'x'}), errors.HeaderError),
-        (dict(change={'gemma3.block_count': True}), errors.HeaderError),
-        (
-            dict(change={'gemma3.block_count': 1 << 30}),
-            errors.HeaderTooLargeError,
-        ),
-        (dict(change={'gemma3.block_count': 4}), errors.MissingTensorError),
-        (dict(change={'gemma3.block_count': 2}), errors.UnexpectedTensorError),
-        (
-            dict(change={'gemma3.attention.head_count': 0}),
-            errors.HeaderError,
-        ),
-        (
-            dict(change={'gemma3.attention.head_count_kv': 3}),
-            errors.HeaderError,
-        ),
-        (
-            dict(change={'gemma3.attention.head_count_kv': [1, 2, 1]}),
-            errors.UnsupportedTypeError,
-        ),
-        (
-            dict(change={'gemma3.attention.head_count_kv': [1, 1]}),
-            errors.HeaderError,
-        ),
-        (
-            dict(change={'gemma3.feed_forward_length': 512}),
-            errors.TensorShapeError,
-        ),
-        (
-            dict(change={'gemma3.attention.sliding_window': None}),
-            errors.HeaderError,
-        ),
-        (
-            dict(change={'gemma3.attention.sliding_window_pattern': 0}),
-            errors.HeaderError,
-        ),
-        (
-            dict(change={'gemma3.attention.sliding_window_pattern': [True]}),
-            errors.HeaderError,
-        ),
-        (
-            dict(change={'gemma3.rope.freq_base': float('nan')}),
-            errors.HeaderError,
-        ),
-        (
-            dict(
-                change={
-                    'gemma3.rope.scaling.type': 'yarn',
-                    'gemma3.rope.scaling.factor': 8.0,
-                }
-            ),
-            errors.UnsupportedTypeError,
-        ),
-        (
-            dict(change_tensors={'token_embd.weight': None}),
-            errors.MissingTensorError,
-        ),
-        (
-            dict(change_tensors={'blk.1.attn_q.weight': None}),
-            errors.MissingTensorError,
-        ),
-        (
-            dict(
-                change_tensors={
-                    'blk.1.attn_q.bias': np.zeros(128, np.float32)
-                }
-            ),
-            errors.UnexpectedTensorError,
-        ),
-        (
-            dict(
-                change_tensors={
-                    'blk.1.attn_q.weight': np.zeros((64, 128), np.float32)
-                }
-            ),
-            errors.TensorShapeError,
-        ),
-        (
-            dict(
-                change_tensors={
-                    'blk.1.attn_q.weight': np.full(
-                        (128, 128), np.nan, np.float32
-                    )
-                }
-            ),
-            errors.NonFiniteError,
-        ),
-        (
-            dict(
-                change_tensors={
-                    'token_embd.weight': np.zeros((4, 4, 4), np.float32)
-                }
-            ),
-            errors.TensorShapeError,
-        ),
-    ],
-    ids=lambda x: str(x)[:60] if isinstance(x, dict) else None,
+  ('change', 'error'),
+  [
+    (dict(arch='llama'), errors.UnsupportedTypeError),
+    (dict(arch='gemma3n'), errors.UnsupportedTypeError),
+    (dict(change={'split.count': 2}), errors.UnsupportedTypeError),
+    (
+      dict(change={'gemma3.embedding_length': None}),
+      errors.MissingTensorError,
+    ),
+    (dict(change={'gemma3.block_count': 'x'}), errors.HeaderError),
+    (dict(change={'gemma3.block_count': True}), errors.HeaderError),
+    (
+      dict(change={'gemma3.block_count': 1 << 30}),
+      errors.HeaderTooLargeError,
+    ),
+    (dict(change={'gemma3.block_count': 4}), errors.MissingTensorError),
+    (dict(change={'gemma3.block_count': 2}), errors.UnexpectedTensorError),
+    (
+      dict(change={'gemma3.attention.head_count': 0}),
+      errors.HeaderError,
+    ),
+    (
+      dict(change={'gemma3.attention.head_count_kv': 3}),
+      errors.HeaderError,
+    ),
+    (
+      dict(change={'gemma3.attention.head_count_kv': [1, 2, 1]}),
+      errors.UnsupportedTypeError,
+    ),
+    (
+      dict(change={'gemma3.attention.head_count_kv': [1, 1]}),
+      errors.HeaderError,
+    ),
+    (
+      dict(change={'gemma3.feed_forward_length': 512}),
+      errors.TensorShapeError,
+    ),
+    (
+      dict(change={'gemma3.attention.sliding_window': None}),
+      errors.HeaderError,
+    ),
+    (
+      dict(change={'gemma3.attention.sliding_window_pattern': 0}),
+      errors.HeaderError,
+    ),
+    (
+      dict(change={'gemma3.attention.sliding_window_pattern': [True]}),
+      errors.HeaderError,
+    ),
+    (
+      dict(change={'gemma3.rope.freq_base': float('nan')}),
+      errors.HeaderError,
+    ),
+    (
+      dict(
+        change={
+          'gemma3.rope.scaling.type': 'yarn',
+          'gemma3.rope.scaling.factor': 8.0,
+        }
+      ),
+      errors.UnsupportedTypeError,
+    ),
+    (
+      dict(change_tensors={'token_embd.weight': None}),
+      errors.MissingTensorError,
+    ),
+    (
+      dict(change_tensors={'blk.1.attn_q.weight': None}),
+      errors.MissingTensorError,
+    ),
+    (
+      dict(change_tensors={'blk.1.attn_q.bias': np.zeros(128, np.float32)}),
+      errors.UnexpectedTensorError,
+    ),
+    (
+      dict(
+        change_tensors={'blk.1.attn_q.weight': np.zeros((64, 128), np.float32)}
+      ),
+      errors.TensorShapeError,
+    ),
+    (
+      dict(
+        change_tensors={
+          'blk.1.attn_q.weight': np.full((128, 128), np.nan, np.float32)
+        }
+      ),
+      errors.NonFiniteError,
+    ),
+    (
+      dict(
+        change_tensors={'token_embd.weight': np.zeros((4, 4, 4), np.float32)}
+      ),
+      errors.TensorShapeError,
+    ),
+  ],
+  ids=lambda x: str(x)[:60] if isinstance(x, dict) else None,
 )
 def test_bad_model(tmp_path, change, error):
   path = _write(tmp_path, **change)
@@ -299,38 +283,38 @@ _FREQS = 'rope_freqs.weight'
 
 
 @pytest.mark.parametrize(
-    ('change', 'error'),
-    [
-        (dict(change_tensors={_FREQS: None}), errors.MissingTensorError),
-        (
-            dict(change_tensors={_FREQS: np.ones(16, np.float32)}),
-            errors.TensorShapeError,
-        ),
-        (
-            dict(change_tensors={_FREQS: np.full(32, 2.0, np.float32)}),
-            errors.UnsupportedTypeError,
-        ),
-        (
-            dict(change_tensors={_FREQS: np.ones(1 << 14, np.float32)}),
-            errors.TensorShapeError,
-        ),
-        (
-            dict(change={'gemma4.feed_forward_length': [256, 512]}),
-            errors.UnsupportedTypeError,
-        ),
-        (
-            dict(change={'gemma4.attention.shared_kv_layers': 99}),
-            errors.HeaderTooLargeError,
-        ),
-        (
-            dict(change={'gemma4.attention.sliding_window_pattern': None}),
-            errors.MissingTensorError,
-        ),
-        (
-            dict(change={'gemma4.attention.key_length_swa': 0}),
-            errors.HeaderError,
-        ),
-    ],
+  ('change', 'error'),
+  [
+    (dict(change_tensors={_FREQS: None}), errors.MissingTensorError),
+    (
+      dict(change_tensors={_FREQS: np.ones(16, np.float32)}),
+      errors.TensorShapeError,
+    ),
+    (
+      dict(change_tensors={_FREQS: np.full(32, 2.0, np.float32)}),
+      errors.UnsupportedTypeError,
+    ),
+    (
+      dict(change_tensors={_FREQS: np.ones(1 << 14, np.float32)}),
+      errors.TensorShapeError,
+    ),
+    (
+      dict(change={'gemma4.feed_forward_length': [256, 512]}),
+      errors.UnsupportedTypeError,
+    ),
+    (
+      dict(change={'gemma4.attention.shared_kv_layers': 99}),
+      errors.HeaderTooLargeError,
+    ),
+    (
+      dict(change={'gemma4.attention.sliding_window_pattern': None}),
+      errors.MissingTensorError,
+    ),
+    (
+      dict(change={'gemma4.attention.key_length_swa': 0}),
+      errors.HeaderError,
+    ),
+  ],
 )
 def test_bad_gemma4(tmp_path, change, error):
   path = _write(tmp_path, 'gemma4', **change)
@@ -366,137 +350,30 @@ def test_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
 def test_query_scale_that_llama_cpp_knows_by_layers():
   for arch, layers in (('gemma2', 46), ('gemma3', 62)):
     meta = {
-        'general.architecture': arch,
-        f'{arch}.block_count': layers,
-        f'{arch}.embedding_length': 4608 if arch == 'gemma2' else 5376,
-        f'{arch}.feed_forward_length': 36864 if arch == 'gemma2' else 21504,
-        f'{arch}.attention.head_count': 32,
-        f'{arch}.attention.head_count_kv': 16,
-        f'{arch}.attention.key_length': 128,
-        f'{arch}.attention.sliding_window': 4096,
-        f'{arch}.final_logit_softcapping': 30.0,
-        f'{arch}.attn_logit_softcapping': 50.0,
+      'general.architecture': arch,
+      f'{arch}.block_count': layers,
+      f'{arch}.embedding_length': 4608 if arch == 'gemma2' else 5376,
+      f'{arch}.feed_forward_length': 36864 if arch == 'gemma2' else 21504,
+      f'{arch}.attention.head_count': 32,
+      f'{arch}.attention.head_count_kv': 16,
+      f'{arch}.attention.key_length': 128,
+      f'{arch}.attention.sliding_window': 4096,
+      f'{arch}.final_logit_softcapping': 30.0,
+      f'{arch}.attn_logit_softcapping': 50.0,
     }
     embed = _gguf._gguf_header.TensorInfo(
-        name='token_embd.weight',
-        shape=(256_000, meta[f'{arch}.embedding_length']),
-        kind=Q.F32,
-        offset=0,
-        nbytes=0,
+      name='token_embd.weight',
+      shape=(256_000, meta[f'{arch}.embedding_length']),
+      kind=Q.F32,
+      offset=0,
+      nbytes=0,
     )
     hparams = _gguf_hparams.hparams_of(
-        _gguf._gguf_header.Header(
-            version=3, metadata=meta, tensors={embed.name: embed}
-        )
+      _gguf._gguf_header.Header(
+        version=3, metadata=meta, tensors={embed.name: embed}
+      )
     )
     assert hparams.query_scale == 'embed_per_head'
     if arch == 'gemma2':
       model = _gguf._families.model_from_hparams(hparams)
       assert isinstance(model, gm.nn.Gemma2_27B)
-
-
-# --------------------------- the real Gemma 3 270M ---------------------------
-
-_REAL = textwrap.dedent("""
-    import json, resource, sys, threading
-    import jax, jax.numpy as jnp, numpy as np
-    from gemma_ext import errors
-    from gemma_ext.ckpts import _gguf, _sample
-
-    def status(key):
-      for line in open('/proc/self/status'):
-        if line.startswith(key):
-          return int(line.split()[1]) * 1024
-
-    jnp.zeros(4).block_until_ready()
-    path = _sample.sample_path()
-    # Warm what is built once and belongs to no checkpoint.
-    with open(path, 'rb', buffering=0) as f:
-      header = _gguf._gguf_header.read_header(f)
-      source = _gguf.GgufSource(f, header)
-    model = _gguf._families.model_from_hparams(source.hparams)
-    tokenizer = _gguf._vocab.tokenizer_of(
-        header.metadata, _gguf._families.tokenizer_class(model),
-        max_tokens=262144)
-    _gguf._assemble.expected_params(model)
-    del header, source, tokenizer
-    before = status('VmRSS')
-    open('/proc/self/clear_refs', 'w').write('5')  # Resets the peak.
-    model, params, tokenizer = _gguf.load_gguf(path)
-    peak = status('VmHWM')
-    leaves = jax.tree.leaves(params)
-    layers = [sum(x.nbytes for x in jax.tree.leaves(v))
-              for k, v in params.items() if k.startswith('layer_')]
-    text = ('The Amazon rainforest, also called Amazon jungle, is a moist '
-            'broadleaf tropical rainforest in the Amazon biome that covers '
-            'most of the Amazon basin of South America. This basin '
-            'encompasses 7,000,000 square kilometres, of which 5,500,000 '
-            'are covered by the rainforest. This region includes territory '
-            'belonging to nine nations. ') * 1
-    ids = tokenizer.encode(text, add_bos=True)
-    tokens = jnp.asarray([int(i) for i in ids])[None]
-    logits = model.apply({'params': params}, tokens).logits[0, :-1]
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
-    nll = -jnp.take_along_axis(logp, tokens[0, 1:, None], -1).mean()
-    print(json.dumps({
-        'class': type(model).__name__,
-        'result': sum(x.nbytes for x in leaves),
-        'layer': max(layers),
-        'growth': peak - before,
-        'perplexity': float(jnp.exp(nll)),
-        'tokens': [int(i) for i in ids],
-        'chat': [int(i) for i in tokenizer.encode(
-            '<start_of_turn>user\\nHello  world!<end_of_turn>')],
-        'leaves': len(leaves),
-    }))
-""")
-# Blocks in the file's form and dequantised, less what the allocator had kept.
-_READING = 32 << 20
-
-
-@pytest.fixture(scope='module')
-def real(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('cache')
-  env = os.environ | {
-      'GEMMA_EXT_CACHE': str(folder),
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '',
-      'PYTHONPATH': os.getcwd(),
-  }
-  out = subprocess.run(
-      [sys.executable, '-c', _REAL],
-      env=env,
-      capture_output=True,
-      text=True,
-      check=False,
-  )
-  assert out.returncode == 0, out.stderr[-3000:]
-  return json.loads(out.stdout.splitlines()[-1])
-
-
-def test_real_file_is_gemma3_270m(real):
-  assert real['class'] == 'Gemma3_270M'
-  assert real['leaves'] == 2 + 18 * 11
-  assert real['result'] == 2 * 268_098_176
-
-
-def test_real_file_predicts_english(real):
-  assert 1.5 < real['perplexity'] < 30.0
-
-
-def test_real_file_tokenises_as_llama_cpp_does(real):
-  assert real['tokens'][:6] == [2, 818, 9593, 71593, 236764, 992]
-  assert real['chat'] == [105, 2364, 107, 9259, 138, 12392, 236888, 106]
-
-
-def test_real_file_takes_the_result_and_two_layers(real):
-  print({k: v for k, v in real.items() if isinstance(v, int)})
-  assert real['growth'] <= real['result'] + 2 * real['layer'] + _READING
-
-
-def test_real_file_is_not_hashed_again(tmp_path, monkeypatch):
-  monkeypatch.setenv('GEMMA_EXT_CACHE', str(tmp_path))
-  path = _sample.sample_path()
-  assert path.stat().st_size == 253_113_024
-  monkeypatch.setattr(_sample.hashlib, 'sha256', None)
-  assert _sample.sample_path() == path

@@ -39,8 +39,8 @@ def test_assembles_in_order_and_once(packages, monkeypatch):
   path = _sample.sample_path()
   assert path.read_bytes() == content
   assert sorted(p.name for p in path.parent.iterdir()) == [
-      path.name,
-      f'{path.name}.stamp.json',
+    path.name,
+    f'{path.name}.stamp.json',
   ]
   monkeypatch.setattr(_sample, '_PARTS', ())
   assert _sample.sample_path() == path
@@ -67,7 +67,7 @@ def test_wrong_hash(packages):
   with pytest.raises(errors.ChecksumError, match='force-reinstall'):
     _sample.sample_path()
   assert not any(
-      p.suffix == '.gguf' for p in _sample._cache.cache_dir().rglob('*')
+    p.suffix == '.gguf' for p in _sample._cache.cache_dir().rglob('*')
   )
 
 

@@ -16,18 +16,18 @@ from tests import tiny
 from tests.ckpts import gguf_fixtures as fx
 
 _TEXTS = (
-    'The quick brown fox.',
-    '',
-    ' ',
-    '  two  spaces  ',
-    'a\n\nb\n\n\nc\t\td',
-    '日本語 и русский 👍🏽 \u200d',
-    '<start_of_turn>user\nHi<end_of_turn>\n',
-    '<|turn>user\nHi<turn|>\n',
-    '<unused3><unused17>x<mask>',
-    '<bos> <eos> <pad> <unk>',
-    '\x00\x01\ufffd<0x41>',
-    'def f(x):\n    return x ** 2\n',
+  'The quick brown fox.',
+  '',
+  ' ',
+  '  two  spaces  ',
+  'a\n\nb\n\n\nc\t\td',
+  '日本語 и русский 👍🏽 \u200d',
+  '<start_of_turn>user\nHi<end_of_turn>\n',
+  '<|turn>user\nHi<turn|>\n',
+  '<unused3><unused17>x<mask>',
+  '<bos> <eos> <pad> <unk>',
+  '\x00\x01\ufffd<0x41>',
+  'def f(x):\n    return x ** 2\n',
 )
 
 
@@ -57,12 +57,12 @@ def _tokenizer(metadata, cls=gm.text.Gemma3Tokenizer, max_tokens=512):
 
 
 @pytest.mark.parametrize(
-    ('family', 'cls', 'version'),
-    [
-        ('gemma2', gm.text.Gemma2Tokenizer, 2),
-        ('gemma3', gm.text.Gemma3Tokenizer, 3),
-        ('gemma4', gm.text.Gemma4Tokenizer, 4),
-    ],
+  ('family', 'cls', 'version'),
+  [
+    ('gemma2', gm.text.Gemma2Tokenizer, 2),
+    ('gemma3', gm.text.Gemma3Tokenizer, 3),
+    ('gemma4', gm.text.Gemma4Tokenizer, 4),
+  ],
 )
 def test_tokenises_as_the_model_it_was_made_from(family, cls, version):
   tokenizer = _tokenizer(_metadata(family), cls)
@@ -125,41 +125,41 @@ def test_gemma4_pieces_that_no_merge_yields_match_whole():
 
 _N = 512
 _BAD = {
-    'other_kind': (dict(model='gpt2'), 'kind'),
-    'no_kind': (dict(model=None), 'kind'),
-    'more_tokens_than_rows': (
-        dict(tokens=[b'x%d' % i for i in range(513)]),
-        'rows',
+  'other_kind': (dict(model='gpt2'), 'kind'),
+  'no_kind': (dict(model=None), 'kind'),
+  'more_tokens_than_rows': (
+    dict(tokens=[b'x%d' % i for i in range(513)]),
+    'rows',
+  ),
+  'no_tokens': (dict(tokens=[]), '0 tokens'),
+  'tokens_are_numbers': (dict(tokens=np.zeros(_N)), 'no list'),
+  'scores_missing': (dict(scores=None), 'scores'),
+  'scores_too_few': (dict(scores=np.zeros(3, np.float32)), 'scores'),
+  'scores_are_integers': (dict(scores=np.zeros(_N, np.int32)), 'scores'),
+  'scores_not_finite': (
+    dict(scores=np.full(_N, np.nan, np.float32)),
+    'finite',
+  ),
+  'types_missing': (dict(token_type=None), 'token_type'),
+  'types_unknown': (dict(token_type=np.full(_N, 9, np.int32)), 'range'),
+  'types_zero': (dict(token_type=np.zeros(_N, np.int32)), 'range'),
+  'begin_token_elsewhere': (dict(bos_token_id=1), 'begins'),
+  'token_empty': (dict(tokens=[b''] * _N), 'bytes'),
+  'token_too_long': (dict(tokens=[b'x' * 5000] * _N), 'bytes'),
+  'token_with_zero_byte': (dict(tokens=[b'a\0b'] * _N), 'zero byte'),
+  'token_not_utf8': (dict(tokens=[b'\xff'] * _N), 'UTF-8'),
+  'byte_pieces_missing': (
+    dict(token_type=np.ones(_N, np.int32)),
+    'SentencePiece rejects',
+  ),
+  'too_few_for_special_tokens': (
+    dict(
+      tokens=[b'a', b'b'],
+      scores=np.zeros(2, np.float32),
+      token_type=np.ones(2, np.int32),
     ),
-    'no_tokens': (dict(tokens=[]), '0 tokens'),
-    'tokens_are_numbers': (dict(tokens=np.zeros(_N)), 'no list'),
-    'scores_missing': (dict(scores=None), 'scores'),
-    'scores_too_few': (dict(scores=np.zeros(3, np.float32)), 'scores'),
-    'scores_are_integers': (dict(scores=np.zeros(_N, np.int32)), 'scores'),
-    'scores_not_finite': (
-        dict(scores=np.full(_N, np.nan, np.float32)),
-        'finite',
-    ),
-    'types_missing': (dict(token_type=None), 'token_type'),
-    'types_unknown': (dict(token_type=np.full(_N, 9, np.int32)), 'range'),
-    'types_zero': (dict(token_type=np.zeros(_N, np.int32)), 'range'),
-    'begin_token_elsewhere': (dict(bos_token_id=1), 'begins'),
-    'token_empty': (dict(tokens=[b''] * _N), 'bytes'),
-    'token_too_long': (dict(tokens=[b'x' * 5000] * _N), 'bytes'),
-    'token_with_zero_byte': (dict(tokens=[b'a\0b'] * _N), 'zero byte'),
-    'token_not_utf8': (dict(tokens=[b'\xff'] * _N), 'UTF-8'),
-    'byte_pieces_missing': (
-        dict(token_type=np.ones(_N, np.int32)),
-        'SentencePiece rejects',
-    ),
-    'too_few_for_special_tokens': (
-        dict(
-            tokens=[b'a', b'b'],
-            scores=np.zeros(2, np.float32),
-            token_type=np.ones(2, np.int32),
-        ),
-        'special',
-    ),
+    'special',
+  ),
 }
 
 
@@ -172,7 +172,7 @@ def test_bad_vocabulary(name, cache):
 
 
 @pytest.mark.parametrize(
-    'merges', [None, 3, [b'ab'], [b'a b c'], [b' a'], [b'a '], np.zeros(3)]
+  'merges', [None, 3, [b'ab'], [b'a b c'], [b' a'], [b'a '], np.zeros(3)]
 )
 def test_bad_merges(merges):
   with pytest.raises(errors.TokenizerError, match='[Mm]erge'):

@@ -28,46 +28,46 @@ class _Batch(ctypes.Structure):
   """`llama_batch` of llama.h."""
 
   _fields_ = [
-      ('n_tokens', ctypes.c_int32),
-      ('token', ctypes.POINTER(ctypes.c_int32)),
-      ('embd', ctypes.POINTER(ctypes.c_float)),
-      ('pos', ctypes.POINTER(ctypes.c_int32)),
-      ('n_seq_id', ctypes.POINTER(ctypes.c_int32)),
-      ('seq_id', ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-      ('logits', ctypes.POINTER(ctypes.c_int8)),
+    ('n_tokens', ctypes.c_int32),
+    ('token', ctypes.POINTER(ctypes.c_int32)),
+    ('embd', ctypes.POINTER(ctypes.c_float)),
+    ('pos', ctypes.POINTER(ctypes.c_int32)),
+    ('n_seq_id', ctypes.POINTER(ctypes.c_int32)),
+    ('seq_id', ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+    ('logits', ctypes.POINTER(ctypes.c_int8)),
   ]
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _PTR = ctypes.c_void_p
 _SIGNATURES = {
-    'llama_backend_init': (None, []),
-    'llama_log_set': (None, [_LOG, _PTR]),
-    'llama_model_default_params': (_Opaque, []),
-    'llama_model_load_from_file': (_PTR, [ctypes.c_char_p, _Opaque]),
-    'llama_model_free': (None, [_PTR]),
-    'llama_model_get_vocab': (_PTR, [_PTR]),
-    'llama_vocab_n_tokens': (ctypes.c_int32, [_PTR]),
-    'llama_context_default_params': (_Opaque, []),
-    'llama_init_from_model': (_PTR, [_PTR, _Opaque]),
-    'llama_free': (None, [_PTR]),
-    'llama_get_memory': (_PTR, [_PTR]),
-    'llama_memory_clear': (None, [_PTR, ctypes.c_bool]),
-    'llama_set_n_threads': (None, [_PTR, ctypes.c_int32, ctypes.c_int32]),
-    'llama_decode': (ctypes.c_int32, [_PTR, _Batch]),
-    'llama_get_logits': (ctypes.POINTER(ctypes.c_float), [_PTR]),
-    'llama_tokenize': (
-        ctypes.c_int32,
-        [
-            _PTR,
-            ctypes.c_char_p,
-            ctypes.c_int32,
-            ctypes.POINTER(ctypes.c_int32),
-            ctypes.c_int32,
-            ctypes.c_bool,
-            ctypes.c_bool,
-        ],
-    ),
+  'llama_backend_init': (None, []),
+  'llama_log_set': (None, [_LOG, _PTR]),
+  'llama_model_default_params': (_Opaque, []),
+  'llama_model_load_from_file': (_PTR, [ctypes.c_char_p, _Opaque]),
+  'llama_model_free': (None, [_PTR]),
+  'llama_model_get_vocab': (_PTR, [_PTR]),
+  'llama_vocab_n_tokens': (ctypes.c_int32, [_PTR]),
+  'llama_context_default_params': (_Opaque, []),
+  'llama_init_from_model': (_PTR, [_PTR, _Opaque]),
+  'llama_free': (None, [_PTR]),
+  'llama_get_memory': (_PTR, [_PTR]),
+  'llama_memory_clear': (None, [_PTR, ctypes.c_bool]),
+  'llama_set_n_threads': (None, [_PTR, ctypes.c_int32, ctypes.c_int32]),
+  'llama_decode': (ctypes.c_int32, [_PTR, _Batch]),
+  'llama_get_logits': (ctypes.POINTER(ctypes.c_float), [_PTR]),
+  'llama_tokenize': (
+    ctypes.c_int32,
+    [
+      _PTR,
+      ctypes.c_char_p,
+      ctypes.c_int32,
+      ctypes.POINTER(ctypes.c_int32),
+      ctypes.c_int32,
+      ctypes.c_bool,
+      ctypes.c_bool,
+    ],
+  ),
 }
 
 
@@ -84,12 +84,12 @@ class LlamaCpp:
     self._lib = _library()
     self._lib.llama_backend_init()
     self._model = self._lib.llama_model_load_from_file(
-        os.fspath(path).encode(), self._lib.llama_model_default_params()
+      os.fspath(path).encode(), self._lib.llama_model_default_params()
     )
     if not self._model:
       raise errors.CheckpointError(f'llama.cpp cannot load {path}.')
     self._context = self._lib.llama_init_from_model(
-        self._model, self._lib.llama_context_default_params()
+      self._model, self._lib.llama_context_default_params()
     )
     if not self._context:
       raise errors.CheckpointError(f'llama.cpp has no memory to run {path}.')
@@ -111,7 +111,7 @@ class LlamaCpp:
     size = len(raw) + 16
     ids = (ctypes.c_int32 * size)()
     n = self._lib.llama_tokenize(
-        self._vocab, raw, len(raw), ids, size, False, parse_special
+      self._vocab, raw, len(raw), ids, size, False, parse_special
     )
     if n < 0:
       raise errors.TokenizerError(f'llama.cpp needs {-n} tokens for {text!r}.')
@@ -132,13 +132,13 @@ class LlamaCpp:
     sequence = (ctypes.c_int32 * 1)(0)
     pointer = ctypes.POINTER(ctypes.c_int32)
     batch = _Batch(
-        n_tokens=n,
-        token=(ctypes.c_int32 * n)(*map(int, tokens)),
-        embd=None,
-        pos=(ctypes.c_int32 * n)(*range(n)),
-        n_seq_id=(ctypes.c_int32 * n)(*([1] * n)),
-        seq_id=(pointer * n)(*([ctypes.cast(sequence, pointer)] * n)),
-        logits=(ctypes.c_int8 * n)(*([1] * n)),
+      n_tokens=n,
+      token=(ctypes.c_int32 * n)(*map(int, tokens)),
+      embd=None,
+      pos=(ctypes.c_int32 * n)(*range(n)),
+      n_seq_id=(ctypes.c_int32 * n)(*([1] * n)),
+      seq_id=(pointer * n)(*([ctypes.cast(sequence, pointer)] * n)),
+      logits=(ctypes.c_int8 * n)(*([1] * n)),
     )
     status = self._lib.llama_decode(self._context, batch)
     if status:
@@ -159,8 +159,8 @@ def _library() -> Any:
     from xllamacpp import xllamacpp
   except ImportError as e:
     raise errors.OptionalDependencyError(
-        'This comparison needs llama.cpp: pip install "gemma_ext[peers]" (or'
-        ' pip install xllamacpp).'
+      'This comparison needs llama.cpp: pip install "gemma_ext[peers]" (or'
+      ' pip install xllamacpp).'
     ) from e
   library = ctypes.CDLL(xllamacpp.__file__)
   for name, (result, arguments) in _SIGNATURES.items():
@@ -168,8 +168,8 @@ def _library() -> Any:
       function = getattr(library, name)
     except AttributeError as e:
       raise errors.OptionalDependencyError(
-          f'The installed xllamacpp does not export {name}; version'
-          ' 2026.10.11549 does.'
+        f'The installed xllamacpp does not export {name}; version'
+        ' 2026.10.11549 does.'
       ) from e
     function.restype = result
     function.argtypes = arguments

@@ -28,14 +28,14 @@ from gemma_ext.ckpts import _sample
 from tools.benchmarks.peers import _llama_cpp
 
 _CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'A GGUF file; the sample checkpoint by default.'
+  'checkpoint', None, 'A GGUF file; the sample checkpoint by default.'
 )
 _WINDOWS = flags.DEFINE_integer('windows', 16, 'Windows of 512 tokens.')
 _DTYPES = flags.DEFINE_list(
-    'dtypes', ['float32', 'bfloat16'], 'Dtypes in which we load and run.'
+  'dtypes', ['float32', 'bfloat16'], 'Dtypes in which we load and run.'
 )
 _TOLERANCE = flags.DEFINE_float(
-    'tolerance', 0.01, 'Greatest distance of the ratio from one.'
+  'tolerance', 0.01, 'Greatest distance of the ratio from one.'
 )
 _JSON = flags.DEFINE_string('json', None, 'Where to write the result.')
 
@@ -50,8 +50,8 @@ def token_windows(tokenizer: Any, count: int) -> np.ndarray:
       break
   if len(ids) < count * body:
     raise errors.DataError(
-        f'The sample text has {len(ids)} tokens; {count} windows need'
-        f' {count * body}.'
+      f'The sample text has {len(ids)} tokens; {count} windows need'
+      f' {count * body}.'
     )
   rows = np.asarray(ids[: count * body], np.int32).reshape(count, body)
   bos = np.full((count, 1), int(tokenizer.special_tokens.BOS), np.int32)
@@ -71,9 +71,7 @@ def our_nll(model: Any, params: Any, windows: np.ndarray) -> np.ndarray:
   return np.stack([np.asarray(nll(params, row), np.float64) for row in windows])
 
 
-def peer_nll(
-    peer: _llama_cpp.LlamaCpp, windows: np.ndarray
-) -> np.ndarray:
+def peer_nll(peer: _llama_cpp.LlamaCpp, windows: np.ndarray) -> np.ndarray:
   """The same from llama.cpp."""
   out = np.empty((len(windows), windows.shape[1] - 1))
   for i, row in enumerate(windows):
@@ -97,9 +95,13 @@ def main(argv: list[str]) -> None:
     if windows is None:
       windows = token_windows(tokenizer, _WINDOWS.value)
     start = time.perf_counter()
-    result['ours'][dtype] = float(np.exp(our_nll(model, params, windows).mean()))
+    result['ours'][dtype] = float(
+      np.exp(our_nll(model, params, windows).mean())
+    )
     seconds = time.perf_counter() - start
-    print(f'gemma_ext {dtype:9} {result["ours"][dtype]:9.4f}  ({seconds:.0f} s)')
+    print(
+      f'gemma_ext {dtype:9} {result["ours"][dtype]:9.4f}  ({seconds:.0f} s)'
+    )
     del params
   assert windows is not None
   start = time.perf_counter()
