@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 from gemma import gm
+
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.ckpts import _families
 

@@ -19,6 +19,11 @@ import pathlib
 from typing import Any
 
 from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax import checkpoint as ocp
+
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
@@ -27,17 +32,11 @@ from gemma_ext.ckpts import _checkpoint
 from gemma_ext.ckpts import _families
 from gemma_ext.ckpts import _manifest
 from gemma_ext.ckpts import _strict_json
-import jax
-import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
-from orbax import checkpoint as ocp
 
 PARAMS_NAME = 'params'
 TOKENIZER_NAME = 'tokenizer.model'
 
-# Peak memory beyond the result while orbax restores.
-_CONCURRENT_GB = 1
+_GB = 1_000_000_000
 _FLOATS = ('bfloat16', 'float16', 'float32')
 
 
@@ -111,7 +110,7 @@ def tree_spec(params: Mapping[str, Any]) -> dict[str, Any]:
   """Shape and type of every leaf: 'layer_0/mlp/linear' -> {shape, dtype}."""
   out = {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-    names = [getattr(k, 'key', None) for k in keys]
+    names: list[Any] = [getattr(k, 'key', None) for k in keys]
     if not all(isinstance(n, str) and n and '/' not in n for n in names):
       raise errors.ParamsMismatchError(
           f'Parameters must be nested dicts with names as keys, got {keys!r}.'
@@ -134,10 +133,18 @@ def check_params(
   _check_spec(tree_spec(params), _assemble.expected_params(model), what)
 
 
-def handler() -> ocp.PyTreeCheckpointHandler:
-  """The orbax handler of our directories: one store, chunks as they are."""
+def handler(largest_leaf: int = 0) -> ocp.PyTreeCheckpointHandler:
+  """The orbax handler of our directories: one store, chunks as they are.
+
+  Args:
+    largest_leaf: Bytes of the largest array to restore. Bounds what orbax has
+      in flight, and so peak memory beyond the result; it refuses arrays that
+      are not below the bound.
+  """
   return ocp.PyTreeCheckpointHandler(
-      use_ocdbt=True, use_compression=False, restore_concurrent_gb=_CONCURRENT_GB
+      use_ocdbt=True,
+      use_compression=False,
+      restore_concurrent_gb=1 + math.ceil(largest_leaf / _GB),
   )
 
 
@@ -215,8 +222,9 @@ def _restore(
     )
 
   item = jax.tree_util.tree_map_with_path(target, dict(expected))
+  largest = max(_leaf_bytes(leaf) for leaf in spec.values())
   try:
-    with ocp.Checkpointer(handler()) as checkpointer:
+    with ocp.Checkpointer(handler(largest)) as checkpointer:
       _check_stored(checkpointer.metadata(folder), spec, folder)
       return checkpointer.restore(
           folder,

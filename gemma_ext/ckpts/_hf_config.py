@@ -29,7 +29,7 @@ _FAMILIES = {
 }
 # Published configurations leave out what has its default value. These are the
 # defaults of transformers 5.23.
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     'gemma2': {
         'vocab_size': 256_000,
         'sliding_window': 4096,
@@ -44,7 +44,7 @@ _DEFAULTS = {
         'hidden_size_per_layer_input': 256,
     },
 }
-_COMMON_DEFAULTS = {
+_COMMON_DEFAULTS: dict[str, Any] = {
     'num_attention_heads': 8,
     'num_key_value_heads': 4,
     'head_dim': 256,
@@ -224,7 +224,7 @@ def _query_scale(values: _Values) -> str:
   )
 
 
-def _rope(values: _Values, family: str) -> dict[str, float]:
+def _rope(values: _Values, family: str) -> dict[str, Any]:
   """Bases and scales of the positions of Gemma 2 and 3."""
   both = values.get('rope_parameters')
   if both is not None and not isinstance(both, Mapping):
@@ -287,7 +287,7 @@ def _rope_of(
 def _gemma4(values: _Values, types: tuple[str, ...]) -> dict[str, Any]:
   """What only Gemma 4 has."""
   k_eq_v = values.bool('attention_k_eq_v')
-  head_dim = values.int('global_head_dim')
+  head_dim: int | None = values.int('global_head_dim')
   kv_heads = values.optional('num_global_key_value_heads') if k_eq_v else None
   per_layer = values.get('per_layer_config')
   if per_layer is not None:

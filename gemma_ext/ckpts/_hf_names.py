@@ -5,11 +5,12 @@
 from collections.abc import Mapping
 import re
 
+import ml_dtypes
+import numpy as np
+
 from gemma_ext import errors
 from gemma_ext.ckpts import _assemble
 from gemma_ext.ckpts import _safetensors
-import ml_dtypes
-import numpy as np
 
 # Longest first. What wraps the text model differs by class and version.
 _PREFIXES = (

@@ -16,14 +16,15 @@ from typing import Any
 from absl import logging
 from flax import linen as nn
 from gemma import gm
+from google.protobuf import message
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
 from gemma_ext import errors
 from gemma_ext.ckpts import _cache
 from gemma_ext.ckpts import _families
 from gemma_ext.ckpts import _strict_json
 from gemma_ext.ckpts import _vocab
-from google.protobuf import message
-import numpy as np
-from sentencepiece import sentencepiece_model_pb2 as sp_proto
 
 SENTENCEPIECE_NAME = 'tokenizer.model'
 JSON_NAME = 'tokenizer.json'
@@ -35,6 +36,9 @@ _SPECIAL = ('<pad>', '<eos>', '<bos>', '<unk>')
 _SPACE = '▁'
 # Share of merges that may be out of step with any SentencePiece model.
 _TOLERANCE = 1e-3
+
+# Its members are made when it is imported, where no type checker sees them.
+_sp_proto: Any = sentencepiece_model_pb2
 
 # Token types that `_vocab` takes.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -70,7 +74,7 @@ def from_sentencepiece(
     raise errors.TokenizerError(
         f'{path} is larger than {_MAX_SENTENCEPIECE_BYTES} bytes.'
     )
-  proto = sp_proto.ModelProto()
+  proto = _sp_proto.ModelProto()
   try:
     proto.ParseFromString(data)
   except message.DecodeError as e:
@@ -128,8 +132,7 @@ def _rebuild(
     path: os.PathLike | str,
 ) -> bytes:
   """Returns a serialised SentencePiece model."""
-  bpe = data.get('model')
-  _check_kind(bpe, data, path)
+  bpe = _checked_model(data, path)
   vocab = _checked_vocab(bpe['vocab'], path)
   added = _added_tokens(data.get('added_tokens'), path)
   pieces = {i: token for token, i in vocab.items()}
@@ -153,12 +156,12 @@ def _rebuild(
     if i < len(tokens):
       types[i] = _USER_DEFINED
   for byte in range(256):
-    i = vocab.get(f'<0x{byte:02X}>')
-    if i is None:
+    piece = f'<0x{byte:02X}>'
+    if piece not in vocab:
       raise errors.TokenizerError(
-          f'{path}: no piece <0x{byte:02X}>, which byte fallback needs.'
+          f'{path}: no piece {piece}, which byte fallback needs.'
       )
-    types[i] = _BYTE
+    types[vocab[piece]] = _BYTE
   ranks = _ranks(bpe['merges'], path)
   _check_merges(ranks, tokens, types, path)
   first: dict[str, int] = {}
@@ -172,10 +175,11 @@ def _rebuild(
   return _vocab.sentencepiece_model(encoded, scores, types, cls.special_tokens)
 
 
-def _check_kind(
-    bpe: Any, data: Mapping[str, Any], path: os.PathLike | str
-) -> None:
-  """Refuses what a SentencePiece model would not do alike."""
+def _checked_model(
+    data: Mapping[str, Any], path: os.PathLike | str
+) -> Mapping[str, Any]:
+  """The BPE model, unless SentencePiece would not do what it does."""
+  bpe = data.get('model')
   if (
       not isinstance(bpe, Mapping)
       or bpe.get('type', 'BPE') != 'BPE'
@@ -229,6 +233,7 @@ def _check_kind(
         f' {splitter!r:.200} are not those of a Gemma. Use its'
         f' {SENTENCEPIECE_NAME}.'
     )
+  return bpe
 
 
 def _checked_vocab(
@@ -236,7 +241,7 @@ def _checked_vocab(
 ) -> dict[str, int]:
   seen = set()
   for token, i in vocab.items():
-    if type(i) is not int or i < 0 or i in seen:  # pylint: disable=unidiomatic-typecheck
+    if not _is_id(i) or i in seen:
       raise errors.TokenizerError(
           f'{path}: token {token!r:.50} has the id {i!r:.50}; expected an'
           ' integer of its own.'
@@ -253,8 +258,7 @@ def _added_tokens(added: Any, path: os.PathLike | str) -> dict[int, str]:
         not isinstance(token, Mapping)
         or not isinstance(token.get('content'), str)
         or not token['content']
-        or type(token.get('id')) is not int  # pylint: disable=unidiomatic-typecheck
-        or token['id'] < 0
+        or not _is_id(token.get('id'))
         or token['id'] in out
     ):
       raise errors.TokenizerError(
@@ -267,6 +271,11 @@ def _added_tokens(added: Any, path: os.PathLike | str) -> dict[int, str]:
       )
     out[token['id']] = token['content']
   return out
+
+
+def _is_id(value: Any) -> bool:
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  return is_int and value >= 0
 
 
 def _ranks(

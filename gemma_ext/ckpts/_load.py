@@ -10,6 +10,8 @@ from typing import Any
 
 from flax import linen as nn
 from gemma import gm
+import jax.numpy as jnp
+
 from gemma_ext import errors
 from gemma_ext.ckpts import _assemble
 from gemma_ext.ckpts import _checkpoint
@@ -24,7 +26,6 @@ from gemma_ext.ckpts import _orbax
 from gemma_ext.ckpts import _safetensors
 from gemma_ext.ckpts import _sample
 from gemma_ext.ckpts import _search
-import jax.numpy as jnp
 
 _GGUF_MAGIC = b'GGUF'
 # A folder is listed only so far when nothing in it is recognised.

@@ -148,7 +148,7 @@ def _check_params(params: Any, what: str) -> None:
     if not isinstance(shape, list) or len(shape) > _MAX_RANK:
       raise errors.HeaderError(f'{at} has shape {shape!r:.100}.')
     for size in shape:
-      if type(size) is not int or size < 0:  # pylint: disable=unidiomatic-typecheck
+      if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise errors.HeaderError(f'{at} has shape {shape!r:.100}.')
       if size > _MAX_DIM:
         raise errors.HeaderTooLargeError(f'{at} has shape {shape!r:.100}.')

@@ -10,17 +10,22 @@ from etils import epath
 from flax import linen as nn
 from gemma import gm
 from gemma.gm.ckpts import _checkpoint as gm_checkpoint
-from gemma_ext import errors
-from gemma_ext.ckpts import _assemble
-from gemma_ext.ckpts import _checkpoint
-from gemma_ext.ckpts import _families
-from gemma_ext.ckpts import _hf_tokenizer
-from gemma_ext.ckpts import _model_classes
 import jax
 import jax.numpy as jnp
 from orbax import checkpoint as ocp
 
+from gemma_ext import errors
+from gemma_ext.ckpts import _assemble
+from gemma_ext.ckpts import _checkpoint
+from gemma_ext.ckpts import _hf_tokenizer
+from gemma_ext.ckpts import _model_classes
+
 MARKERS = ('_METADATA', '_CHECKPOINT_METADATA', 'manifest.ocdbt')
+
+# pylint: disable=protected-access
+
+# Knows the layouts that official checkpoints come in.
+_Layouts = gm_checkpoint._CheckpointTree
 
 # Parameters of vision and audio encoders, by their first keys.
 _MEDIA = (
@@ -100,13 +105,8 @@ def _nested_shapes(path: epath.Path) -> dict[str, Any]:
   """Shapes and types in the NESTED layout, whatever the stored one is."""
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      tree, _ = gm_checkpoint._get_metadata_and_path(  # pylint: disable=protected-access
-          checkpointer, path
-      )
-    converted = gm_checkpoint._CheckpointTree.shape_dtype_struct_like(  # pylint: disable=protected-access
-        tree=tree
-    )
-    nested = converted.nested_tree
+      tree, _ = gm_checkpoint._get_metadata_and_path(checkpointer, path)
+    nested = _Layouts.shape_dtype_struct_like(tree=tree).nested_tree
   except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
     raise errors.HeaderError(
         f'{path} is not an orbax checkpoint of Gemma parameters: {e!s:.300}'
@@ -198,8 +198,7 @@ def check_tree(
 def _without_vision(tree: dict[str, Any]) -> dict[str, Any]:
   if 'vision_encoder' not in tree:
     return tree
-  checkpoint = gm_checkpoint._CheckpointTree(tree=tree)  # pylint: disable=protected-access
-  return checkpoint.as_nested(remove_mm=True).tree
+  return _Layouts(tree=tree).as_nested(remove_mm=True).tree
 
 
 def _only(params: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:

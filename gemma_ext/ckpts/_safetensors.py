@@ -17,10 +17,11 @@ import stat
 import struct
 from typing import Any
 
-from gemma_ext import errors
-from gemma_ext.ckpts import _strict_json
 import ml_dtypes
 import numpy as np
+
+from gemma_ext import errors
+from gemma_ext.ckpts import _strict_json
 
 SUFFIX = '.safetensors'
 INDEX_NAME = 'model.safetensors.index.json'
@@ -192,7 +193,7 @@ def _check_fields(
 def _check_ints(values: list[Any], what: str) -> None:
   """Checks that all are integers, neither negative nor absurd."""
   for v in values:
-    if type(v) is not int or v < 0:  # pylint: disable=unidiomatic-typecheck
+    if isinstance(v, bool) or not isinstance(v, int) or v < 0:
       raise errors.HeaderError(
           f'{what} must hold integers of at least 0, got {values!r:.100}.'
       )

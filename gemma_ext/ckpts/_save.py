@@ -18,6 +18,9 @@ from etils import epath
 from flax import linen as nn
 from gemma import gm
 from gemma.gm.utils import _file_cache
+import jax.numpy as jnp
+from orbax import checkpoint as ocp
+
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
@@ -25,8 +28,6 @@ from gemma_ext.ckpts import _checkpoint
 from gemma_ext.ckpts import _compressed
 from gemma_ext.ckpts import _families
 from gemma_ext.ckpts import _manifest
-import jax.numpy as jnp
-from orbax import checkpoint as ocp
 
 _PACKAGES = ('gemma_ext', 'gemma', 'jax', 'flax', 'orbax-checkpoint')
 

@@ -167,21 +167,21 @@ def _kaggle_candidates(
   for owner in _entries(folder):
     for model in _entries(owner):
       for framework in _entries(model):
-        for variation in _entries(framework):
+        for choice in _entries(framework):
           versions = [
               e
-              for e in _entries(variation)
+              for e in _entries(choice)
               if e.name.isdecimal() and e.is_dir()
           ]
           if versions:
             best = max(versions, key=lambda e: int(e.name))
-            out.append((owner.name, framework.name.lower(), variation, best))
+            out.append((owner.name, framework.name.lower(), choice, best))
   out.sort(key=lambda t: (t[0] != 'google', _framework_rank(t[1]), str(t[2])))
-  for _, _, variation, path in out:
-    owner, model, framework, last = variation.parts[-4:]
-    yield last, path
-    yield f'{model}/{framework}/{last}', path
-    yield f'{owner}/{model}/{framework}/{last}', path
+  for _, _, folder, path in out:
+    parts = folder.parts
+    yield parts[-1], path
+    yield '/'.join(parts[-3:]), path
+    yield '/'.join(parts[-4:]), path
 
 
 def _framework_rank(name: str) -> int:

@@ -8,12 +8,6 @@ import os
 import shutil
 
 from gemma import gm
-import gemma_ext as gx
-from gemma_ext import errors
-from gemma_ext.ckpts import _assemble
-from gemma_ext.ckpts import _compressed
-from gemma_ext.ckpts import _manifest
-from gemma_ext.ckpts import _save
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +15,12 @@ from orbax import checkpoint as ocp
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_proto
 
+import gemma_ext as gx
+from gemma_ext import errors
+from gemma_ext.ckpts import _assemble
+from gemma_ext.ckpts import _compressed
+from gemma_ext.ckpts import _manifest
+from gemma_ext.ckpts import _save
 from tests import tiny
 
 _RECIPE = gx.Recipe.of({

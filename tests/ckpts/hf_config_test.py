@@ -1,15 +1,15 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""config.json -> Hparams -> model, as published and as transformers 5 writes."""
+"""config.json -> Hparams -> model, of the hub and of transformers 5."""
 
 import json
 
 from gemma import gm
+import pytest
+
 from gemma_ext import errors
 from gemma_ext.ckpts import _families
 from gemma_ext.ckpts import _hf_config
-import pytest
-
 from tests.ckpts import hf_fixtures
 
 # The keys that matter of configurations published on the hub.

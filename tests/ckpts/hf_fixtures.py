@@ -37,7 +37,8 @@ def pack(header: Any, data: bytes = b'', *, length: int | None = None) -> bytes:
     length: What the first 8 bytes say; the true length if `None`.
   """
   text = header if isinstance(header, bytes) else json.dumps(header).encode()
-  return struct.pack('<Q', len(text) if length is None else length) + text + data
+  length = len(text) if length is None else length
+  return struct.pack('<Q', length) + text + data
 
 
 def entry(
@@ -57,13 +58,19 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
   """What transformers makes of a SentencePiece BPE model, as tokenizer.json.
 
   Every way to split a piece into two pieces is a merge; better scores first.
+  That goes for pieces that are added tokens as well: runs of spaces are never
+  found as such in text, where they are not escaped, and come from merges.
   """
   proto = sp_proto.ModelProto()
   proto.ParseFromString(model)
   kinds = sp_proto.ModelProto.SentencePiece
   pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
   vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-  normal = {p: s for p, s, kind in pieces if kind == kinds.NORMAL}
+  normal = {
+      p: s
+      for p, s, kind in pieces
+      if kind in (kinds.NORMAL, kinds.USER_DEFINED)
+  }
   merges = []
   for piece in sorted(normal, key=lambda p: -normal[p]):
     merges += [

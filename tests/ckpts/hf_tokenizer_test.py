@@ -8,12 +8,12 @@ import json
 import types
 
 from gemma import gm
-from gemma_ext import errors
-from gemma_ext.ckpts import _hf_tokenizer
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_proto
 import tokenizers
 
+from gemma_ext import errors
+from gemma_ext.ckpts import _hf_tokenizer
 from tests import tiny
 from tests.ckpts import hf_fixtures
 

@@ -6,16 +6,16 @@ import json
 import os
 
 from gemma import gm
-import gemma_ext as gx
-from gemma_ext import errors
-from gemma_ext.ckpts import _load
-from gemma_ext.ckpts import _sample
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+import gemma_ext as gx
+from gemma_ext import errors
+from gemma_ext.ckpts import _load
+from gemma_ext.ckpts import _sample
 from tests import tiny
 from tests.ckpts import hf_fixtures
 
@@ -133,7 +133,9 @@ def test_one_level_down_with_the_tokenizer_beside(tmp_path):
   )
 
 
-@pytest.mark.parametrize('name', ['GEMMA3_1B_IT', gm.ckpts.CheckpointPath.GEMMA3_1B_IT])
+@pytest.mark.parametrize(
+    'name', ['GEMMA3_1B_IT', gm.ckpts.CheckpointPath.GEMMA3_1B_IT]
+)
 def test_official_names_go_to_orbax(name, monkeypatch):
   seen = []
   monkeypatch.setattr(_load, '_load_orbax', lambda p, o: seen.append(p))

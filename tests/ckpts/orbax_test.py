@@ -7,16 +7,16 @@ import shutil
 
 from gemma import gm
 from gemma.gm.ckpts import _checkpoint as gm_checkpoint
-import gemma_ext as gx
-from gemma_ext import errors
-from gemma_ext.ckpts import _assemble
-from gemma_ext.ckpts import _model_classes
-from gemma_ext.ckpts import _orbax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gemma_ext as gx
+from gemma_ext import errors
+from gemma_ext.ckpts import _assemble
+from gemma_ext.ckpts import _model_classes
+from gemma_ext.ckpts import _orbax
 from tests import tiny
 
 
@@ -107,7 +107,8 @@ def test_vision_is_left_out(tmp_path):
     ],
 )
 def test_official_classes_are_told_from_shapes(cls):
-  model = _model_classes.build(cls, _model_classes.text_config(cls), jnp.bfloat16)
+  config = _model_classes.text_config(cls)
+  model = _model_classes.build(cls, config, jnp.bfloat16)
   tree = _assemble.expected_params(model)
   assert type(_orbax.infer_model(tree)) is cls
 

@@ -8,13 +8,13 @@ import pathlib
 import tempfile
 import warnings
 
+import hypothesis
+from hypothesis import strategies as st
+
 import gemma_ext as gx
 from gemma_ext.ckpts import _hf_config
 from gemma_ext.ckpts import _manifest
 from gemma_ext.ckpts import _safetensors
-import hypothesis
-from hypothesis import strategies as st
-
 from tests.ckpts import hf_fixtures
 
 _SETTINGS = hypothesis.settings(
@@ -187,7 +187,8 @@ def test_directory_with_bytes_changed(name, changes):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     for file in ('model.safetensors', 'config.json'):
-      (path / file).write_bytes(bytes(data) if file == name else _original(file))
+      content = bytes(data) if file == name else _original(file)
+      (path / file).write_bytes(content)
     with warnings.catch_warnings():
       # Huge weights overflow on the way to bfloat16, and that is an error.
       warnings.simplefilter('ignore', RuntimeWarning)

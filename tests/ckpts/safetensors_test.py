@@ -5,13 +5,13 @@
 import json
 import os
 
-from gemma_ext import errors
-from gemma_ext.ckpts import _safetensors
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from gemma_ext import errors
+from gemma_ext.ckpts import _safetensors
 from tests.ckpts import hf_fixtures
 
 _E = hf_fixtures.entry

@@ -4,9 +4,10 @@
 
 import os
 
+import pytest
+
 from gemma_ext import errors
 from gemma_ext.ckpts import _search
-import pytest
 
 
 @pytest.fixture(name='home')
@@ -83,7 +84,11 @@ def test_google_before_others(home):
 
 @pytest.mark.parametrize(
     'variable, below',
-    [('HF_HUB_CACHE', '.'), ('HF_HOME', 'hub'), ('XDG_CACHE_HOME', 'huggingface/hub')],
+    [
+        ('HF_HUB_CACHE', '.'),
+        ('HF_HOME', 'hub'),
+        ('XDG_CACHE_HOME', 'huggingface/hub'),
+    ],
 )
 def test_hugging_face_variables(home, monkeypatch, variable, below):
   monkeypatch.setenv(variable, str(home / 'else'))
