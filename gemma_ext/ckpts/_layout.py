@@ -1,6 +1,11 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where each canonical tensor lies inside the parameter tree of a model."""
+"""Where each canonical tensor lies inside the parameter tree of a model.
+
+The mixture of experts of gemma 4.0.1 routes on the output of `pre_ffw_norm`;
+Hugging Face and llama.cpp route on its input with the same weights. Tensors
+go where their names say; what is computed from them is the official class's.
+"""
 
 from collections.abc import Callable, Iterator
 import dataclasses

@@ -6,7 +6,8 @@ The result tokenises as the official tokenizers do: control tokens written in
 the text (`<start_of_turn>`, `<unused7>`) become their ids, except padding,
 end, begin and unknown, which stay text. That is llama.cpp with
 `parse_special=True` for text without those four, and with
-`parse_special=False` for text without any other control token.
+`parse_special=False` for text without any other control token. (Runs of the
+character U+2581 itself differ: to SentencePiece they are spaces.)
 
 Gemma 4's vocabulary is stored as BPE merges without scores. SentencePiece
 merges the pair whose result has the highest score, so that the lowest rank of
