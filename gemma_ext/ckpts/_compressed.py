@@ -37,6 +37,7 @@ PARAMS_NAME = 'params'
 TOKENIZER_NAME = 'tokenizer.model'
 
 _GB = 1_000_000_000
+_BLOCK = 1 << 22
 _FLOATS = ('bfloat16', 'float16', 'float32')
 
 
@@ -266,7 +267,12 @@ def check_finite(params: Mapping[str, Any], path: pathlib.Path) -> None:
   for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       continue
-    if not _assemble.all_finite(np.asarray(leaf)):
+    flat = np.asarray(leaf).reshape(-1)
+    # In blocks, because the check makes temporaries of their size.
+    if not all(
+        _assemble.all_finite(flat[i : i + _BLOCK])
+        for i in range(0, flat.size, _BLOCK)
+    ):
       name = '/'.join(k.key for k in keys)
       raise errors.NonFiniteError(
           f'{path}: {name} holds NaN or infinity.'
