@@ -29,6 +29,8 @@ _MAX_PATTERN_LENGTH = 512
 _MAX_GROUP = 1 << 20
 _MAX_PLANES = 4
 _PACKINGS = ('2bit', '5trit')
+# For checking a preset's name before its model is there.
+ANY_LAYERS = 10_000
 
 
 # ---------------------------------- methods ----------------------------------

@@ -14,3 +14,5 @@ from gemma_ext.nn._sites import Layout
 from gemma_ext.nn._sites import Site
 from gemma_ext.nn._sites import sites
 from gemma_ext.nn._lora import LoRA
+from gemma_ext.nn._latent import from_latent
+from gemma_ext.nn._latent import to_latent

@@ -63,6 +63,16 @@ class Compressed(nn.Module):
     with self._intercept():
       return self.model(*args, **kwargs)
 
+  def init_cache(self, *, dtype: Any, **kwargs: Any) -> Any:
+    """Initialises the cache as the model does, in a floating type.
+
+    The official samplers ask for the type of the first parameter, which may be
+    integer codes here; then it is the model's own type.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+      dtype = self.model.dtype
+    return self.model.init_cache(dtype=dtype, **kwargs)
+
   def decode(self, x: jax.Array) -> jax.Array:
     """Applies the output head to final hidden states.
 
