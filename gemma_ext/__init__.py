@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes any Gemma checkpoint small and fast, and keeps it itself, inside JAX.
 
-    import gemma_ext as gx
+import gemma_ext as gx
 
-    model, params, tokenizer = gx.ckpts.load('gemma3-270m')
-    recipe = gx.Recipe.of('int8')
-    params = gx.compress(model, params, recipe)
-    model = gx.nn.Compressed(model=model, recipe=recipe)
+model, params, tokenizer = gx.ckpts.load('gemma3-270m')
+recipe = gx.Recipe.of('int8')
+params = gx.compress(model, params, recipe)
+model = gx.nn.Compressed(model=model, recipe=recipe)
 """
 
 import importlib as _importlib
@@ -17,16 +17,23 @@ __version__ = '0.1.0'
 
 # Loaded at first use, so that `gemma_ext.kernels` needs nothing but jax.
 _MODULES = (
-    'ckpts', 'compress', 'data', 'errors', 'evals', 'kernels', 'nn', 'recipe'
+  'ckpts',
+  'compress',
+  'data',
+  'errors',
+  'evals',
+  'kernels',
+  'nn',
+  'recipe',
 )
 _NAMES = {
-    'GemmaExtError': 'errors',
-    'Int': 'recipe',
-    'Keep': 'recipe',
-    'Plan': 'compress',
-    'Recipe': 'recipe',
-    'Ternary': 'recipe',
-    'plan': 'compress',
+  'GemmaExtError': 'errors',
+  'Int': 'recipe',
+  'Keep': 'recipe',
+  'Plan': 'compress',
+  'Recipe': 'recipe',
+  'Ternary': 'recipe',
+  'plan': 'compress',
 }
 
 if _typing.TYPE_CHECKING:

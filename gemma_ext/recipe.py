@@ -44,11 +44,9 @@ class Method:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the method's name and every field as plain JSON values."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     fields = {
-        f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-    }
-    fields = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
+      k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
     }
     return {'method': self.NAME, **fields}
 
@@ -87,36 +85,36 @@ class Ternary(Method):
     _check_int('Ternary.planes', self.planes, 1, _MAX_PLANES)
     _check_int('Ternary.group', self.group, 1, _MAX_GROUP)
     if self.density is not None and not (
-        isinstance(self.density, (int, float))
-        and not isinstance(self.density, bool)
-        and 0 < self.density <= 1
+      isinstance(self.density, (int, float))
+      and not isinstance(self.density, bool)
+      and 0 < self.density <= 1
     ):
       raise errors.RecipeError(
-          'Ternary.density must be None or a number in (0, 1], got'
-          f' {self.density!r}.'
+        'Ternary.density must be None or a number in (0, 1], got'
+        f' {self.density!r}.'
       )
     if self.pattern is not None:
-      pattern = tuple(self.pattern) if isinstance(
-          self.pattern, (list, tuple)
-      ) else ()
+      pattern = (
+        tuple(self.pattern) if isinstance(self.pattern, (list, tuple)) else ()
+      )
       if (
-          len(pattern) != 2
-          or not all(type(v) is int for v in pattern)
-          or not 1 <= pattern[0] <= pattern[1] <= 64
+        len(pattern) != 2
+        or not all(type(v) is int for v in pattern)
+        or not 1 <= pattern[0] <= pattern[1] <= 64
       ):
         raise errors.RecipeError(
-            'Ternary.pattern must be None or (n, m) with 1 <= n <= m <= 64,'
-            f' got {self.pattern!r}.'
+          'Ternary.pattern must be None or (n, m) with 1 <= n <= m <= 64,'
+          f' got {self.pattern!r}.'
         )
       if self.density is not None:
         raise errors.RecipeError(
-            'Ternary takes `density` or `pattern`, not both; got'
-            f' density={self.density!r}, pattern={self.pattern!r}.'
+          'Ternary takes `density` or `pattern`, not both; got'
+          f' density={self.density!r}, pattern={self.pattern!r}.'
         )
       object.__setattr__(self, 'pattern', pattern)
     if self.packing not in _PACKINGS:
       raise errors.RecipeError(
-          f'Ternary.packing must be one of {_PACKINGS}, got {self.packing!r}.'
+        f'Ternary.packing must be one of {_PACKINGS}, got {self.packing!r}.'
       )
 
 
@@ -143,7 +141,7 @@ class Int(Method):
 
 
 METHODS: dict[str, type[Method]] = {
-    cls.NAME: cls for cls in (Keep, Ternary, Int)
+  cls.NAME: cls for cls in (Keep, Ternary, Int)
 }
 
 RuleLike: TypeAlias = tuple[str, Method]
@@ -170,28 +168,28 @@ class Recipe:
     rules = tuple(self.rules)
     if len(rules) > _MAX_RULES:
       raise errors.RecipeError(
-          f'A recipe has at most {_MAX_RULES} rules, got {len(rules)}.'
+        f'A recipe has at most {_MAX_RULES} rules, got {len(rules)}.'
       )
     for rule in rules:
       if not isinstance(rule, tuple) or len(rule) != 2:
         raise errors.RecipeError(
-            f'A rule is a (pattern, method) pair, got {rule!r}.'
+          f'A rule is a (pattern, method) pair, got {rule!r}.'
         )
       pattern, method = rule
       _compile(pattern)
       if type(method) not in METHODS.values():
         raise errors.RecipeError(
-            f'The method of rule {pattern!r} must be one of'
-            f' {sorted(c.__name__ for c in METHODS.values())}, got {method!r}.'
+          f'The method of rule {pattern!r} must be one of'
+          f' {sorted(c.__name__ for c in METHODS.values())}, got {method!r}.'
         )
     object.__setattr__(self, 'rules', rules)
 
   @classmethod
   def of(
-      cls,
-      spec: Recipe | str | os.PathLike[str] | Mapping[str, Method] | Iterable,
-      *,
-      num_layers: int | None = None,
+    cls,
+    spec: Recipe | str | os.PathLike[str] | Mapping[str, Method] | Iterable,
+    *,
+    num_layers: int | None = None,
   ) -> Recipe:
     """Makes a recipe of what users have at hand.
 
@@ -221,8 +219,8 @@ class Recipe:
       return cls(rules=tuple(tuple(rule) for rule in spec))
     except TypeError as e:
       raise errors.RecipeError(
-          'A recipe is made of a mapping from pattern to method, a preset name'
-          f' or a JSON path, got {spec!r}.'
+        'A recipe is made of a mapping from pattern to method, a preset name'
+        f' or a JSON path, got {spec!r}.'
       ) from e
 
   @classmethod
@@ -249,30 +247,29 @@ class Recipe:
     if name == 'int4':
       return cls(rules=(('.*', Int(bits=4, group=32)),))
     match = re.fullmatch(
-        r'tssn([2-4]?)(?:-(first|last|layer)-(\d{1,4}))?', name
+      r'tssn([2-4]?)(?:-(first|last|layer)-(\d{1,4}))?', name
     )
     if not match:
       raise errors.RecipeError(
-          f'No recipe preset or file {name!r}. Presets: {PRESETS}. A file is'
-          ' given by a path that ends in .json.'
+        f'No recipe preset or file {name!r}. Presets: {PRESETS}. A file is'
+        ' given by a path that ends in .json.'
       )
     planes, which, number = match.groups()
     layers = _layer_pattern(which, int(number or 0), num_layers, name)
     return cls(
-        rules=(
-            (rf'{layers}/mlp2?', Ternary(planes=int(planes or 1))),
-            ('.*', Int(bits=8)),
-        )
+      rules=(
+        (rf'{layers}/mlp2?', Ternary(planes=int(planes or 1))),
+        ('.*', Int(bits=8)),
+      )
     )
 
   def to_json(self) -> dict[str, Any]:
     """Returns the recipe as plain JSON values."""
     return {
-        'version': _JSON_VERSION,
-        'rules': [
-            {'match': pattern, **method.to_json()}
-            for pattern, method in self.rules
-        ],
+      'version': _JSON_VERSION,
+      'rules': [
+        {'match': pattern, **method.to_json()} for pattern, method in self.rules
+      ],
     }
 
   @classmethod
@@ -287,17 +284,17 @@ class Recipe:
     """
     if not isinstance(data, dict) or set(data) != {'version', 'rules'}:
       raise errors.RecipeError(
-          "A recipe in JSON has the keys 'version' and 'rules', got"
-          f' {_brief(data)}.'
+        "A recipe in JSON has the keys 'version' and 'rules', got"
+        f' {_brief(data)}.'
       )
     if data['version'] != _JSON_VERSION or isinstance(data['version'], bool):
       raise errors.RecipeError(
-          f'Recipe version {_brief(data["version"])} is not supported, expected'
-          f' {_JSON_VERSION}. A newer gemma_ext may read it.'
+        f'Recipe version {_brief(data["version"])} is not supported, expected'
+        f' {_JSON_VERSION}. A newer gemma_ext may read it.'
       )
     if not isinstance(data['rules'], list):
       raise errors.RecipeError(
-          f"'rules' must be a list, got {_brief(data['rules'])}."
+        f"'rules' must be a list, got {_brief(data['rules'])}."
       )
     return cls(rules=tuple(_rule_from_json(rule) for rule in data['rules']))
 
@@ -328,9 +325,9 @@ class Recipe:
     for path in paths:
       methods[path] = Keep()
       hits = [
-          i
-          for i, (pattern, _) in enumerate(self.rules)
-          if _matches(pattern, path)
+        i
+        for i, (pattern, _) in enumerate(self.rules)
+        if _matches(pattern, path)
       ]
       if hits:
         methods[path] = self.rules[hits[0]][1]
@@ -341,13 +338,13 @@ class Recipe:
         continue
       if i in shadowed:
         raise errors.UnmatchedRuleError(
-            f'Rule {i} {pattern!r} never applies: earlier rules match all that'
-            ' it matches. Put it before them.'
+          f'Rule {i} {pattern!r} never applies: earlier rules match all that'
+          ' it matches. Put it before them.'
         )
       raise errors.UnmatchedRuleError(
-          f'Rule {i} {pattern!r} matches no weight of the model. Near misses:'
-          f' {_near_misses(pattern, paths)}. Patterns cover whole path'
-          ' segments.'
+        f'Rule {i} {pattern!r} matches no weight of the model. Near misses:'
+        f' {_near_misses(pattern, paths)}. Patterns cover whole path'
+        ' segments.'
       )
     return methods
 
@@ -357,7 +354,7 @@ class Recipe:
 
 
 PRESETS = (
-    'int8, int4, tssn, tssn2, tssn3, tssn-first-N, tssn-last-N, tssn-layer-N'
+  'int8, int4, tssn, tssn2, tssn3, tssn-first-N, tssn-last-N, tssn-layer-N'
 )
 
 
@@ -367,7 +364,7 @@ PRESETS = (
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
   if type(value) is not int or not low <= value <= high:
     raise errors.RecipeError(
-        f'{name} must be an integer in [{low}, {high}], got {value!r}.'
+      f'{name} must be an integer in [{low}, {high}], got {value!r}.'
     )
 
 
@@ -375,18 +372,18 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
 def _compile(pattern: str) -> re.Pattern[str]:
   if not isinstance(pattern, str) or not pattern:
     raise errors.RecipeError(
-        f'A pattern must be a non-empty string, got {pattern!r}.'
+      f'A pattern must be a non-empty string, got {pattern!r}.'
     )
   if len(pattern) > _MAX_PATTERN_LENGTH:
     raise errors.RecipeError(
-        f'A pattern has at most {_MAX_PATTERN_LENGTH} characters, got'
-        f' {len(pattern)}.'
+      f'A pattern has at most {_MAX_PATTERN_LENGTH} characters, got'
+      f' {len(pattern)}.'
     )
   try:
     return re.compile(rf'(?:.*/)?(?:{pattern})(?:/.*)?')
   except re.error as e:
     raise errors.RecipeError(
-        f'Pattern {pattern!r} is not a regular expression: {e}.'
+      f'Pattern {pattern!r} is not a regular expression: {e}.'
     ) from e
 
 
@@ -406,14 +403,14 @@ def _near_misses(pattern: str, paths: list[str]) -> str:
 
 
 def _layer_pattern(
-    which: str | None, number: int, num_layers: int | None, name: str
+  which: str | None, number: int, num_layers: int | None, name: str
 ) -> str:
   """Returns a regular expression for the layers that a preset means."""
   if which is None:
     return r'layer_\d+'
   if num_layers is None and which == 'last':
     raise errors.RecipeError(
-        f'Preset {name!r} counts layers from the end: pass `num_layers=`.'
+      f'Preset {name!r} counts layers from the end: pass `num_layers=`.'
     )
   if which == 'layer':
     layers = range(number, number + 1)
@@ -422,12 +419,14 @@ def _layer_pattern(
   else:
     assert num_layers is not None
     layers = range(num_layers - number, num_layers)
-  if not layers or layers[0] < 0 or (
-      num_layers is not None and layers[-1] >= num_layers
+  if (
+    not layers
+    or layers[0] < 0
+    or (num_layers is not None and layers[-1] >= num_layers)
   ):
     raise errors.RecipeError(
-        f'Preset {name!r} names layers that a model of {num_layers} layers does'
-        ' not have.'
+      f'Preset {name!r} names layers that a model of {num_layers} layers does'
+      ' not have.'
     )
   return f'layer_({"|".join(map(str, layers))})'
 
@@ -435,19 +434,19 @@ def _layer_pattern(
 def _rule_from_json(rule: Any) -> RuleLike:
   if not isinstance(rule, dict) or not {'match', 'method'} <= set(rule):
     raise errors.RecipeError(
-        f"A rule in JSON has the keys 'match' and 'method', got {_brief(rule)}."
+      f"A rule in JSON has the keys 'match' and 'method', got {_brief(rule)}."
     )
   fields = dict(rule)
   pattern, name = fields.pop('match'), fields.pop('method')
   if not isinstance(name, str) or name not in METHODS:
     raise errors.RecipeError(
-        f'Unknown method {_brief(name)}, expected one of {sorted(METHODS)}.'
+      f'Unknown method {_brief(name)}, expected one of {sorted(METHODS)}.'
     )
   known = {f.name for f in dataclasses.fields(METHODS[name])}
   if not set(fields) <= known:
     raise errors.RecipeError(
-        f'Method {name!r} has no fields {sorted(set(fields) - known)}, expected'
-        f' some of {sorted(known)}.'
+      f'Method {name!r} has no fields {sorted(set(fields) - known)}, expected'
+      f' some of {sorted(known)}.'
     )
   if isinstance(fields.get('pattern'), list):
     fields['pattern'] = tuple(fields['pattern'])
@@ -462,7 +461,7 @@ def _read_json(path: str) -> Any:
     raise errors.RecipeError(f'Cannot read the recipe {path!r}: {e}.') from e
   if len(data) > _MAX_JSON_BYTES:
     raise errors.RecipeError(
-        f'The recipe {path!r} is larger than {_MAX_JSON_BYTES} bytes.'
+      f'The recipe {path!r} is larger than {_MAX_JSON_BYTES} bytes.'
     )
   try:
     return json.loads(data)

@@ -52,7 +52,7 @@ def is_own(path: os.PathLike | str) -> bool:
 
 
 def load(
-    path: os.PathLike | str, *, dtype: Any = None
+  path: os.PathLike | str, *, dtype: Any = None
 ) -> _checkpoint.Checkpoint:
   """Loads a directory that `save` wrote.
 
@@ -83,7 +83,7 @@ def load(
   _check_bytes(path / PARAMS_NAME, spec)
   saved_dtype = jnp.dtype(manifest['dtype'])
   dense = _families.model_from_json(
-      manifest['model'], dtype=saved_dtype if dtype is None else dtype
+    manifest['model'], dtype=saved_dtype if dtype is None else dtype
   )
   _check_layers(dense, spec, path)
   model, recipe = dense, None
@@ -98,12 +98,12 @@ def load(
   if dtype is not None and jnp.dtype(dtype) != saved_dtype:
     params = _cast_dense(params, dtype)
   return _checkpoint.Checkpoint(
-      model=model,
-      params=params,
-      tokenizer=tokenizer,
-      source=str(path),
-      recipe=recipe,
-      metadata=manifest['metadata'],
+    model=model,
+    params=params,
+    tokenizer=tokenizer,
+    source=str(path),
+    recipe=recipe,
+    metadata=manifest['metadata'],
   )
 
 
@@ -114,17 +114,17 @@ def tree_spec(params: Mapping[str, Any]) -> dict[str, Any]:
     names: list[Any] = [getattr(k, 'key', None) for k in keys]
     if not all(isinstance(n, str) and n and '/' not in n for n in names):
       raise errors.ParamsMismatchError(
-          f'Parameters must be nested dicts with names as keys, got {keys!r}.'
+        f'Parameters must be nested dicts with names as keys, got {keys!r}.'
       )
     out['/'.join(names)] = {
-        'shape': list(leaf.shape),
-        'dtype': jnp.dtype(leaf.dtype).name,
+      'shape': list(leaf.shape),
+      'dtype': jnp.dtype(leaf.dtype).name,
     }
   return out
 
 
 def check_params(
-    params: Mapping[str, Any], model: nn.Module, *, what: str
+  params: Mapping[str, Any], model: nn.Module, *, what: str
 ) -> None:
   """Checks that parameters are those of a model.
 
@@ -143,9 +143,9 @@ def handler(largest_leaf: int = 0) -> ocp.PyTreeCheckpointHandler:
       are not below the bound.
   """
   return ocp.PyTreeCheckpointHandler(
-      use_ocdbt=True,
-      use_compression=False,
-      restore_concurrent_gb=1 + math.ceil(largest_leaf / _GB),
+    use_ocdbt=True,
+    use_compression=False,
+    restore_concurrent_gb=1 + math.ceil(largest_leaf / _GB),
   )
 
 
@@ -157,8 +157,8 @@ def _check_bytes(folder: pathlib.Path, spec: Mapping[str, Any]) -> None:
   present = folder_bytes(folder)
   if promised > present:
     raise errors.TruncatedFileError(
-        f'{folder} holds {present} bytes, but {_manifest.NAME} promises'
-        f' {promised} bytes of parameters.'
+      f'{folder} holds {present} bytes, but {_manifest.NAME} promises'
+      f' {promised} bytes of parameters.'
     )
 
 
@@ -172,19 +172,19 @@ def _leaf_bytes(leaf: Mapping[str, Any]) -> int:
 
 
 def _check_layers(
-    model: nn.Module, spec: Mapping[str, Any], path: pathlib.Path
+  model: nn.Module, spec: Mapping[str, Any], path: pathlib.Path
 ) -> None:
   """A cheap look before the model is traced, which takes time per layer."""
   have = len({k.split('/')[0] for k in spec if k.startswith('layer_')})
   if have != model.config.num_layers:
     raise errors.ParamsMismatchError(
-        f'{path}: the model has {model.config.num_layers} layers, the'
-        f' parameters {have}.'
+      f'{path}: the model has {model.config.num_layers} layers, the'
+      f' parameters {have}.'
     )
 
 
 def _check_spec(
-    spec: Mapping[str, Any], expected: Mapping[str, Any], source: Any
+  spec: Mapping[str, Any], expected: Mapping[str, Any], source: Any
 ) -> None:
   """Checks shapes and types of leaves against what the model expects."""
   want = tree_spec(expected)
@@ -192,35 +192,33 @@ def _check_spec(
   unexpected = sorted(spec.keys() - want.keys())
   if missing or unexpected:
     raise errors.ParamsMismatchError(
-        f'{source}: the parameters are not those of the model and its recipe:'
-        f' {len(missing)} are missing, first {missing[:3]};'
-        f' {len(unexpected)} have no place, first {unexpected[:3]}.'
+      f'{source}: the parameters are not those of the model and its recipe:'
+      f' {len(missing)} are missing, first {missing[:3]};'
+      f' {len(unexpected)} have no place, first {unexpected[:3]}.'
     )
   for name, leaf in want.items():
     got = spec[name]
     same_type = got['dtype'] == leaf['dtype'] or (
-        got['dtype'] in _FLOATS and leaf['dtype'] in _FLOATS
+      got['dtype'] in _FLOATS and leaf['dtype'] in _FLOATS
     )
     if got['shape'] != leaf['shape'] or not same_type:
       raise errors.ParamsMismatchError(
-          f'{source}: {name} is {got["dtype"]}{got["shape"]}; the model and'
-          f' its recipe need {leaf["dtype"]}{leaf["shape"]}.'
+        f'{source}: {name} is {got["dtype"]}{got["shape"]}; the model and'
+        f' its recipe need {leaf["dtype"]}{leaf["shape"]}.'
       )
 
 
 def _restore(
-    folder: pathlib.Path,
-    spec: Mapping[str, Any],
-    expected: Mapping[str, Any],
+  folder: pathlib.Path,
+  spec: Mapping[str, Any],
+  expected: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Reads every array onto the default device, types as stored."""
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def target(keys, leaf):
     dtype = spec['/'.join(k.key for k in keys)]['dtype']
-    return jax.ShapeDtypeStruct(
-        leaf.shape, jnp.dtype(dtype), sharding=sharding
-    )
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
 
   item = jax.tree_util.tree_map_with_path(target, dict(expected))
   largest = max(_leaf_bytes(leaf) for leaf in spec.values())
@@ -228,22 +226,22 @@ def _restore(
     with ocp.Checkpointer(handler(largest)) as checkpointer:
       _check_stored(checkpointer.metadata(folder), spec, folder)
       return checkpointer.restore(
-          folder,
-          ocp.args.PyTreeRestore(
-              item=item,
-              restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-          ),
+        folder,
+        ocp.args.PyTreeRestore(
+          item=item,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        ),
       )
   except errors.GemmaExtError:
     raise
   except Exception as e:  # orbax and tensorstore raise of every kind
     raise errors.TruncatedFileError(
-        f'{folder}: orbax cannot read the parameters: {e!s:.500}'
+      f'{folder}: orbax cannot read the parameters: {e!s:.500}'
     ) from e
 
 
 def _check_stored(
-    metadata: Any, spec: Mapping[str, Any], folder: pathlib.Path
+  metadata: Any, spec: Mapping[str, Any], folder: pathlib.Path
 ) -> None:
   """Checks what orbax says it stores against recipe.json."""
   item = getattr(metadata, 'item_metadata', metadata)
@@ -252,13 +250,11 @@ def _check_stored(
   stored = tree_spec(getattr(item, 'tree', item))
   if stored != dict(spec):
     wrong = sorted(
-        k
-        for k in stored.keys() | spec.keys()
-        if stored.get(k) != spec.get(k)
+      k for k in stored.keys() | spec.keys() if stored.get(k) != spec.get(k)
     )
     raise errors.ParamsMismatchError(
-        f'{folder} stores {wrong[0]} as {stored.get(wrong[0])};'
-        f' {_manifest.NAME} says {spec.get(wrong[0])} ({len(wrong)} differ).'
+      f'{folder} stores {wrong[0]} as {stored.get(wrong[0])};'
+      f' {_manifest.NAME} says {spec.get(wrong[0])} ({len(wrong)} differ).'
     )
 
 
@@ -270,13 +266,11 @@ def check_finite(params: Mapping[str, Any], path: pathlib.Path) -> None:
     flat = np.asarray(leaf).reshape(-1)
     # In blocks, because the check makes temporaries of their size.
     if not all(
-        _assemble.all_finite(flat[i : i + _BLOCK])
-        for i in range(0, flat.size, _BLOCK)
+      _assemble.all_finite(flat[i : i + _BLOCK])
+      for i in range(0, flat.size, _BLOCK)
     ):
       name = '/'.join(k.key for k in keys)
-      raise errors.NonFiniteError(
-          f'{path}: {name} holds NaN or infinity.'
-      )
+      raise errors.NonFiniteError(f'{path}: {name} holds NaN or infinity.')
 
 
 def _cast_dense(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
@@ -292,7 +286,7 @@ def _cast_dense(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def _load_tokenizer(
-    path: pathlib.Path, entry: Mapping[str, Any] | None, model: nn.Module
+  path: pathlib.Path, entry: Mapping[str, Any] | None, model: nn.Module
 ) -> Any:
   if entry is None:
     return _checkpoint.default_tokenizer(model)
@@ -304,8 +298,7 @@ def _load_tokenizer(
     raise errors.MissingTensorError(f'{file}: {e.strerror}.') from e
   if digest != entry['sha256']:
     raise errors.ChecksumError(
-        f'{file} has sha256 {digest}; {_manifest.NAME} says'
-        f' {entry["sha256"]}.'
+      f'{file} has sha256 {digest}; {_manifest.NAME} says {entry["sha256"]}.'
     )
   cls = _families.tokenizer_class(model)
   custom = {int(k): v for k, v in entry['custom_tokens'].items()}

@@ -14,52 +14,52 @@ from gemma_ext.ckpts import _safetensors
 
 # Longest first. What wraps the text model differs by class and version.
 _PREFIXES = (
-    'model.language_model.model.',
-    'language_model.model.',
-    'model.language_model.',
-    'language_model.',
-    'model.',
-    '',
+  'model.language_model.model.',
+  'language_model.model.',
+  'model.language_model.',
+  'language_model.',
+  'model.',
+  '',
 )
 _LAYER = re.compile(r'layers\.(0|[1-9]\d{0,3})\.(.+)')
 _TOP = {
-    'embed_tokens.weight': 'embed',
-    'norm.weight': 'final_norm',
-    'embed_tokens_per_layer.weight': 'per_layer_embed',
-    'per_layer_model_projection.weight': 'per_layer_projection',
-    'per_layer_projection_norm.weight': 'per_layer_projection_norm',
+  'embed_tokens.weight': 'embed',
+  'norm.weight': 'final_norm',
+  'embed_tokens_per_layer.weight': 'per_layer_embed',
+  'per_layer_model_projection.weight': 'per_layer_projection',
+  'per_layer_projection_norm.weight': 'per_layer_projection_norm',
 }
 _IN_LAYER = {
-    'self_attn.q_proj.weight': 'q',
-    'self_attn.k_proj.weight': 'k',
-    'self_attn.v_proj.weight': 'v',
-    'self_attn.o_proj.weight': 'o',
-    'self_attn.q_norm.weight': 'q_norm',
-    'self_attn.k_norm.weight': 'k_norm',
-    'mlp.gate_proj.weight': 'gate',
-    'mlp.up_proj.weight': 'up',
-    'mlp.down_proj.weight': 'down',
-    'input_layernorm.weight': 'pre_attn_norm',
-    'post_attention_layernorm.weight': 'post_attn_norm',
-    'pre_feedforward_layernorm.weight': 'pre_ffw_norm',
-    'post_feedforward_layernorm.weight': 'post_ffw_norm',
-    'layer_scalar': 'skip_scale',
-    'per_layer_input_gate.weight': 'per_layer_gate',
-    'per_layer_projection.weight': 'per_layer_out',
-    'post_per_layer_input_norm.weight': 'per_layer_norm',
-    'router.proj.weight': 'router',
-    'router.scale': 'router_scale',
-    'router.per_expert_scale': 'expert_scale',
-    'experts.gate_up_proj': 'experts_gate_up',
-    'experts.down_proj': 'experts_down',
-    'post_feedforward_layernorm_1.weight': 'dense_post_norm',
-    'post_feedforward_layernorm_2.weight': 'moe_post_norm',
+  'self_attn.q_proj.weight': 'q',
+  'self_attn.k_proj.weight': 'k',
+  'self_attn.v_proj.weight': 'v',
+  'self_attn.o_proj.weight': 'o',
+  'self_attn.q_norm.weight': 'q_norm',
+  'self_attn.k_norm.weight': 'k_norm',
+  'mlp.gate_proj.weight': 'gate',
+  'mlp.up_proj.weight': 'up',
+  'mlp.down_proj.weight': 'down',
+  'input_layernorm.weight': 'pre_attn_norm',
+  'post_attention_layernorm.weight': 'post_attn_norm',
+  'pre_feedforward_layernorm.weight': 'pre_ffw_norm',
+  'post_feedforward_layernorm.weight': 'post_ffw_norm',
+  'layer_scalar': 'skip_scale',
+  'per_layer_input_gate.weight': 'per_layer_gate',
+  'per_layer_projection.weight': 'per_layer_out',
+  'post_per_layer_input_norm.weight': 'per_layer_norm',
+  'router.proj.weight': 'router',
+  'router.scale': 'router_scale',
+  'router.per_expert_scale': 'expert_scale',
+  'experts.gate_up_proj': 'experts_gate_up',
+  'experts.down_proj': 'experts_down',
+  'post_feedforward_layernorm_1.weight': 'dense_post_norm',
+  'post_feedforward_layernorm_2.weight': 'moe_post_norm',
 }
 # In a mixture of experts, transformers calls the norm before the dense FFN as
 # it is called without experts, and numbers that of the experts 2.
 _IN_MOE_LAYER = _IN_LAYER | {
-    'pre_feedforward_layernorm.weight': 'dense_pre_norm',
-    'pre_feedforward_layernorm_2.weight': 'pre_ffw_norm',
+  'pre_feedforward_layernorm.weight': 'dense_pre_norm',
+  'pre_feedforward_layernorm_2.weight': 'pre_ffw_norm',
 }
 _READ_AS_IS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 
@@ -93,7 +93,7 @@ class HfSource:
   norm_offset = 0.0
 
   def __init__(
-      self, entries: Mapping[str, _safetensors.Entry], *, is_moe: bool
+    self, entries: Mapping[str, _safetensors.Entry], *, is_moe: bool
   ):
     """Gives the tensors of a checkpoint their canonical names.
 
@@ -114,8 +114,8 @@ class HfSource:
         self._unknown.append(name)
       elif canonical in self._entries:
         raise errors.HeaderError(
-            f'{entry.path}: tensors {self._names[canonical]!r} and {name!r}'
-            ' stand for the same weight.'
+          f'{entry.path}: tensors {self._names[canonical]!r} and {name!r}'
+          ' stand for the same weight.'
         )
       else:
         self._entries[canonical] = entry
@@ -129,7 +129,7 @@ class HfSource:
     return self._entries[name].shape
 
   def read(
-      self, name: str, start: int = 0, stop: int | None = None
+    self, name: str, start: int = 0, stop: int | None = None
   ) -> np.ndarray:
     entry = self._entries[name]
     rows = _safetensors.read_rows(entry, start, stop, name=self._names[name])

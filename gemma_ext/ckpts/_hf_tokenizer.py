@@ -45,7 +45,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
 def read(
-    directory: os.PathLike | str, model: nn.Module
+  directory: os.PathLike | str, model: nn.Module
 ) -> gm.text.Tokenizer | None:
   """Reads the tokenizer of a directory; `None` if it has none.
 
@@ -65,21 +65,21 @@ def read(
 
 
 def from_sentencepiece(
-    path: os.PathLike | str, model: nn.Module
+  path: os.PathLike | str, model: nn.Module
 ) -> gm.text.Tokenizer:
   """Checks a SentencePiece file and wraps it for `model`; raises as `read`."""
   with open(path, 'rb') as f:
     data = f.read(_MAX_SENTENCEPIECE_BYTES + 1)
   if len(data) > _MAX_SENTENCEPIECE_BYTES:
     raise errors.TokenizerError(
-        f'{path} is larger than {_MAX_SENTENCEPIECE_BYTES} bytes.'
+      f'{path} is larger than {_MAX_SENTENCEPIECE_BYTES} bytes.'
     )
   proto = _sp_proto.ModelProto()
   try:
     proto.ParseFromString(data)
   except message.DecodeError as e:
     raise errors.TokenizerError(
-        f'{path} is not a SentencePiece model: {e}'
+      f'{path} is not a SentencePiece model: {e}'
     ) from e
   names = [p.piece for p in proto.pieces[: len(_SPECIAL)]]
   _check_special(names, path)
@@ -93,8 +93,8 @@ def from_sentencepiece(
     raise errors.TokenizerError(f'{path}: SentencePiece rejects it: {e}') from e
   if size != len(proto.pieces):
     raise errors.TokenizerError(
-        f'{path} holds {len(proto.pieces)} pieces, but SentencePiece reads'
-        f' {size}.'
+      f'{path} holds {len(proto.pieces)} pieces, but SentencePiece reads'
+      f' {size}.'
     )
   return tokenizer
 
@@ -111,7 +111,7 @@ def from_json(path: os.PathLike | str, model: nn.Module) -> gm.text.Tokenizer:
       data = f.read(_MAX_JSON_BYTES + 1)
     if len(data) > _MAX_JSON_BYTES:
       raise errors.TokenizerError(
-          f'{path} is larger than {_MAX_JSON_BYTES} bytes.'
+        f'{path} is larger than {_MAX_JSON_BYTES} bytes.'
       )
     key = hashlib.sha256(b'gemma_ext json 1 %d ' % rows + data).hexdigest()
     cached = _cache.cache_dir() / 'tokenizers' / f'{key}.model'
@@ -126,10 +126,10 @@ def from_json(path: os.PathLike | str, model: nn.Module) -> gm.text.Tokenizer:
 
 
 def _rebuild(
-    data: Mapping[str, Any],
-    cls: type[gm.text.Tokenizer],
-    model: nn.Module,
-    path: os.PathLike | str,
+  data: Mapping[str, Any],
+  cls: type[gm.text.Tokenizer],
+  model: nn.Module,
+  path: os.PathLike | str,
 ) -> bytes:
   """Returns a serialised SentencePiece model."""
   bpe = _checked_model(data, path)
@@ -141,12 +141,12 @@ def _rebuild(
     if i < model.config.num_embed:
       if pieces.setdefault(i, token) != token:
         raise errors.TokenizerError(
-            f'{path}: id {i} is both {pieces[i]!r:.50} and {token!r:.50}.'
+          f'{path}: id {i} is both {pieces[i]!r:.50} and {token!r:.50}.'
         )
   if sorted(pieces) != list(range(len(pieces))):
     raise errors.TokenizerError(
-        f'{path}: the ids of its {len(pieces)} tokens are not 0 to'
-        f' {len(pieces) - 1}.'
+      f'{path}: the ids of its {len(pieces)} tokens are not 0 to'
+      f' {len(pieces) - 1}.'
     )
   tokens = [pieces[i] for i in range(len(pieces))]
   _check_special(tokens[: len(_SPECIAL)], path)
@@ -159,7 +159,7 @@ def _rebuild(
     piece = f'<0x{byte:02X}>'
     if piece not in vocab:
       raise errors.TokenizerError(
-          f'{path}: no piece {piece}, which byte fallback needs.'
+        f'{path}: no piece {piece}, which byte fallback needs.'
       )
     types[vocab[piece]] = _BYTE
   ranks = _ranks(bpe['merges'], path)
@@ -176,31 +176,31 @@ def _rebuild(
 
 
 def _checked_model(
-    data: Mapping[str, Any], path: os.PathLike | str
+  data: Mapping[str, Any], path: os.PathLike | str
 ) -> Mapping[str, Any]:
   """The BPE model, unless SentencePiece would not do what it does."""
   bpe = data.get('model')
   if (
-      not isinstance(bpe, Mapping)
-      or bpe.get('type', 'BPE') != 'BPE'
-      or not isinstance(bpe.get('vocab'), Mapping)
-      or not isinstance(bpe.get('merges'), list)
+    not isinstance(bpe, Mapping)
+    or bpe.get('type', 'BPE') != 'BPE'
+    or not isinstance(bpe.get('vocab'), Mapping)
+    or not isinstance(bpe.get('merges'), list)
   ):
     raise errors.TokenizerError(
-        f'{path}: expected a BPE model with vocab and merges.'
+      f'{path}: expected a BPE model with vocab and merges.'
     )
   wanted = {
-      'byte_fallback': (True,),
-      'dropout': (None, 0, 0.0),
-      'continuing_subword_prefix': (None, ''),
-      'end_of_word_suffix': (None, ''),
-      'ignore_merges': (None, False),
+    'byte_fallback': (True,),
+    'dropout': (None, 0, 0.0),
+    'continuing_subword_prefix': (None, ''),
+    'end_of_word_suffix': (None, ''),
+    'ignore_merges': (None, False),
   }
   for name, accepted in wanted.items():
     if bpe.get(name) not in accepted:
       raise errors.TokenizerError(
-          f'{path}: {name} is {bpe.get(name)!r:.50}; Gemma tokenizers have one'
-          f' of {accepted}.'
+        f'{path}: {name} is {bpe.get(name)!r:.50}; Gemma tokenizers have one'
+        f' of {accepted}.'
       )
   normalizer = data.get('normalizer')
   if isinstance(normalizer, Mapping) and normalizer.get('type') == 'Sequence':
@@ -208,43 +208,43 @@ def _checked_model(
     normalizer = inner[0] if isinstance(inner, list) and len(inner) == 1 else 0
   splitter = data.get('pre_tokenizer')
   escapes = normalizer == {
-      'type': 'Replace',
-      'pattern': {'String': ' '},
-      'content': _SPACE,
+    'type': 'Replace',
+    'pattern': {'String': ' '},
+    'content': _SPACE,
   }
   # After the normaliser there are no spaces left to split at.
   splits_at_spaces = (
-      isinstance(splitter, Mapping)
-      and splitter.get('type') == 'Split'
-      and splitter.get('pattern') == {'String': ' '}
+    isinstance(splitter, Mapping)
+    and splitter.get('type') == 'Split'
+    and splitter.get('pattern') == {'String': ' '}
   )
   metaspace = (
-      isinstance(splitter, Mapping)
-      and splitter.get('type') == 'Metaspace'
-      and splitter.get('replacement') == _SPACE
-      and splitter.get('prepend_scheme') == 'never'
-      and splitter.get('split') is False
+    isinstance(splitter, Mapping)
+    and splitter.get('type') == 'Metaspace'
+    and splitter.get('replacement') == _SPACE
+    and splitter.get('prepend_scheme') == 'never'
+    and splitter.get('split') is False
   )
   if not (escapes and (splitter is None or splits_at_spaces)) and not (
-      normalizer is None and metaspace
+    normalizer is None and metaspace
   ):
     raise errors.TokenizerError(
-        f'{path}: normalizer {normalizer!r:.200} and pre_tokenizer'
-        f' {splitter!r:.200} are not those of a Gemma. Use its'
-        f' {SENTENCEPIECE_NAME}.'
+      f'{path}: normalizer {normalizer!r:.200} and pre_tokenizer'
+      f' {splitter!r:.200} are not those of a Gemma. Use its'
+      f' {SENTENCEPIECE_NAME}.'
     )
   return bpe
 
 
 def _checked_vocab(
-    vocab: Mapping[str, Any], path: os.PathLike | str
+  vocab: Mapping[str, Any], path: os.PathLike | str
 ) -> dict[str, int]:
   seen = set()
   for token, i in vocab.items():
     if not _is_id(i) or i in seen:
       raise errors.TokenizerError(
-          f'{path}: token {token!r:.50} has the id {i!r:.50}; expected an'
-          ' integer of its own.'
+        f'{path}: token {token!r:.50} has the id {i!r:.50}; expected an'
+        ' integer of its own.'
       )
     seen.add(i)
   return dict(vocab)
@@ -255,19 +255,19 @@ def _added_tokens(added: Any, path: os.PathLike | str) -> dict[int, str]:
   out: dict[int, str] = {}
   for token in added or []:
     if (
-        not isinstance(token, Mapping)
-        or not isinstance(token.get('content'), str)
-        or not token['content']
-        or not _is_id(token.get('id'))
-        or token['id'] in out
+      not isinstance(token, Mapping)
+      or not isinstance(token.get('content'), str)
+      or not token['content']
+      or not _is_id(token.get('id'))
+      or token['id'] in out
     ):
       raise errors.TokenizerError(
-          f'{path}: added token {token!r:.200} is malformed.'
+        f'{path}: added token {token!r:.200} is malformed.'
       )
     if any(token.get(k) for k in ('single_word', 'lstrip', 'rstrip')):
       raise errors.TokenizerError(
-          f'{path}: added token {token["content"]!r:.50} strips or asks for'
-          ' whole words, which SentencePiece does not.'
+        f'{path}: added token {token["content"]!r:.50} strips or asks for'
+        ' whole words, which SentencePiece does not.'
       )
     out[token['id']] = token['content']
   return out
@@ -279,33 +279,33 @@ def _is_id(value: Any) -> bool:
 
 
 def _ranks(
-    merges: list[Any], path: os.PathLike | str
+  merges: list[Any], path: os.PathLike | str
 ) -> dict[tuple[str, str], int]:
   """(left, right) -> rank. Merges are 'left right' or [left, right]."""
   if len(merges) > _MAX_MERGES:
     raise errors.TokenizerError(
-        f'{path}: {len(merges)} merges; at most {_MAX_MERGES} are accepted.'
+      f'{path}: {len(merges)} merges; at most {_MAX_MERGES} are accepted.'
     )
   out: dict[tuple[str, str], int] = {}
   for rank, merge in enumerate(merges):
     parts = merge.split(' ') if isinstance(merge, str) else merge
     if (
-        not isinstance(parts, list)
-        or len(parts) != 2
-        or not all(isinstance(p, str) and p for p in parts)
+      not isinstance(parts, list)
+      or len(parts) != 2
+      or not all(isinstance(p, str) and p for p in parts)
     ):
       raise errors.TokenizerError(
-          f'{path}: merge {rank} is {merge!r:.100}; expected two pieces.'
+        f'{path}: merge {rank} is {merge!r:.100}; expected two pieces.'
       )
     out.setdefault((parts[0], parts[1]), rank)
   return out
 
 
 def _check_merges(
-    ranks: Mapping[tuple[str, str], int],
-    tokens: list[str],
-    types: np.ndarray,
-    path: os.PathLike | str,
+  ranks: Mapping[tuple[str, str], int],
+  tokens: list[str],
+  types: np.ndarray,
+  path: os.PathLike | str,
 ) -> None:
   """Checks that merging by score does what merging by rank does.
 
@@ -329,43 +329,41 @@ def _check_merges(
   lacking = 0
   for piece in normal:
     lacking += any(
-        piece[:i] in normal
-        and piece[i:] in normal
-        and (piece[:i], piece[i:]) not in ranks
-        for i in range(1, len(piece))
+      piece[:i] in normal
+      and piece[i:] in normal
+      and (piece[:i], piece[i:]) not in ranks
+      for i in range(1, len(piece))
     )
   if unknown:
     raise errors.TokenizerError(
-        f'{path}: {unknown} merges use or make pieces that are not in the'
-        ' vocabulary.'
+      f'{path}: {unknown} merges use or make pieces that are not in the'
+      ' vocabulary.'
     )
   wrong = runs + lacking
   if wrong > _TOLERANCE * len(tokens):
     raise errors.TokenizerError(
-        f'{path}: {wrong} of {len(tokens)} pieces are merged in an order that'
-        f' no SentencePiece model has. Use the {SENTENCEPIECE_NAME} of the'
-        ' model.'
+      f'{path}: {wrong} of {len(tokens)} pieces are merged in an order that'
+      f' no SentencePiece model has. Use the {SENTENCEPIECE_NAME} of the'
+      ' model.'
     )
   if wrong:
     logging.warning(
-        '%s: %d pieces may be merged in another order.', path, wrong
+      '%s: %d pieces may be merged in another order.', path, wrong
     )
 
 
 def _check_special(names: list[str], path: os.PathLike | str) -> None:
   if tuple(names) != _SPECIAL:
     raise errors.TokenizerError(
-        f'{path}: the first tokens are {names!r:.100}; those of a Gemma are'
-        f' {list(_SPECIAL)}.'
+      f'{path}: the first tokens are {names!r:.100}; those of a Gemma are'
+      f' {list(_SPECIAL)}.'
     )
 
 
-def _check_size(
-    size: int, model: nn.Module, path: os.PathLike | str
-) -> None:
+def _check_size(size: int, model: nn.Module, path: os.PathLike | str) -> None:
   rows = model.config.num_embed
   if size > rows:
     raise errors.TokenizerError(
-        f'{path} has {size} tokens, but the embedding table of the model has'
-        f' {rows} rows.'
+      f'{path} has {size} tokens, but the embedding table of the model has'
+      f' {rows} rows.'
     )

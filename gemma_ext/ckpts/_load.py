@@ -42,11 +42,11 @@ class _Options:
 
 
 def load(
-    path_or_name: str | os.PathLike,
-    *,
-    dtype: Any = jnp.bfloat16,
-    progress: bool = False,
-    model: nn.Module | None = None,
+  path_or_name: str | os.PathLike,
+  *,
+  dtype: Any = jnp.bfloat16,
+  progress: bool = False,
+  model: nn.Module | None = None,
 ) -> _checkpoint.Checkpoint:
   """Loads a Gemma checkpoint of any format.
 
@@ -82,7 +82,7 @@ def load(
   reader, path = _reader_of(path)
   if model is not None and reader is not _load_orbax:
     raise errors.UnsupportedTypeError(
-        f'{path} says itself what model it is; leave out model=.'
+      f'{path} says itself what model it is; leave out model=.'
     )
   return reader(path, options)
 
@@ -118,7 +118,7 @@ def _reader_of(path: pathlib.Path) -> tuple[_Reader, pathlib.Path]:
       with open(path, 'rb') as f:
         head = f.read(8)
       raise errors.UnknownFormatError(
-          f'{path} begins with {head!r}; expected a GGUF or safetensors file.'
+        f'{path} begins with {head!r}; expected a GGUF or safetensors file.'
       )
     return reader, path
   reader = _directory_reader(path)
@@ -127,17 +127,17 @@ def _reader_of(path: pathlib.Path) -> tuple[_Reader, pathlib.Path]:
   entries = sorted(path.iterdir())[:_MAX_LISTED]
   # Kaggle and gsutil put the checkpoint one level down, the tokenizer beside.
   inner = [
-      (found, e)
-      for e in entries
-      if not e.name.startswith('.') and (found := _inner_reader(e))
+    (found, e)
+    for e in entries
+    if not e.name.startswith('.') and (found := _inner_reader(e))
   ]
   if len(inner) == 1:
     return inner[0]
   names = [e.name for e in entries[:10]]
   raise errors.UnknownFormatError(
-      f'{path} holds {len(inner)} checkpoints where one was expected. It holds'
-      f' {names}. Looked for {_manifest.NAME}, {_hf_config.CONFIG_NAME},'
-      f' {", ".join(_orbax.MARKERS)} and one .gguf file.'
+    f'{path} holds {len(inner)} checkpoints where one was expected. It holds'
+    f' {names}. Looked for {_manifest.NAME}, {_hf_config.CONFIG_NAME},'
+    f' {", ".join(_orbax.MARKERS)} and one .gguf file.'
   )
 
 
@@ -171,10 +171,10 @@ def _file_reader(path: pathlib.Path) -> _Reader | None:
 
 def _load_gguf(path: pathlib.Path, options: _Options):
   model, params, tokenizer = _gguf.load_gguf(
-      path, dtype=options.dtype, progress=options.progress
+    path, dtype=options.dtype, progress=options.progress
   )
   return _checkpoint.Checkpoint(
-      model=model, params=params, tokenizer=tokenizer, source=str(path)
+    model=model, params=params, tokenizer=tokenizer, source=str(path)
   )
 
 
@@ -199,8 +199,8 @@ def _load_hf(path: pathlib.Path, options: _Options):
   tokenizer = _hf_tokenizer.read(directory, model)
   source = _hf_names.HfSource(entries, is_moe=hparams.num_experts > 0)
   params = _assemble.assemble(
-      model, source, dtype=options.dtype, progress=options.progress
+    model, source, dtype=options.dtype, progress=options.progress
   )
   return _checkpoint.Checkpoint(
-      model=model, params=params, tokenizer=tokenizer, source=str(path)
+    model=model, params=params, tokenizer=tokenizer, source=str(path)
   )

@@ -18,16 +18,16 @@ VERSION = 1
 MAX_BYTES = 8 << 20
 
 _KEYS = {
-    'format',
-    'version',
-    'model',
-    'recipe',
-    'dtype',
-    'tokenizer',
-    'params',
-    'source',
-    'metadata',
-    'created_with',
+  'format',
+  'version',
+  'model',
+  'recipe',
+  'dtype',
+  'tokenizer',
+  'params',
+  'source',
+  'metadata',
+  'created_with',
 }
 _MODEL_DTYPES = ('bfloat16', 'float16', 'float32')
 _LEAF_DTYPES = (*_MODEL_DTYPES, 'uint8', 'int8')
@@ -54,22 +54,22 @@ def read(path: os.PathLike | str) -> dict[str, Any]:
   what = os.fspath(path)
   if data.get('format') != FORMAT:
     raise errors.HeaderError(
-        f'{what}: format is {data.get("format")!r:.50}; expected {FORMAT!r}.'
+      f'{what}: format is {data.get("format")!r:.50}; expected {FORMAT!r}.'
     )
   version = data.get('version')
   if version != VERSION or isinstance(version, bool):
     raise errors.HeaderError(
-        f'{what}: version is {version!r:.50}; this gemma_ext reads {VERSION}.'
-        ' A newer one may read it.'
+      f'{what}: version is {version!r:.50}; this gemma_ext reads {VERSION}.'
+      ' A newer one may read it.'
     )
   if set(data) != _KEYS:
     raise errors.HeaderError(
-        f'{what}: the keys {sorted(set(data) ^ _KEYS)} are missing or unknown.'
+      f'{what}: the keys {sorted(set(data) ^ _KEYS)} are missing or unknown.'
     )
   if data['dtype'] not in _MODEL_DTYPES:
     raise errors.UnsupportedTypeError(
-        f'{what}: dtype is {data["dtype"]!r:.50}; expected one of'
-        f' {_MODEL_DTYPES}.'
+      f'{what}: dtype is {data["dtype"]!r:.50}; expected one of'
+      f' {_MODEL_DTYPES}.'
     )
   for key in ('model', 'metadata', 'created_with'):
     if not isinstance(data[key], Mapping):
@@ -89,7 +89,7 @@ def write(path: os.PathLike | str, data: Mapping[str, Any]) -> None:
   for key, value in data.items():
     if key == 'params':
       leaves = ',\n'.join(
-          f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()
+        f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()
       )
       text = f'{{\n{leaves}\n}}'
     else:
@@ -106,13 +106,13 @@ def _check_tokenizer(entry: Any, what: str) -> None:
   if entry is None:
     return
   if not isinstance(entry, Mapping) or set(entry) != {
-      'file',
-      'sha256',
-      'custom_tokens',
+    'file',
+    'sha256',
+    'custom_tokens',
   }:
     raise errors.HeaderError(
-        f'{what}: tokenizer must be null or have file, sha256 and'
-        f' custom_tokens, got {entry!r:.200}.'
+      f'{what}: tokenizer must be null or have file, sha256 and'
+      f' custom_tokens, got {entry!r:.200}.'
     )
   _safetensors.check_file_name(entry['file'], where=what)
   digest = entry['sha256']
@@ -120,12 +120,11 @@ def _check_tokenizer(entry: Any, what: str) -> None:
     raise errors.HeaderError(f'{what}: sha256 is {digest!r:.100}.')
   custom = entry['custom_tokens']
   if not isinstance(custom, Mapping) or not all(
-      re.fullmatch(r'\d{1,2}', k) and isinstance(v, str)
-      for k, v in custom.items()
+    re.fullmatch(r'\d{1,2}', k) and isinstance(v, str)
+    for k, v in custom.items()
   ):
     raise errors.HeaderError(
-        f'{what}: custom_tokens must map numbers to strings, got'
-        f' {custom!r:.100}.'
+      f'{what}: custom_tokens must map numbers to strings, got {custom!r:.100}.'
     )
 
 
@@ -134,7 +133,7 @@ def _check_params(params: Any, what: str) -> None:
     raise errors.HeaderError(f'{what}: params must be a non-empty object.')
   if len(params) > _MAX_LEAVES:
     raise errors.HeaderTooLargeError(
-        f'{what}: {len(params)} parameters; at most {_MAX_LEAVES} accepted.'
+      f'{what}: {len(params)} parameters; at most {_MAX_LEAVES} accepted.'
     )
   for name, leaf in params.items():
     at = f'{what}: parameter {name!r:.200}'
@@ -143,7 +142,7 @@ def _check_params(params: Any, what: str) -> None:
     shape, dtype = leaf['shape'], leaf['dtype']
     if dtype not in _LEAF_DTYPES:
       raise errors.UnsupportedTypeError(
-          f'{at} has type {dtype!r:.50}; expected one of {_LEAF_DTYPES}.'
+        f'{at} has type {dtype!r:.50}; expected one of {_LEAF_DTYPES}.'
       )
     if not isinstance(shape, list) or len(shape) > _MAX_RANK:
       raise errors.HeaderError(f'{at} has shape {shape!r:.100}.')

@@ -29,22 +29,22 @@ _Layouts = gm_checkpoint._CheckpointTree
 
 # Parameters of vision and audio encoders, by their first keys.
 _MEDIA = (
-    ('vision_encoder',),
-    ('audio_encoder',),
-    ('embedder', 'mm_input_projection'),
-    ('embedder', 'mm_soft_embedding_norm'),
-    ('embedder', 'mm_pre_projection_norm'),
-    ('embedder', 'audio_input_projection'),
-    ('embedder', 'audio_soft_embedding_norm'),
-    ('embedder', 'audio_input_embedding'),
+  ('vision_encoder',),
+  ('audio_encoder',),
+  ('embedder', 'mm_input_projection'),
+  ('embedder', 'mm_soft_embedding_norm'),
+  ('embedder', 'mm_pre_projection_norm'),
+  ('embedder', 'audio_input_projection'),
+  ('embedder', 'audio_soft_embedding_norm'),
+  ('embedder', 'audio_input_embedding'),
 )
 
 
 def load(
-    path: epath.PathLike,
-    *,
-    dtype: Any = jnp.bfloat16,
-    model: nn.Module | None = None,
+  path: epath.PathLike,
+  *,
+  dtype: Any = jnp.bfloat16,
+  model: nn.Module | None = None,
 ) -> _checkpoint.Checkpoint:
   """Loads a checkpoint written by `gm.ckpts.save_params` or a gm trainer.
 
@@ -79,20 +79,20 @@ def load(
   has_vision = 'vision_encoder' in wanted
   # gm leaves vision out by itself; what only audio needs is read and dropped.
   target = jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=device),
-      tree if has_vision else _without_vision(tree),
+    lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=device),
+    tree if has_vision else _without_vision(tree),
   )
   try:
     params = gm.ckpts.load_params(path, params=target)
   except Exception as e:  # orbax and tensorstore raise of every kind
     raise errors.TruncatedFileError(
-        f'{path}: orbax cannot read the parameters: {e!s:.500}'
+      f'{path}: orbax cannot read the parameters: {e!s:.500}'
     ) from e
   return _checkpoint.Checkpoint(
-      model=model,
-      params=_only(params, wanted),
-      tokenizer=_tokenizer(path, model),
-      source=str(path),
+    model=model,
+    params=_only(params, wanted),
+    tokenizer=_tokenizer(path, model),
+    source=str(path),
   )
 
 
@@ -109,18 +109,18 @@ def _nested_shapes(path: epath.Path) -> dict[str, Any]:
     nested = _Layouts.shape_dtype_struct_like(tree=tree).nested_tree
   except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
     raise errors.HeaderError(
-        f'{path} is not an orbax checkpoint of Gemma parameters: {e!s:.300}'
+      f'{path} is not an orbax checkpoint of Gemma parameters: {e!s:.300}'
     ) from e
   if not isinstance(nested, Mapping) or 'embedder' not in nested:
     raise errors.HeaderError(
-        f'{path} does not hold Gemma parameters: expected the keys embedder,'
-        f' layer_0, ..., final_norm, got {sorted(nested)[:5]}.'
+      f'{path} does not hold Gemma parameters: expected the keys embedder,'
+      f' layer_0, ..., final_norm, got {sorted(nested)[:5]}.'
     )
   return dict(nested)
 
 
 def infer_model(
-    tree: Mapping[str, Any], *, dtype: Any = jnp.bfloat16, source: str = ''
+  tree: Mapping[str, Any], *, dtype: Any = jnp.bfloat16, source: str = ''
 ) -> nn.Module:
   """Finds the official class whose parameters have these shapes.
 
@@ -140,18 +140,18 @@ def infer_model(
     for cls in family.official:
       config = _model_classes.text_config(cls)
       if (config.num_layers, (config.num_embed, config.embed_dim)) != (
-          layers,
-          table,
+        layers,
+        table,
       ):
         continue
       model = _model_classes.build(cls, config, dtype)
       if flat_shapes(_assemble.expected_params(model)) == shapes:
         return model
   raise errors.UnsupportedTypeError(
-      f'{source}: no official Gemma has {layers} layers and an embedding table'
-      f' of {table} with these shapes. Shapes alone do not tell window sizes,'
-      ' soft caps and position scales: pass the model that wrote it,'
-      ' load(path, model=...).'
+    f'{source}: no official Gemma has {layers} layers and an embedding table'
+    f' of {table} with these shapes. Shapes alone do not tell window sizes,'
+    ' soft caps and position scales: pass the model that wrote it,'
+    ' load(path, model=...).'
   )
 
 
@@ -166,7 +166,7 @@ def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def check_tree(
-    tree: Mapping[str, Any], expected: Mapping[str, Any], *, source: str
+  tree: Mapping[str, Any], expected: Mapping[str, Any], *, source: str
 ) -> None:
   """Checks the shapes of stored parameters against those of a model.
 
@@ -179,19 +179,19 @@ def check_tree(
   missing = sorted(want.keys() - have.keys())
   if missing:
     raise errors.MissingTensorError(
-        f'{source} lacks {len(missing)} parameters of the model, first'
-        f' {missing[:5]}.'
+      f'{source} lacks {len(missing)} parameters of the model, first'
+      f' {missing[:5]}.'
     )
   unexpected = sorted(have.keys() - want.keys())
   if unexpected:
     raise errors.UnexpectedTensorError(
-        f'{source} has {len(unexpected)} parameters that the model has no'
-        f' place for, first {unexpected[:5]}.'
+      f'{source} has {len(unexpected)} parameters that the model has no'
+      f' place for, first {unexpected[:5]}.'
     )
   for name, shape in want.items():
     if have[name] != shape:
       raise errors.TensorShapeError(
-          f'{source}: {name} has shape {have[name]}; the model needs {shape}.'
+        f'{source}: {name} has shape {have[name]}; the model needs {shape}.'
       )
 
 
@@ -204,14 +204,12 @@ def _without_vision(tree: dict[str, Any]) -> dict[str, Any]:
 def _only(params: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
   """The part of `params` that the model has."""
   return {
-      k: _only(params[k], v) if isinstance(v, Mapping) else params[k]
-      for k, v in wanted.items()
+    k: _only(params[k], v) if isinstance(v, Mapping) else params[k]
+    for k, v in wanted.items()
   }
 
 
-def _tokenizer(
-    path: epath.Path, model: nn.Module
-) -> gm.text.Tokenizer | None:
+def _tokenizer(path: epath.Path, model: nn.Module) -> gm.text.Tokenizer | None:
   """From a tokenizer.model in the directory or beside it, else the default."""
   if '://' not in os.fspath(path):
     for folder in (path, path.parent):

@@ -35,30 +35,30 @@ _MAX_DIM = 2**48
 
 # Every type of the format whose elements are whole bytes.
 _ITEM_BYTES = {
-    'BOOL': 1,
-    'U8': 1,
-    'I8': 1,
-    'F8_E4M3': 1,
-    'F8_E5M2': 1,
-    'U16': 2,
-    'I16': 2,
-    'F16': 2,
-    'BF16': 2,
-    'U32': 4,
-    'I32': 4,
-    'F32': 4,
-    'U64': 8,
-    'I64': 8,
-    'F64': 8,
+  'BOOL': 1,
+  'U8': 1,
+  'I8': 1,
+  'F8_E4M3': 1,
+  'F8_E5M2': 1,
+  'U16': 2,
+  'I16': 2,
+  'F16': 2,
+  'BF16': 2,
+  'U32': 4,
+  'I32': 4,
+  'F32': 4,
+  'U64': 8,
+  'I64': 8,
+  'F64': 8,
 }
 # Those that weights are read from.
 _WEIGHT_DTYPES = {
-    'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
-    'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
-    'F16': np.dtype(np.float16),
-    'BF16': np.dtype(ml_dtypes.bfloat16),
-    'F32': np.dtype('<f4'),
-    'F64': np.dtype('<f8'),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F32': np.dtype('<f4'),
+  'F64': np.dtype('<f8'),
 }
 
 
@@ -117,14 +117,14 @@ def read_header(path: os.PathLike | str) -> dict[str, Entry]:
     dtype, shape, begin, end = _check_fields(value, what)
     if data_start + end > file_bytes:
       raise errors.TruncatedFileError(
-          f'{what} ends at byte {data_start + end}, but the file has'
-          f' {file_bytes} bytes. Download it again.'
+        f'{what} ends at byte {data_start + end}, but the file has'
+        f' {file_bytes} bytes. Download it again.'
       )
     entry = Entry(path=path, start=data_start + begin, shape=shape, dtype=dtype)
     if end - begin != entry.nbytes:
       raise errors.TensorShapeError(
-          f'{what}: shape {list(shape)} of {dtype} is {entry.nbytes} bytes, but'
-          f' data_offsets give {end - begin}.'
+        f'{what}: shape {list(shape)} of {dtype} is {entry.nbytes} bytes, but'
+        f' data_offsets give {end - begin}.'
       )
     entries[name] = entry
     spans.append((begin, end, name))
@@ -143,45 +143,45 @@ def _read_json(path: str) -> tuple[dict[str, Any], int, int]:
   file_bytes = status.st_size
   if file_bytes < 8:
     raise errors.TruncatedFileError(
-        f'{path} has {file_bytes} bytes; a safetensors file has at least 8.'
+      f'{path} has {file_bytes} bytes; a safetensors file has at least 8.'
     )
   with open(path, 'rb') as f:
     (length,) = struct.unpack('<Q', f.read(8))
     if length > min(_MAX_HEADER_BYTES, file_bytes - 8):
       raise errors.HeaderTooLargeError(
-          f'{path}: its header claims {length} bytes, but the file has'
-          f' {file_bytes} and at most {_MAX_HEADER_BYTES} are accepted.'
+        f'{path}: its header claims {length} bytes, but the file has'
+        f' {file_bytes} and at most {_MAX_HEADER_BYTES} are accepted.'
       )
     data = f.read(length)
   return _strict_json.parse_object(data, what=path), 8 + length, file_bytes
 
 
 def _check_fields(
-    value: Any, what: str
+  value: Any, what: str
 ) -> tuple[str, tuple[int, ...], int, int]:
   """Checks one entry of the header by itself."""
   if not isinstance(value, dict):
     raise errors.HeaderError(f'{what}: expected an object, got {value!r:.100}.')
   if value.keys() != {'dtype', 'shape', 'data_offsets'}:
     raise errors.HeaderError(
-        f'{what}: expected the keys dtype, shape and data_offsets, got'
-        f' {sorted(value)!r:.200}.'
+      f'{what}: expected the keys dtype, shape and data_offsets, got'
+      f' {sorted(value)!r:.200}.'
     )
   dtype, shape = value['dtype'], value['shape']
   if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
     raise errors.UnsupportedTypeError(
-        f'{what}: unknown type {dtype!r:.50}. Known: {sorted(_ITEM_BYTES)}.'
+      f'{what}: unknown type {dtype!r:.50}. Known: {sorted(_ITEM_BYTES)}.'
     )
   if not isinstance(shape, list) or len(shape) > _MAX_RANK:
     raise errors.HeaderError(
-        f'{what}: shape must be a list of at most {_MAX_RANK} sizes, got'
-        f' {shape!r:.100}.'
+      f'{what}: shape must be a list of at most {_MAX_RANK} sizes, got'
+      f' {shape!r:.100}.'
     )
   _check_ints(shape, f'{what}: shape')
   offsets = value['data_offsets']
   if not isinstance(offsets, list) or len(offsets) != 2:
     raise errors.HeaderError(
-        f'{what}: data_offsets must be [begin, end], got {offsets!r:.100}.'
+      f'{what}: data_offsets must be [begin, end], got {offsets!r:.100}.'
     )
   _check_ints(offsets, f'{what}: data_offsets')
   begin, end = offsets
@@ -195,39 +195,39 @@ def _check_ints(values: list[Any], what: str) -> None:
   for v in values:
     if isinstance(v, bool) or not isinstance(v, int) or v < 0:
       raise errors.HeaderError(
-          f'{what} must hold integers of at least 0, got {values!r:.100}.'
+        f'{what} must hold integers of at least 0, got {values!r:.100}.'
       )
     if v > _MAX_DIM:
       raise errors.HeaderTooLargeError(
-          f'{what} holds {v!r:.50}, more than {_MAX_DIM}.'
+        f'{what} holds {v!r:.50}, more than {_MAX_DIM}.'
       )
 
 
 def _check_spans(
-    spans: list[tuple[int, int, str]], data_bytes: int, path: str
+  spans: list[tuple[int, int, str]], data_bytes: int, path: str
 ) -> None:
   """Checks that the tensors tile the data: no overlap, no hole, no rest."""
   at, before = 0, 'the header'
   for begin, end, name in sorted(spans):
     if begin < at:
       raise errors.OverlappingTensorsError(
-          f'{path}: tensors {before!r} and {name!r} overlap: the second begins'
-          f' at {begin}, the first ends at {at}.'
+        f'{path}: tensors {before!r} and {name!r} overlap: the second begins'
+        f' at {begin}, the first ends at {at}.'
       )
     if begin > at:
       raise errors.HeaderError(
-          f'{path}: bytes {at} to {begin} of the data, before tensor {name!r},'
-          ' belong to no tensor.'
+        f'{path}: bytes {at} to {begin} of the data, before tensor {name!r},'
+        ' belong to no tensor.'
       )
     at, before = end, name
   if at != data_bytes:
     raise errors.HeaderError(
-        f'{path}: the last {data_bytes - at} bytes belong to no tensor.'
+      f'{path}: the last {data_bytes - at} bytes belong to no tensor.'
     )
 
 
 def read_rows(
-    entry: Entry, start: int = 0, stop: int | None = None, *, name: str = ''
+  entry: Entry, start: int = 0, stop: int | None = None, *, name: str = ''
 ) -> np.ndarray:
   """Reads rows [start, stop) along the first axis of a tensor.
 
@@ -248,9 +248,9 @@ def read_rows(
   """
   if entry.dtype not in _WEIGHT_DTYPES:
     raise errors.UnsupportedTypeError(
-        f'{entry.path}: tensor {name!r} has type {entry.dtype}; weights are'
-        f' read from {sorted(_WEIGHT_DTYPES)}. A checkpoint quantised by'
-        ' another library must be exported as BF16 first.'
+      f'{entry.path}: tensor {name!r} has type {entry.dtype}; weights are'
+      f' read from {sorted(_WEIGHT_DTYPES)}. A checkpoint quantised by'
+      ' another library must be exported as BF16 first.'
     )
   shape = entry.shape or (1,)
   stop = shape[0] if stop is None else stop
@@ -266,7 +266,7 @@ def read_rows(
       n = os.preadv(f.fileno(), [view[: 1 << 30]], at)
       if not n:
         raise errors.TruncatedFileError(
-            f'{entry.path} ends inside tensor {name!r}.'
+          f'{entry.path} ends inside tensor {name!r}.'
         )
       view, at = view[n:], at + n
   return out
@@ -283,14 +283,14 @@ def check_file_name(name: Any, *, where: str) -> str:
     PathEscapeError: If it could point anywhere else.
   """
   if (
-      not isinstance(name, str)
-      or not name
-      or name in ('.', '..')
-      or any(c in name for c in '/\\\0:')
+    not isinstance(name, str)
+    or not name
+    or name in ('.', '..')
+    or any(c in name for c in '/\\\0:')
   ):
     raise errors.PathEscapeError(
-        f'{where} names the file {name!r:.200}; expected the name of a file in'
-        ' the same directory.'
+      f'{where} names the file {name!r:.200}; expected the name of a file in'
+      ' the same directory.'
     )
   return name
 
@@ -323,23 +323,23 @@ def read_directory(directory: os.PathLike | str) -> dict[str, Entry]:
   files = sorted(p for p in directory.iterdir() if p.suffix == SUFFIX)
   if len(files) != 1:
     raise errors.MissingTensorError(
-        f'{directory} has neither {INDEX_NAME} nor {SINGLE_NAME}, and'
-        f' {len(files)} other {SUFFIX} files where one was expected.'
+      f'{directory} has neither {INDEX_NAME} nor {SINGLE_NAME}, and'
+      f' {len(files)} other {SUFFIX} files where one was expected.'
     )
   return read_header(files[0])
 
 
 def _read_shards(
-    directory: pathlib.Path, index: pathlib.Path
+  directory: pathlib.Path, index: pathlib.Path
 ) -> dict[str, Entry]:
   """Reads every shard that an index names."""
   weight_map = _strict_json.read_object(index, limit=_MAX_INDEX_BYTES).get(
-      'weight_map'
+    'weight_map'
   )
   if not isinstance(weight_map, Mapping) or not weight_map:
     raise errors.HeaderError(
-        f'{index}: expected a "weight_map" of tensor names to files, got'
-        f' {weight_map!r:.100}.'
+      f'{index}: expected a "weight_map" of tensor names to files, got'
+      f' {weight_map!r:.100}.'
     )
   names: dict[str, list[str]] = {}
   for tensor, shard in weight_map.items():
@@ -348,8 +348,8 @@ def _read_shards(
   missing = [s for s in sorted(names) if not (directory / s).exists()]
   if missing:
     raise errors.MissingTensorError(
-        f'{directory} lacks {len(missing)} of the {len(names)} shards that'
-        f' {INDEX_NAME} names: {", ".join(missing[:5])}.'
+      f'{directory} lacks {len(missing)} of the {len(names)} shards that'
+      f' {INDEX_NAME} names: {", ".join(missing[:5])}.'
     )
   out = {}
   for shard, tensors in sorted(names.items()):
@@ -357,8 +357,8 @@ def _read_shards(
     for tensor in tensors:
       if tensor not in header:
         raise errors.MissingTensorError(
-            f'{index} promises tensor {tensor!r:.200} in {shard}, which does'
-            ' not hold it.'
+          f'{index} promises tensor {tensor!r:.200} in {shard}, which does'
+          ' not hold it.'
         )
       out[tensor] = header[tensor]
   return out

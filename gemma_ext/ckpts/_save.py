@@ -33,16 +33,16 @@ _PACKAGES = ('gemma_ext', 'gemma', 'jax', 'flax', 'orbax-checkpoint')
 
 
 def save(
-    path: os.PathLike | str,
-    checkpoint: _checkpoint.Checkpoint | None = None,
-    *,
-    model: nn.Module | None = None,
-    params: Mapping[str, Any] | None = None,
-    tokenizer: gm.text.Tokenizer | None = None,
-    recipe: recipe_lib.Recipe | None = None,
-    source: str = '',
-    metadata: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+  path: os.PathLike | str,
+  checkpoint: _checkpoint.Checkpoint | None = None,
+  *,
+  model: nn.Module | None = None,
+  params: Mapping[str, Any] | None = None,
+  tokenizer: gm.text.Tokenizer | None = None,
+  recipe: recipe_lib.Recipe | None = None,
+  source: str = '',
+  metadata: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
 ) -> pathlib.Path:
   """Saves a checkpoint as a directory that `load` reads.
 
@@ -72,7 +72,7 @@ def save(
   if checkpoint is not None:
     if model is not None or params is not None:
       raise errors.ParamsMismatchError(
-          'Give a checkpoint, or model and params, not both.'
+        'Give a checkpoint, or model and params, not both.'
       )
     model, params = checkpoint.model, checkpoint.params
     tokenizer = tokenizer or checkpoint.tokenizer
@@ -81,29 +81,27 @@ def save(
     metadata = checkpoint.metadata if metadata is None else metadata
   if model is None or params is None:
     raise errors.ParamsMismatchError(
-        'Nothing to save: give a checkpoint, or model= and params=.'
+      'Nothing to save: give a checkpoint, or model= and params=.'
     )
   target = _target(path, overwrite=overwrite)
   dense, recipe = _unwrap(model, recipe)
   whole = (
-      dense
-      if recipe is None
-      else gx_nn.Compressed(model=dense, recipe=recipe)
+    dense if recipe is None else gx_nn.Compressed(model=dense, recipe=recipe)
   )
   params = _as_dict(params)
   _compressed.check_params(params, whole, what='save')
   _compressed.check_finite(params, target)
   manifest = {
-      'format': _manifest.FORMAT,
-      'version': _manifest.VERSION,
-      'model': _families.model_to_json(dense),
-      'recipe': None if recipe is None else recipe.to_json(),
-      'dtype': jnp.dtype(dense.dtype).name,
-      'tokenizer': None,
-      'source': source,
-      'metadata': _json_metadata(metadata),
-      'created_with': _versions(),
-      'params': _compressed.tree_spec(params),
+    'format': _manifest.FORMAT,
+    'version': _manifest.VERSION,
+    'model': _families.model_to_json(dense),
+    'recipe': None if recipe is None else recipe.to_json(),
+    'dtype': jnp.dtype(dense.dtype).name,
+    'tokenizer': None,
+    'source': source,
+    'metadata': _json_metadata(metadata),
+    'created_with': _versions(),
+    'params': _compressed.tree_spec(params),
   }
   target.parent.mkdir(parents=True, exist_ok=True)
   unique = uuid.uuid4().hex[:12]
@@ -113,7 +111,7 @@ def save(
     manifest['tokenizer'] = _save_tokenizer(partial, tokenizer)
     with ocp.Checkpointer(_compressed.handler()) as checkpointer:
       checkpointer.save(
-          partial / _compressed.PARAMS_NAME, ocp.args.PyTreeSave(params)
+        partial / _compressed.PARAMS_NAME, ocp.args.PyTreeSave(params)
       )
     _manifest.write(partial / _manifest.NAME, manifest)
     _move(partial, target, unique)
@@ -132,44 +130,44 @@ def directory_bytes(path: os.PathLike | str) -> dict[str, int]:
   path = pathlib.Path(path).expanduser().absolute()
   if not _compressed.is_own(path):
     raise errors.UnknownFormatError(
-        f'{path} is not a directory that gx.ckpts.save wrote.'
+      f'{path} is not a directory that gx.ckpts.save wrote.'
     )
   tokenizer = path / _compressed.TOKENIZER_NAME
   return {
-      'params': _compressed.folder_bytes(path / _compressed.PARAMS_NAME),
-      'tokenizer': tokenizer.stat().st_size if tokenizer.exists() else 0,
-      'total': _compressed.folder_bytes(path),
+    'params': _compressed.folder_bytes(path / _compressed.PARAMS_NAME),
+    'tokenizer': tokenizer.stat().st_size if tokenizer.exists() else 0,
+    'total': _compressed.folder_bytes(path),
   }
 
 
 def _target(path: os.PathLike | str, *, overwrite: bool) -> pathlib.Path:
   if '://' in os.fspath(path):
     raise errors.UnsupportedTypeError(
-        f'{path}: save to a local directory and copy it from there.'
+      f'{path}: save to a local directory and copy it from there.'
     )
   target = pathlib.Path(path).expanduser().absolute()
   if not os.path.lexists(target):
     return target
   if not _compressed.is_own(target) or target.is_symlink():
     raise errors.CheckpointExistsError(
-        f'{target} exists and is not a directory that gx.ckpts.save wrote; it'
-        ' is left alone. Choose another path.'
+      f'{target} exists and is not a directory that gx.ckpts.save wrote; it'
+      ' is left alone. Choose another path.'
     )
   if not overwrite:
     raise errors.CheckpointExistsError(
-        f'{target} exists. Pass overwrite=True to replace it.'
+      f'{target} exists. Pass overwrite=True to replace it.'
     )
   return target
 
 
 def _unwrap(
-    model: nn.Module, recipe: recipe_lib.Recipe | None
+  model: nn.Module, recipe: recipe_lib.Recipe | None
 ) -> tuple[nn.Module, recipe_lib.Recipe | None]:
   if not isinstance(model, gx_nn.Compressed):
     return model, recipe
   if recipe is not None and recipe != model.recipe:
     raise errors.ParamsMismatchError(
-        'The model is compressed with another recipe than the one given.'
+      'The model is compressed with another recipe than the one given.'
     )
   return model.model, model.recipe
 
@@ -177,7 +175,7 @@ def _unwrap(
 def _as_dict(tree: Mapping[str, Any]) -> dict[str, Any]:
   """Plain dicts, of which orbax keeps the keys as they are."""
   return {
-      k: _as_dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()
+    k: _as_dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()
   }
 
 
@@ -199,29 +197,29 @@ def _versions() -> dict[str, str]:
 
 
 def _save_tokenizer(
-    folder: pathlib.Path, tokenizer: gm.text.Tokenizer | None
+  folder: pathlib.Path, tokenizer: gm.text.Tokenizer | None
 ) -> dict[str, Any] | None:
   """Copies the SentencePiece file; returns its entry in the manifest."""
   if tokenizer is None:
     return None
   try:
     cached = _file_cache.maybe_get_from_cache(
-        remote_file_path=tokenizer.path, cache_subdir='tokenizer'
+      remote_file_path=tokenizer.path, cache_subdir='tokenizer'
     )
     data = epath.Path(cached).read_bytes()
   except Exception as e:  # whatever a remote file system raises
     if '://' not in os.fspath(tokenizer.path):
       raise errors.TokenizerError(
-          f'The tokenizer {tokenizer.path} cannot be read: {e}'
+        f'The tokenizer {tokenizer.path} cannot be read: {e}'
       ) from e
     # It is the official one, which `load` then refers to again.
     logging.warning('%s cannot be reached and is not copied.', tokenizer.path)
     return None
   (folder / _compressed.TOKENIZER_NAME).write_bytes(data)
   return {
-      'file': _compressed.TOKENIZER_NAME,
-      'sha256': hashlib.sha256(data).hexdigest(),
-      'custom_tokens': {str(k): v for k, v in tokenizer.custom_tokens.items()},
+    'file': _compressed.TOKENIZER_NAME,
+    'sha256': hashlib.sha256(data).hexdigest(),
+    'custom_tokens': {str(k): v for k, v in tokenizer.custom_tokens.items()},
   }
 
 

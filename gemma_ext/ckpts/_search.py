@@ -64,9 +64,7 @@ def find(name: str) -> pathlib.Path:
   near = near_misses(name, found)
   if near:
     lines.append('Did you mean ' + ' or '.join(repr(n) for n in near) + '?')
-  lines.append(
-      f'Give a path, or add the folder that holds it to {MODELS_ENV}.'
-  )
+  lines.append(f'Give a path, or add the folder that holds it to {MODELS_ENV}.')
   raise errors.CheckpointNotFoundError('\n'.join(lines))
 
 
@@ -84,10 +82,7 @@ def near_misses(name: str, candidates) -> list[str]:
 
 def places() -> list[Place]:
   """The folders that are searched, in order."""
-  out = [
-      Place(title=MODELS_ENV, path=path)
-      for path in _own_folders()
-  ]
+  out = [Place(title=MODELS_ENV, path=path) for path in _own_folders()]
   if not out:
     out.append(Place(title=f'{MODELS_ENV} is not set', path=pathlib.Path('-')))
   out.append(Place(title='Hugging Face cache', path=_hf_folder()))
@@ -128,7 +123,7 @@ def _all_candidates() -> Iterator[tuple[str, pathlib.Path]]:
 
 
 def _hf_candidates(
-    folder: pathlib.Path,
+  folder: pathlib.Path,
 ) -> Iterator[tuple[str, pathlib.Path]]:
   """Snapshots of models--org--name; those of google first."""
   repos = [e for e in _entries(folder) if e.name.startswith('models--')]
@@ -154,13 +149,11 @@ def _snapshot(repo: pathlib.Path) -> pathlib.Path | None:
   # Looked up among the entries, so that a ref cannot point elsewhere.
   if revision in snapshots:
     return snapshots[revision]
-  return max(
-      snapshots.values(), key=lambda e: e.stat().st_mtime, default=None
-  )
+  return max(snapshots.values(), key=lambda e: e.stat().st_mtime, default=None)
 
 
 def _kaggle_candidates(
-    folder: pathlib.Path,
+  folder: pathlib.Path,
 ) -> Iterator[tuple[str, pathlib.Path]]:
   """owner/model/framework/variation/version; the highest version."""
   out = []
@@ -169,9 +162,7 @@ def _kaggle_candidates(
       for framework in _entries(model):
         for choice in _entries(framework):
           versions = [
-              e
-              for e in _entries(choice)
-              if e.name.isdecimal() and e.is_dir()
+            e for e in _entries(choice) if e.name.isdecimal() and e.is_dir()
           ]
           if versions:
             best = max(versions, key=lambda e: int(e.name))

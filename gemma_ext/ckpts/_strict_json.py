@@ -31,8 +31,8 @@ def read_object(path: os.PathLike | str, *, limit: int) -> dict[str, Any]:
     raise errors.MissingTensorError(f'{path}: no such file.') from e
   if len(data) > limit:
     raise errors.HeaderTooLargeError(
-        f'{path} is larger than {limit} bytes, the most that is accepted for'
-        ' a file of its kind.'
+      f'{path} is larger than {limit} bytes, the most that is accepted for'
+      ' a file of its kind.'
     )
   return parse_object(data, what=str(path))
 
@@ -41,9 +41,9 @@ def parse_object(data: bytes, *, what: str) -> dict[str, Any]:
   """Parses a JSON object; `what` names it in errors."""
   try:
     out = json.loads(
-        data.decode('utf-8'),
-        object_pairs_hook=lambda pairs: _unique(pairs, what),
-        parse_constant=lambda name: _refuse_constant(name, what),
+      data.decode('utf-8'),
+      object_pairs_hook=lambda pairs: _unique(pairs, what),
+      parse_constant=lambda name: _refuse_constant(name, what),
     )
   except errors.GemmaExtError:
     raise
@@ -52,7 +52,7 @@ def parse_object(data: bytes, *, what: str) -> dict[str, Any]:
     raise errors.HeaderError(f'{what}: not valid JSON: {e}') from e
   if not isinstance(out, dict):
     raise errors.HeaderError(
-        f'{what}: expected a JSON object, got {type(out).__name__}.'
+      f'{what}: expected a JSON object, got {type(out).__name__}.'
     )
   return out
 

@@ -18,14 +18,15 @@ import time
 from typing import Any
 
 from absl import flags
+import jax
+import jax.numpy as jnp
+
 from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
 from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
-import jax
-import jax.numpy as jnp
 
 _WINDOW = 512
 
@@ -38,51 +39,64 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _define_flags(values: flags.FlagValues) -> None:
   _cli.define_checkpoint(values)
   flags.DEFINE_string(
-      'recipe',
-      None,
-      f'A preset ({recipe_lib.PRESETS}) or the path of a .json file.',
-      required=True,
-      flag_values=values,
+    'recipe',
+    None,
+    f'A preset ({recipe_lib.PRESETS}) or the path of a .json file.',
+    required=True,
+    flag_values=values,
   )
   flags.DEFINE_string(
-      'output', '', 'Directory to write; needed unless --dry_run.',
-      flag_values=values,
+    'output',
+    '',
+    'Directory to write; needed unless --dry_run.',
+    flag_values=values,
   )
   flags.DEFINE_boolean(
-      'dry_run', False, 'Print the sizes and stop.', flag_values=values
+    'dry_run', False, 'Print the sizes and stop.', flag_values=values
   )
   flags.DEFINE_boolean(
-      'overwrite', False, 'Replace an output of this command.',
-      flag_values=values,
+    'overwrite',
+    False,
+    'Replace an output of this command.',
+    flag_values=values,
   )
   flags.DEFINE_string(
-      'calibration',
-      'auto',
-      "Text whose activations weigh the errors: 'sample', a path or 'tfds:NAME'"
-      " as in evaluate, or 'none'. 'auto' is 'sample' for recipes below 8 bits"
-      " if the extra `samples` is installed, else 'none'.",
-      flag_values=values,
+    'calibration',
+    'auto',
+    "Text whose activations weigh the errors: 'sample', a path or 'tfds:NAME'"
+    " as in evaluate, or 'none'. 'auto' is 'sample' for recipes below 8 bits"
+    " if the extra `samples` is installed, else 'none'.",
+    flag_values=values,
   )
   flags.DEFINE_string(
-      'text_field', 'text', 'Field of .jsonl lines and TFDS examples.',
-      flag_values=values,
+    'text_field',
+    'text',
+    'Field of .jsonl lines and TFDS examples.',
+    flag_values=values,
   )
   flags.DEFINE_integer(
-      'calibration_tokens', 8192, 'Tokens to calibrate on.',
-      lower_bound=1, flag_values=values,
+    'calibration_tokens',
+    8192,
+    'Tokens to calibrate on.',
+    lower_bound=1,
+    flag_values=values,
   )
   flags.DEFINE_integer(
-      'seed', 0, 'Seed of the split of the calibration text.',
-      lower_bound=0, flag_values=values,
+    'seed',
+    0,
+    'Seed of the split of the calibration text.',
+    lower_bound=0,
+    flag_values=values,
   )
-  flags.DEFINE_string('json', '', 'File to write the sizes to.',
-                      flag_values=values)
+  flags.DEFINE_string(
+    'json', '', 'File to write the sizes to.', flag_values=values
+  )
 
 
 def _run(args: Any) -> None:
   if not args.output and not args.dry_run:
     raise errors.DataError(
-        'Nowhere to write: give --output=DIR, or --dry_run for the sizes only.'
+      'Nowhere to write: give --output=DIR, or --dry_run for the sizes only.'
     )
   _cli.check_output(args.json)
   if args.output:
@@ -93,19 +107,17 @@ def _run(args: Any) -> None:
 
   _cli.note(f'Loading {args.checkpoint} ...')
   checkpoint = ckpts.load(
-      args.checkpoint,
-      dtype=jnp.dtype(args.dtype),
-      progress=sys.stderr.isatty(),
+    args.checkpoint,
+    dtype=jnp.dtype(args.dtype),
+    progress=sys.stderr.isatty(),
   )
   model = checkpoint.model
   if checkpoint.recipe is not None:
     raise errors.ParamsMismatchError(
-        f'{args.checkpoint!r} is compressed already, with {checkpoint.recipe}.'
-        ' Compress the checkpoint that it was made from.'
+      f'{args.checkpoint!r} is compressed already, with {checkpoint.recipe}.'
+      ' Compress the checkpoint that it was made from.'
     )
-  recipe = recipe_lib.Recipe.of(
-      args.recipe, num_layers=model.config.num_layers
-  )
+  recipe = recipe_lib.Recipe.of(args.recipe, num_layers=model.config.num_layers)
   plan = gx_compress.plan(model, recipe)
   print(plan)
   result: dict[str, Any] = {'plan': plan.to_json(), 'output': None}
@@ -120,38 +132,38 @@ def _compress(args, checkpoint, recipe, plan) -> dict[str, Any]:
   text, tokens = _calibration(args, checkpoint, recipe)
   start = time.monotonic()
   params = gx_compress.compress(
-      checkpoint.model,
-      checkpoint.params,
-      recipe,
-      calibration=tokens,
-      progress=True,
+    checkpoint.model,
+    checkpoint.params,
+    recipe,
+    calibration=tokens,
+    progress=True,
   )
   jax.block_until_ready(params)
   seconds = time.monotonic() - start
   path = ckpts.save(
-      args.output,
-      model=checkpoint.model,
-      params=params,
-      tokenizer=checkpoint.tokenizer,
-      recipe=recipe,
-      source=checkpoint.source,
-      metadata={'calibration': text},
-      overwrite=args.overwrite,
+    args.output,
+    model=checkpoint.model,
+    params=params,
+    tokenizer=checkpoint.tokenizer,
+    recipe=recipe,
+    source=checkpoint.source,
+    metadata={'calibration': text},
+    overwrite=args.overwrite,
   )
   sizes = ckpts.directory_bytes(path)
   ratio = sizes['params'] / plan.nbytes
   print(
-      f'Wrote {path}: weights {_cli.human_bytes(sizes["params"])}'
-      f' ({ratio:.4f} of the plan), tokenizer'
-      f' {_cli.human_bytes(sizes["tokenizer"])}, in all'
-      f' {_cli.human_bytes(sizes["total"])}. Fitted in {seconds:.0f} s.'
+    f'Wrote {path}: weights {_cli.human_bytes(sizes["params"])}'
+    f' ({ratio:.4f} of the plan), tokenizer'
+    f' {_cli.human_bytes(sizes["tokenizer"])}, in all'
+    f' {_cli.human_bytes(sizes["total"])}. Fitted in {seconds:.0f} s.'
   )
   return {
-      'output': str(path),
-      'bytes_on_disk': sizes,
-      'on_disk_to_plan': ratio,
-      'calibration': text,
-      'fit_seconds': seconds,
+    'output': str(path),
+    'bytes_on_disk': sizes,
+    'on_disk_to_plan': ratio,
+    'calibration': text,
+    'fit_seconds': seconds,
   }
 
 
@@ -165,30 +177,30 @@ def _calibration(args, checkpoint, recipe) -> tuple[dict[str, Any] | None, Any]:
         spec = 'sample'
       else:
         _cli.note(
-            'Not calibrated: install gemma_ext[samples], or give --calibration,'
-            ' for a better fit.'
+          'Not calibrated: install gemma_ext[samples], or give --calibration,'
+          ' for a better fit.'
         )
   if spec == 'none':
     return None, None
   if checkpoint.tokenizer is None:
     raise errors.TokenizerError(
-        f'{args.checkpoint!r} has no tokenizer, so it cannot be calibrated on'
-        ' text. Pass --calibration=none.'
+      f'{args.checkpoint!r} has no tokenizer, so it cannot be calibrated on'
+      ' text. Pass --calibration=none.'
     )
   documents = data.load_documents(spec, text_field=args.text_field)
   # Of the sample, the documents that evaluate measures on stay unseen.
   if spec == 'sample':
     documents = data.split(documents, seed=args.seed).calibration.documents
   windows = data.windows(
-      checkpoint.tokenizer,
-      documents,
-      length=_WINDOW,
-      max_tokens=args.calibration_tokens,
+    checkpoint.tokenizer,
+    documents,
+    length=_WINDOW,
+    max_tokens=args.calibration_tokens,
   )
   record = {
-      'text': spec,
-      'tokens': int(windows.num_scored),
-      'data_sha256': windows.data_sha256,
+    'text': spec,
+    'tokens': int(windows.num_scored),
+    'data_sha256': windows.data_sha256,
   }
   return record, windows.tokens
 
@@ -196,7 +208,7 @@ def _calibration(args, checkpoint, recipe) -> tuple[dict[str, Any] | None, Any]:
 def _below_8_bits(rule: recipe_lib.RuleLike) -> bool:
   method = rule[1]
   return not isinstance(method, recipe_lib.Keep) and (
-      not isinstance(method, recipe_lib.Int) or method.bits < 8
+    not isinstance(method, recipe_lib.Int) or method.bits < 8
   )
 
 

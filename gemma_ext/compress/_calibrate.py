@@ -9,13 +9,14 @@ from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
-from gemma_ext import errors
-from gemma_ext.nn import _config
-from gemma_ext.nn import _sites
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+
+from gemma_ext import errors
+from gemma_ext.nn import _config
+from gemma_ext.nn import _sites
 
 _COLLECTION = 'calibration'
 _PAD = 0
@@ -23,12 +24,12 @@ _BOS = 2
 
 
 def second_moments(
-    model: nn.Module,
-    params: Mapping[str, Any],
-    tokens: Any,
-    *,
-    batch_size: int = 1,
-    progress: bool = False,
+  model: nn.Module,
+  params: Mapping[str, Any],
+  tokens: Any,
+  *,
+  batch_size: int = 1,
+  progress: bool = False,
 ) -> dict[str, jax.Array]:
   """Means of squared inputs of every einsum, over tokens of real text.
 
@@ -52,13 +53,13 @@ def second_moments(
   """
   tokens = np.asarray(tokens)
   if (
-      tokens.ndim != 2
-      or not tokens.size
-      or not np.issubdtype(tokens.dtype, np.integer)
+    tokens.ndim != 2
+    or not tokens.size
+    or not np.issubdtype(tokens.dtype, np.integer)
   ):
     raise errors.ShapeError(
-        'Calibration tokens must be integers of shape [batch, length], got'
-        f' {tokens.dtype} {tokens.shape}.'
+      'Calibration tokens must be integers of shape [batch, length], got'
+      f' {tokens.dtype} {tokens.shape}.'
     )
   probe = _config.probe(model)
 
@@ -66,16 +67,14 @@ def second_moments(
   def step(params, tokens):
     mask = (tokens != _PAD) & (tokens != _BOS)
     with nn.intercept_methods(_Recorder(mask)):
-      _, state = probe.apply(
-          {'params': params}, tokens, mutable=[_COLLECTION]
-      )
+      _, state = probe.apply({'params': params}, tokens, mutable=[_COLLECTION])
     return state[_COLLECTION], jnp.sum(mask)
 
   total: Any = None
   count = 0
   starts = range(0, len(tokens), batch_size)
   for start in tqdm.tqdm(
-      starts, desc='calibrate', unit='batch', disable=not progress
+    starts, desc='calibrate', unit='batch', disable=not progress
   ):
     batch = tokens[start : start + batch_size]
     if len(batch) < batch_size:
@@ -105,21 +104,19 @@ class _Recorder:
   def _record(self, module: nn.Module, eqn: str, x: jax.Array) -> None:
     inputs, weights, _ = _sites.split_equation(eqn)
     layout = _sites.einsum_layout(eqn, module.shape)
-    axes = [
-        inputs.replace('...', '').index(weights[i]) for i in layout.in_axes
-    ]
+    axes = [inputs.replace('...', '').index(weights[i]) for i in layout.in_axes]
     axes = [x.ndim - len(inputs.replace('...', '')) + a for a in axes]
     lead = x.ndim - len(axes)
     if axes != list(range(lead, x.ndim)) or x.shape[:lead] != self._mask.shape:
       return
-    x = jnp.where(
-        self._mask[(...,) + (None,) * len(axes)], x, 0
-    ).astype(jnp.float32)
+    x = jnp.where(self._mask[(...,) + (None,) * len(axes)], x, 0).astype(
+      jnp.float32
+    )
     moment = jnp.sum(x * x, axis=range(lead)).reshape(layout.cols)
     module.sow(
-        _COLLECTION,
-        module.weight_name,
-        moment,
-        reduce_fn=jnp.add,
-        init_fn=lambda: jnp.zeros(layout.cols, jnp.float32),
+      _COLLECTION,
+      module.weight_name,
+      moment,
+      reduce_fn=jnp.add,
+      init_fn=lambda: jnp.zeros(layout.cols, jnp.float32),
     )

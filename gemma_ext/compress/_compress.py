@@ -9,16 +9,17 @@ from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _calibrate
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _registry
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tqdm
 
 # Weights that are fitted at a time, so that the float32 copy and the sorted
 # intermediates of the fit stay small beside the model.
@@ -26,12 +27,12 @@ _BLOCK = 1 << 24
 
 
 def compress(
-    model: nn.Module,
-    params: Mapping[str, Any],
-    recipe: recipe_lib.Recipe | str | dict,
-    *,
-    calibration: Any = None,
-    progress: bool = False,
+  model: nn.Module,
+  params: Mapping[str, Any],
+  recipe: recipe_lib.Recipe | str | dict,
+  *,
+  calibration: Any = None,
+  progress: bool = False,
 ) -> dict[str, Any]:
   """Compresses parameters as a recipe says, one weight at a time.
 
@@ -59,24 +60,24 @@ def compress(
   curvatures: dict[str, jax.Array] = {}
   if calibration is not None:
     curvatures = _calibrate.second_moments(
-        model, params, calibration, progress=progress
+      model, params, calibration, progress=progress
     )
   bar = tqdm.tqdm(
-      methods.items(), desc='compress', unit='weight', disable=not progress
+    methods.items(), desc='compress', unit='weight', disable=not progress
   )
   for path, (site, method) in bar:
     flat[path] = compress_weight(
-        flat[path], site, method, curvature=curvatures.get(path)
+      flat[path], site, method, curvature=curvatures.get(path)
     )
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def compress_weight(
-    w: jax.Array,
-    site: gx_nn.Site,
-    method: recipe_lib.Method,
-    *,
-    curvature: jax.Array | None = None,
+  w: jax.Array,
+  site: gx_nn.Site,
+  method: recipe_lib.Method,
+  *,
+  curvature: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
   """Fits and packs one weight.
 
@@ -102,26 +103,26 @@ def compress_weight(
     block = matrix[start : start + step].astype(jnp.float32)
     if not np.isfinite(float(jnp.max(jnp.abs(block)))):
       raise errors.NonFiniteError(
-          f'{site.path!r} holds NaN or infinity in rows {start} to'
-          f' {start + block.shape[0]}. The checkpoint is damaged, or was'
-          ' trained to divergence.'
+        f'{site.path!r} holds NaN or infinity in rows {start} to'
+        f' {start + block.shape[0]}. The checkpoint is damaged, or was'
+        ' trained to divergence.'
       )
     code, scale = fit(block, method, fmt, curvature)
     codes.append(fmt.pack(code))
     scales.append(scale)
   # Codes and scales end in [rows, bytes]; planes come before the rows.
   code, scale = (
-      parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
-      for parts in (codes, scales)
+    parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
+    for parts in (codes, scales)
   )
   return {
-      'codes': code.reshape(fmt.codes_shape(rows, cols)),
-      'scale': scale.reshape(fmt.scale_shape(rows, cols)),
+    'codes': code.reshape(fmt.codes_shape(rows, cols)),
+    'scale': scale.reshape(fmt.scale_shape(rows, cols)),
   }
 
 
 def check_params(
-    model: nn.Module, params: Mapping[str, Any]
+  model: nn.Module, params: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
   """Returns `params` by path after comparing them with the model.
 
@@ -134,18 +135,18 @@ def check_params(
     if path not in flat:
       if f'{path}/codes' in flat:
         raise errors.ParamsMismatchError(
-            f'{path!r} is compressed already. Compress the dense parameters.'
+          f'{path!r} is compressed already. Compress the dense parameters.'
         )
       if f'{path}/w' in flat:  # As some Gemma 4 checkpoints nest it.
         flat[path] = flat.pop(f'{path}/w')
       else:
         raise errors.ParamsMismatchError(
-            f'The parameters have no {path!r}, which the model expects with'
-            f' shape {leaf.shape}. Are they the params of this model?'
+          f'The parameters have no {path!r}, which the model expects with'
+          f' shape {leaf.shape}. Are they the params of this model?'
         )
     if tuple(np.shape(flat[path])) != tuple(leaf.shape):
       raise errors.ParamsMismatchError(
-          f'{path!r} has shape {np.shape(flat[path])}, the model expects'
-          f' {leaf.shape}.'
+        f'{path!r} has shape {np.shape(flat[path])}, the model expects'
+        f' {leaf.shape}.'
       )
   return flat

@@ -16,22 +16,22 @@ relative_error = _groups.relative_error
 # By bits: smallest clip ratio tried, ratios tried, refinements by least
 # squares. Few bits gain from clipping a lot; at 8 bits rounding dominates.
 _SEARCH = {
-    2: (0.12, 32, 3),
-    3: (0.2, 28, 3),
-    4: (0.3, 24, 3),
-    5: (0.45, 16, 2),
-    6: (0.6, 12, 2),
-    7: (0.75, 8, 2),
-    8: (0.88, 5, 1),
+  2: (0.12, 32, 3),
+  3: (0.2, 28, 3),
+  4: (0.3, 24, 3),
+  5: (0.45, 16, 2),
+  6: (0.6, 12, 2),
+  7: (0.75, 8, 2),
+  8: (0.88, 5, 1),
 }
 
 
 def fit_int(
-    w: jax.Array,
-    *,
-    bits: int,
-    group: int | None = None,
-    curvature: jax.Array | None = None,
+  w: jax.Array,
+  *,
+  bits: int,
+  group: int | None = None,
+  curvature: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Fits integer codes and one scale per group to `w`, without a zero point.
 
@@ -75,10 +75,10 @@ def _round(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames='bits')
 def _fit_chunk(
-    w: jax.Array,  # float32[N, group]
-    h: jax.Array | None,  # float32[N, group]
-    *,
-    bits: int,
+  w: jax.Array,  # float32[N, group]
+  h: jax.Array | None,  # float32[N, group]
+  *,
+  bits: int,
 ) -> tuple[jax.Array, jax.Array]:  # int8[N, group], bf16[N]
   low, count, refine = _SEARCH[bits]
   half = 1 << (bits - 1)
@@ -111,14 +111,14 @@ def _fit_chunk(
   signs = (1.0, -1.0) if bits <= 5 else (1.0,)
   grid = jnp.array([s * r / half for s in signs for r in ratios], jnp.float32)
   best = jax.lax.fori_loop(
-      0, len(grid), lambda i, b: better(b, sign * peak * grid[i]), best
+    0, len(grid), lambda i, b: better(b, sign * peak * grid[i]), best
   )
   step = float(ratios[1] / ratios[0]) - 1.0
   if bits <= 5:
     around = jnp.array(1.0 + step * np.linspace(-0.8, 0.8, 9), jnp.float32)
     center = best[0]
     best = jax.lax.fori_loop(
-        0, len(around), lambda i, b: better(b, center * around[i]), best
+      0, len(around), lambda i, b: better(b, center * around[i]), best
     )
 
   def least_squares(_, best):

@@ -19,14 +19,14 @@ relative_error = _groups.relative_error
 
 
 def fit_ternary(
-    w: jax.Array,
-    *,
-    group: int,
-    planes: int = 1,
-    density: float | None = None,
-    pattern: tuple[int, int] | None = None,
-    curvature: jax.Array | None = None,
-    iterations: int = 12,
+  w: jax.Array,
+  *,
+  group: int,
+  planes: int = 1,
+  density: float | None = None,
+  pattern: tuple[int, int] | None = None,
+  curvature: jax.Array | None = None,
+  iterations: int = 12,
 ) -> tuple[jax.Array, jax.Array]:
   """Fits codes in {-1, 0, 1} and one scale per group and plane to `w`.
 
@@ -68,23 +68,23 @@ def fit_ternary(
     raise errors.RecipeError(f'{iterations=}; expected at least 0.')
   h = _groups.check(w, group, curvature)
   fit = functools.partial(
-      _fit_chunk, planes=planes, keep=keep, iterations=jnp.int32(iterations)
+    _fit_chunk, planes=planes, keep=keep, iterations=jnp.int32(iterations)
   )
   return _groups.fit_chunks(fit, w, group, h)
 
 
 def _keep(
-    group: int,
-    planes: int,
-    density: float | None,
-    pattern: tuple[int, int] | None,
+  group: int,
+  planes: int,
+  density: float | None,
+  pattern: tuple[int, int] | None,
 ) -> tuple[int, int] | None:
   """Returns `(n, m)`, the nonzeros in every m neighbours; `None` for free."""
   if planes not in (1, 2, 3, 4):
     raise errors.RecipeError(f'{planes=}; expected 1 to 4.')
   if density is not None and pattern is not None:
     raise errors.RecipeError(
-        f'Got {density=} and {pattern=}; expected one of them at most.'
+      f'Got {density=} and {pattern=}; expected one of them at most.'
     )
   if density is not None:
     if not 0 < density <= 1:
@@ -96,7 +96,7 @@ def _keep(
       raise errors.RecipeError(f'{pattern=}; expected (n, m), 1 <= n <= m.')
     if group % m:
       raise errors.GroupSizeError(
-          f'{pattern=} does not tile a group of {group}; m must divide it.'
+        f'{pattern=} does not tile a group of {group}; m must divide it.'
       )
     return n, m
   return None
@@ -104,12 +104,12 @@ def _keep(
 
 @functools.partial(jax.jit, static_argnames=('planes', 'keep'))
 def _fit_chunk(
-    w: jax.Array,  # float32[N, group]
-    h: jax.Array | None,  # float32[N, group]
-    *,
-    planes: int,
-    keep: tuple[int, int] | None,
-    iterations: jax.Array,
+  w: jax.Array,  # float32[N, group]
+  h: jax.Array | None,  # float32[N, group]
+  *,
+  planes: int,
+  keep: tuple[int, int] | None,
+  iterations: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # int8[P, N, group], bf16[P, N]
   # Scaling by a power of two is exact, commutes with rounding to bfloat16 and
   # keeps squares of tiny and huge weights in range.

@@ -28,7 +28,7 @@ def round_bf16(x: jax.Array) -> jax.Array:
 
 
 def check(
-    w: jax.Array, group: int, curvature: jax.Array | None
+  w: jax.Array, group: int, curvature: jax.Array | None
 ) -> jax.Array | None:
   """Checks a fit's inputs before any slow step.
 
@@ -47,39 +47,39 @@ def check(
   """
   if w.ndim < 1 or not w.size or not jnp.issubdtype(w.dtype, jnp.floating):
     raise errors.ShapeError(
-        f'Got weights {w.dtype}{list(w.shape)}; expected floating [..., I],'
-        ' not empty.'
+      f'Got weights {w.dtype}{list(w.shape)}; expected floating [..., I],'
+      ' not empty.'
     )
   if group < 1 or w.shape[-1] % group:
     raise errors.GroupSizeError(
-        f'{group=} does not divide the input axis of {w.shape[-1]} weights;'
-        ' `gemma_ext.kernels.choose_group` finds one that does.'
+      f'{group=} does not divide the input axis of {w.shape[-1]} weights;'
+      ' `gemma_ext.kernels.choose_group` finds one that does.'
     )
   if not bool(_all_finite(w)):
     raise errors.NonFiniteError(
-        f'Weights {list(w.shape)} hold NaN or infinity; nothing fits those.'
-        ' Repair or re-download the checkpoint.'
+      f'Weights {list(w.shape)} hold NaN or infinity; nothing fits those.'
+      ' Repair or re-download the checkpoint.'
     )
   if curvature is None:
     return None
   curvature = jnp.asarray(curvature, jnp.float32)
   if (
-      curvature.ndim < 1
-      or curvature.shape[-1] != w.shape[-1]
-      or curvature.ndim > w.ndim
-      or any(
-          c not in (1, n)
-          for c, n in zip(curvature.shape[::-1], w.shape[::-1], strict=False)
-      )
+    curvature.ndim < 1
+    or curvature.shape[-1] != w.shape[-1]
+    or curvature.ndim > w.ndim
+    or any(
+      c not in (1, n)
+      for c, n in zip(curvature.shape[::-1], w.shape[::-1], strict=False)
+    )
   ):
     raise errors.ShapeError(
-        f'Got curvature {list(curvature.shape)} for weights {list(w.shape)};'
-        f' expected [{w.shape[-1]}] or a shape that broadcasts to the weights.'
+      f'Got curvature {list(curvature.shape)} for weights {list(w.shape)};'
+      f' expected [{w.shape[-1]}] or a shape that broadcasts to the weights.'
     )
   if not bool(_all_finite(curvature)) or bool(jnp.any(curvature < 0)):
     raise errors.NonFiniteError(
-        'The curvature holds NaN, infinity or negative values; expected'
-        ' finite values >= 0, such as mean squares of a layer input.'
+      'The curvature holds NaN, infinity or negative values; expected'
+      ' finite values >= 0, such as mean squares of a layer input.'
     )
   return curvature
 
@@ -104,10 +104,10 @@ def _cycle(h: jax.Array, start: jax.Array, size: int, group: int) -> jax.Array:
 
 
 def fit_chunks(
-    fit: FitChunk,
-    w: jax.Array,
-    group: int,
-    curvature: jax.Array | None,
+  fit: FitChunk,
+  w: jax.Array,
+  group: int,
+  curvature: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Applies `fit` to all groups of `w`, a bounded number at a time.
 
@@ -146,18 +146,16 @@ def fit_chunks(
   s = scales[0] if len(scales) == 1 else jnp.concatenate(scales, axis=-1)
   lead = c.shape[:-2]
   return (
-      c.astype(jnp.int8).reshape(*lead, *w.shape),
-      s.astype(jnp.bfloat16).reshape(
-          *lead, *w.shape[:-1], w.shape[-1] // group
-      ),
+    c.astype(jnp.int8).reshape(*lead, *w.shape),
+    s.astype(jnp.bfloat16).reshape(*lead, *w.shape[:-1], w.shape[-1] // group),
   )
 
 
 def relative_error(
-    w: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    curvature: jax.Array | None = None,
+  w: jax.Array,
+  codes: jax.Array,
+  scale: jax.Array,
+  curvature: jax.Array | None = None,
 ) -> float:
   """Returns the squared error of a fit over the squared norm of the weights.
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`plan`: what a recipe would make of a model, in bytes, without its weights."""
+"""`plan`: what a recipe makes of a model, in bytes, without its weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
-from gemma_ext import nn as gx_nn
-from gemma_ext import recipe as recipe_lib
 import jax
 import jax.numpy as jnp
+
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -80,23 +81,23 @@ class Plan:
   def to_json(self) -> dict[str, Any]:
     """Returns totals and every row as plain JSON values."""
     return {
-        'recipe': self.recipe.to_json(),
-        'weights': self.num_weights,
-        'dense_bytes': self.dense_bytes,
-        'bytes': self.nbytes,
-        'bits_per_weight': self.bits_per_weight,
-        'rows': [
-            {
-                'path': row.path,
-                'shape': list(row.shape),
-                'group': row.group,
-                'dense_bytes': row.dense_bytes,
-                'bytes': row.nbytes,
-                'bits_per_weight': row.bits_per_weight,
-                **row.method.to_json(),
-            }
-            for row in self.rows
-        ],
+      'recipe': self.recipe.to_json(),
+      'weights': self.num_weights,
+      'dense_bytes': self.dense_bytes,
+      'bytes': self.nbytes,
+      'bits_per_weight': self.bits_per_weight,
+      'rows': [
+        {
+          'path': row.path,
+          'shape': list(row.shape),
+          'group': row.group,
+          'dense_bytes': row.dense_bytes,
+          'bytes': row.nbytes,
+          'bits_per_weight': row.bits_per_weight,
+          **row.method.to_json(),
+        }
+        for row in self.rows
+      ],
     }
 
   def __str__(self) -> str:
@@ -110,25 +111,23 @@ class Plan:
     cells.append(_cells('total', len(self.rows), self.rows, ''))
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
-        '  '.join(
-            cell.ljust(w) if i in (0, 3) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in cells
+      '  '.join(
+        cell.ljust(w) if i in (0, 3) else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(row, widths))
+      ).rstrip()
+      for row in cells
     ]
     lines.insert(1, '-' * max(map(len, lines)))
     lines.insert(-1, lines[1])
     ratio = self.nbytes / self.dense_bytes
     lines.append(
-        f'{_size(self.nbytes)} instead of {_size(self.dense_bytes)}'
-        f' ({100 * ratio:.1f}%)'
+      f'{_size(self.nbytes)} instead of {_size(self.dense_bytes)}'
+      f' ({100 * ratio:.1f}%)'
     )
     return '\n'.join(lines)
 
 
-def plan(
-    model: nn.Module, recipe: recipe_lib.Recipe | str | dict
-) -> Plan:
+def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
   """Predicts the bytes of every parameter under a recipe.
 
   Needs no weights and no memory: a 31B model takes seconds.
@@ -157,33 +156,31 @@ def plan(
       nbytes = fmt.nbytes(site.layout.rows, site.layout.cols)
       group = fmt.group
     rows.append(
-        PlanRow(
-            path=path,
-            shape=tuple(leaf.shape),
-            method=method,
-            group=group,
-            dense_bytes=dense,
-            nbytes=nbytes,
-        )
+      PlanRow(
+        path=path,
+        shape=tuple(leaf.shape),
+        method=method,
+        group=group,
+        dense_bytes=dense,
+        nbytes=nbytes,
+      )
     )
   return Plan(recipe=recipe, rows=tuple(rows))
 
 
 def resolve(
-    model: nn.Module, recipe: recipe_lib.Recipe | str | dict
+  model: nn.Module, recipe: recipe_lib.Recipe | str | dict
 ) -> tuple[nn.Module, recipe_lib.Recipe]:
   """Returns the dense model inside `model`, and the recipe for it."""
   if isinstance(model, gx_nn.Compressed):
     model = model.model
-  return model, recipe_lib.Recipe.of(
-      recipe, num_layers=model.config.num_layers
-  )
+  return model, recipe_lib.Recipe.of(recipe, num_layers=model.config.num_layers)
 
 
 def abstract_params(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and types of a model's parameters, by path, without computing."""
   params = jax.eval_shape(
-      lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+    lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
   )['params']
   return traverse_util.flatten_dict(params, sep='/')
 
@@ -206,12 +203,12 @@ def _cells(name, count, rows, stored) -> tuple[str, ...]:
   size = sum(row.size for row in rows)
   nbytes = sum(row.nbytes for row in rows)
   return (
-      name,
-      str(count),
-      f'{size:,}',
-      stored,
-      f'{8 * nbytes / size:.3f}',
-      _size(nbytes),
+    name,
+    str(count),
+    f'{size:,}',
+    stored,
+    f'{8 * nbytes / size:.3f}',
+    _size(nbytes),
   )
 
 

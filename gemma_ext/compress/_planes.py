@@ -30,7 +30,7 @@ def _sign(w: jax.Array) -> jax.Array:
 
 
 def error(
-    w: jax.Array, h: jax.Array | None, codes: jax.Array, scale: jax.Array
+  w: jax.Array, h: jax.Array | None, codes: jax.Array, scale: jax.Array
 ) -> jax.Array:
   """Weighted squared error per group, [N]."""
   return _sum((w - jnp.sum(codes * scale[..., None], axis=0)) ** 2, h)
@@ -88,7 +88,7 @@ def nearest(w: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def fit_free(
-    w: jax.Array, h: jax.Array | None, planes: int, iterations: jax.Array
+  w: jax.Array, h: jax.Array | None, planes: int, iterations: jax.Array
 ) -> Fit:
   """Fits `planes` planes: codes [P, N, group], scales [P, N]."""
   residual, codes, scales = w, [], []
@@ -108,9 +108,9 @@ def fit_free(
   # Scales of ratio 3 span evenly spaced sums: the other basin that matters.
   step = jnp.max(jnp.abs(w), axis=-1) / (3**planes // 2)
   ladder = jnp.stack([step * 3.0**p for p in reversed(range(planes))])
-  starts = jnp.stack([
-      greedy[1], *(_groups.round_bf16(clip * ladder) for clip in (0.75, 1.0))
-  ])
+  starts = jnp.stack(
+    [greedy[1], *(_groups.round_bf16(clip * ladder) for clip in (0.75, 1.0))]
+  )
 
   def attempt(i, best):
     # The nearest codes to the greedy scales are at least as good as its own.
@@ -124,7 +124,7 @@ def fit_free(
 
 
 def least_squares(
-    w: jax.Array, h: jax.Array | None, codes: jax.Array, scale: jax.Array
+  w: jax.Array, h: jax.Array | None, codes: jax.Array, scale: jax.Array
 ) -> jax.Array:
   """Scales from the P x P normal equations of each group: bf16-valued [P, N].
 
@@ -135,8 +135,7 @@ def least_squares(
   # Solved for the change of the scales, so that a skipped pivot changes none.
   residual = w - jnp.sum(codes * scale[..., None], axis=0)
   a = [
-      [_sum(codes[p] * codes[q], h) for q in range(planes)]
-      for p in range(planes)
+    [_sum(codes[p] * codes[q], h) for q in range(planes)] for p in range(planes)
   ]
   b = [_sum(codes[p] * residual, h) for p in range(planes)]
   floor = [1e-4 * a[p][p] for p in range(planes)]
@@ -156,17 +155,17 @@ def least_squares(
 def _better(w: jax.Array, h: jax.Array | None, a: Fit, b: Fit) -> Fit:
   won = error(w, h, *b) < error(w, h, *a)
   return (
-      jnp.where(won[:, None], b[0], a[0]),
-      jnp.where(won, b[1], a[1]),
+    jnp.where(won[:, None], b[0], a[0]),
+    jnp.where(won, b[1], a[1]),
   )
 
 
 def alternate(
-    w: jax.Array,
-    h: jax.Array | None,
-    start: Fit,
-    update: Callable[[jax.Array, jax.Array], Fit],
-    iterations: jax.Array | int,
+  w: jax.Array,
+  h: jax.Array | None,
+  start: Fit,
+  update: Callable[[jax.Array, jax.Array], Fit],
+  iterations: jax.Array | int,
 ) -> Fit:
   """Repeats `update`, keeping of each group the best that was seen."""
 
@@ -188,7 +187,7 @@ def top(gain: jax.Array, keep: tuple[int, int]) -> jax.Array:
   if m <= 8:
     order = jnp.arange(m)
     ahead = (x[:, None, :] > x[:, :, None]) | (
-        (x[:, None, :] == x[:, :, None]) & (order[None, :] < order[:, None])
+      (x[:, None, :] == x[:, :, None]) & (order[None, :] < order[:, None])
     )
     chosen = jnp.sum(ahead, axis=-1) < n
   else:
@@ -221,7 +220,7 @@ def _nth_largest(key: jax.Array, n: int) -> jax.Array:
 
 
 def _select(
-    w: jax.Array, h: jax.Array | None, scale: jax.Array, keep: tuple[int, int]
+  w: jax.Array, h: jax.Array | None, scale: jax.Array, keep: tuple[int, int]
 ) -> jax.Array:
   """Best codes of one plane at that density given its scale."""
   # Choosing a weight lowers the error by h s (2 |w| - s).
@@ -232,11 +231,11 @@ def _select(
 
 
 def fit_kept(
-    w: jax.Array,
-    h: jax.Array | None,
-    planes: int,
-    keep: tuple[int, int],
-    iterations: jax.Array,
+  w: jax.Array,
+  h: jax.Array | None,
+  planes: int,
+  keep: tuple[int, int],
+  iterations: jax.Array,
 ) -> Fit:
   """As `fit_free`, with n nonzeros in every m neighbours of every plane."""
 
@@ -266,10 +265,10 @@ def fit_kept(
 
 
 def _one_kept(
-    w: jax.Array,
-    h: jax.Array | None,
-    keep: tuple[int, int],
-    step: Callable[[jax.Array, jax.Array], Fit],
+  w: jax.Array,
+  h: jax.Array | None,
+  keep: tuple[int, int],
+  step: Callable[[jax.Array, jax.Array], Fit],
 ) -> Fit:
   """One plane: exact without curvature, else the best of several starts."""
 

@@ -7,39 +7,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _fit_int
 from gemma_ext.compress import _fit_ternary
-import jax
 
 # `fit(rows, method, fmt, curvature)` -> integer codes and scales, see
 # `gemma_ext.kernels` for their shapes.
 Fit = Callable[
-    [jax.Array, Any, Any, jax.Array | None], tuple[jax.Array, jax.Array]
+  [jax.Array, Any, Any, jax.Array | None], tuple[jax.Array, jax.Array]
 ]
 
 
 def _ternary(rows, method, fmt, curvature):
   return _fit_ternary.fit_ternary(
-      rows,
-      group=fmt.group,
-      planes=method.planes,
-      density=method.density,
-      pattern=method.pattern,
-      curvature=curvature,
+    rows,
+    group=fmt.group,
+    planes=method.planes,
+    density=method.density,
+    pattern=method.pattern,
+    curvature=curvature,
   )
 
 
 def _int(rows, method, fmt, curvature):
   return _fit_int.fit_int(
-      rows, bits=method.bits, group=fmt.group, curvature=curvature
+    rows, bits=method.bits, group=fmt.group, curvature=curvature
   )
 
 
 FITS: dict[type[recipe_lib.Method], Fit] = {
-    recipe_lib.Ternary: _ternary,
-    recipe_lib.Int: _int,
+  recipe_lib.Ternary: _ternary,
+  recipe_lib.Int: _int,
 }
 
 
@@ -51,7 +52,7 @@ def fit_of(method: recipe_lib.Method) -> Fit:
   """
   if type(method) not in FITS:
     raise errors.RecipeError(
-        f'No fit is registered for {method!r}, only for'
-        f' {sorted(cls.__name__ for cls in FITS)}.'
+      f'No fit is registered for {method!r}, only for'
+      f' {sorted(cls.__name__ for cls in FITS)}.'
     )
   return FITS[type(method)]

@@ -13,10 +13,10 @@ from gemma_ext.kernels import _params
 
 
 def dequantize(
-    p: Mapping[str, jax.Array],
-    fmt: _formats.Format,
-    cols: int,
-    dtype: DTypeLike = jnp.float32,
+  p: Mapping[str, jax.Array],
+  fmt: _formats.Format,
+  cols: int,
+  dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
   """Returns the dense weight `[*rows, cols]`.
 
@@ -37,10 +37,10 @@ def dequantize(
 
 
 def dense(
-    p: Mapping[str, jax.Array],
-    fmt: _formats.Format,
-    cols: int,
-    dtype: DTypeLike,
+  p: Mapping[str, jax.Array],
+  fmt: _formats.Format,
+  cols: int,
+  dtype: DTypeLike,
 ) -> jax.Array:
   """`dequantize` for parameters that were checked."""
   codes = _params.integer_codes(p['codes'], fmt, cols)

@@ -38,7 +38,7 @@ def choose_group(cols: int, group: int) -> int:
   """
   if cols < 1 or group < 1:
     raise errors.GroupSizeError(
-        f'Got {cols=} and {group=}; expected both to be at least 1.'
+      f'Got {cols=} and {group=}; expected both to be at least 1.'
     )
   divisors = [d for d in range(1, min(cols, group) + 1) if cols % d == 0]
   least = min(16, cols)
@@ -48,9 +48,9 @@ def choose_group(cols: int, group: int) -> int:
       return fits[-1]
   above = [d for d in range(least, cols + 1) if cols % d == 0]
   raise errors.GroupSizeError(
-      f'No group of {least} to {group} weights divides an input axis of'
-      f' {cols}; the best is {divisors[-1]}. Groups that would fit:'
-      f' {above[:8]}. Ask for one of these, or keep this weight dense.'
+    f'No group of {least} to {group} weights divides an input axis of'
+    f' {cols}; the best is {divisors[-1]}. Groups that would fit:'
+    f' {above[:8]}. Ask for one of these, or keep this weight dense.'
   )
 
 
@@ -58,16 +58,16 @@ def _check_group(cols: int, group: int) -> None:
   if cols < 1 or cols % group:
     fits = [d for d in range(1, max(cols, 0) + 1) if cols % d == 0]
     raise errors.GroupSizeError(
-        f'group={group} does not divide the input axis of {cols} weights.'
-        f' Groups that do: {fits[-8:]} (see `kernels.choose_group`).'
+      f'group={group} does not divide the input axis of {cols} weights.'
+      f' Groups that do: {fits[-8:]} (see `kernels.choose_group`).'
     )
 
 
 def _check_cols(packed: jax.Array, want: int, cols: int) -> None:
   if packed.shape[-1] != want:
     raise errors.ParamsMismatchError(
-        f'Packed codes have {packed.shape[-1]} entries a row; {cols} weights'
-        f' take {want}.'
+      f'Packed codes have {packed.shape[-1]} entries a row; {cols} weights'
+      f' take {want}.'
     )
 
 
@@ -124,7 +124,7 @@ class TernaryFormat(_Sizes):
       raise errors.RecipeError(f'planes={self.planes}; expected 1 to 8.')
     if self.packing not in PACKINGS:
       raise errors.RecipeError(
-          f'packing={self.packing!r}; expected one of {PACKINGS}.'
+        f'packing={self.packing!r}; expected one of {PACKINGS}.'
       )
 
   @property

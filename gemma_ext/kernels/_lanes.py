@@ -25,10 +25,10 @@ def _pad(x: jax.Array, cols: int, value: int) -> jax.Array:
 
 
 def _pack_blocks(
-    x: jax.Array,  # uint8[..., I]
-    fields: int,
-    zero: int,
-    join: Callable[[jax.Array], jax.Array],  # [..., fields, T] -> [..., T]
+  x: jax.Array,  # uint8[..., I]
+  fields: int,
+  zero: int,
+  join: Callable[[jax.Array], jax.Array],  # [..., fields, T] -> [..., T]
 ) -> jax.Array:
   """Packs whole blocks, then the shorter last one."""
   cols = x.shape[-1]
@@ -45,10 +45,10 @@ def _pack_blocks(
 
 
 def _unpack_blocks(
-    x: jax.Array,  # uint8[..., bytes]
-    fields: int,
-    cols: int,
-    split: Callable[[jax.Array], jax.Array],  # [..., 1, T] -> [..., fields, T]
+  x: jax.Array,  # uint8[..., bytes]
+  fields: int,
+  cols: int,
+  split: Callable[[jax.Array], jax.Array],  # [..., 1, T] -> [..., fields, T]
 ) -> jax.Array:
   """Inverse of `_pack_blocks`."""
   whole = cols // (BLOCK * fields) * BLOCK
@@ -78,7 +78,7 @@ def pack_bits(codes: jax.Array, bits: int, offset: int) -> jax.Array:
 
 
 def unpack_bits(
-    packed: jax.Array, bits: int, offset: int, cols: int
+  packed: jax.Array, bits: int, offset: int, cols: int
 ) -> jax.Array:
   """Inverse of `pack_bits`: int8[..., cols]."""
   fields = 8 // bits
@@ -136,7 +136,7 @@ def pack_stream(codes: jax.Array, bits: int, offset: int) -> jax.Array:
 
 
 def unpack_stream(
-    packed: jax.Array, bits: int, offset: int, cols: int
+  packed: jax.Array, bits: int, offset: int, cols: int
 ) -> jax.Array:
   """Inverse of `pack_stream`: int8[..., cols]."""
   x = packed.reshape(*packed.shape[:-1], -1, bits).astype(jnp.uint32)

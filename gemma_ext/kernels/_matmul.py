@@ -21,11 +21,11 @@ CHUNK = 1 << 20  # weights dequantised at a time on a CPU: 4 MiB of float32
 
 
 def matmul(
-    x: jax.Array,
-    p: Mapping[str, jax.Array],
-    fmt: _formats.Format,
-    *,
-    backend: str = 'xla',
+  x: jax.Array,
+  p: Mapping[str, jax.Array],
+  fmt: _formats.Format,
+  *,
+  backend: str = 'xla',
 ) -> jax.Array:
   """Multiplies activations with a packed weight, contracting the input axis.
 
@@ -53,18 +53,18 @@ def matmul(
     raise errors.ShapeError(f'{backend=}; expected one of {BACKENDS}.')
   if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise errors.ShapeError(
-        f'x is {x.dtype}{list(x.shape)}; expected floating [..., I].'
+      f'x is {x.dtype}{list(x.shape)}; expected floating [..., I].'
     )
   _params.validate(p, fmt, _params.rows_of(p, fmt), x.shape[-1])
   return matmul_xla(x, p, fmt)
 
 
 def matmul_xla(
-    x: jax.Array,
-    p: Mapping[str, jax.Array],
-    fmt: _formats.Format,
-    *,
-    chunk: int | None = None,
+  x: jax.Array,
+  p: Mapping[str, jax.Array],
+  fmt: _formats.Format,
+  *,
+  chunk: int | None = None,
 ) -> jax.Array:
   """`matmul` by unpacking and a dense dot.
 
@@ -93,8 +93,8 @@ def matmul_xla(
     lead = x.shape[:-1]
     x = x.reshape(-1, cols)
     p = {
-        name: v.reshape(*v.shape[:axis], math.prod(rows), v.shape[-1])
-        for name, v in p.items()
+      name: v.reshape(*v.shape[:axis], math.prod(rows), v.shape[-1])
+      for name, v in p.items()
     }
     out = _chunked(x, p, fmt, dtype, axis, chunk // cols if chunk else 0)
     return out.reshape(*lead, *rows)
@@ -103,28 +103,28 @@ def matmul_xla(
 
 
 def _dot(
-    x: jax.Array,  # [N, I]
-    p: Mapping[str, jax.Array],  # of [O, I]
-    fmt: _formats.Format,
-    dtype: jnp.dtype,
+  x: jax.Array,  # [N, I]
+  p: Mapping[str, jax.Array],  # of [O, I]
+  fmt: _formats.Format,
+  dtype: jnp.dtype,
 ) -> jax.Array:  # [N, O]
   w = _dequantize.dense(p, fmt, x.shape[-1], dtype)
   out = jax.lax.dot_general(
-      x.astype(dtype),
-      w,
-      (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
+    x.astype(dtype),
+    w,
+    (((1,), (1,)), ((), ())),
+    preferred_element_type=jnp.float32,
   )
   return out.astype(x.dtype)
 
 
 def _chunked(
-    x: jax.Array,  # [N, I]
-    p: Mapping[str, jax.Array],  # of [O, I]
-    fmt: _formats.Format,
-    dtype: jnp.dtype,
-    axis: int,  # of the rows in codes and scale
-    size: int,  # rows of the weight a chunk; 0: all
+  x: jax.Array,  # [N, I]
+  p: Mapping[str, jax.Array],  # of [O, I]
+  fmt: _formats.Format,
+  dtype: jnp.dtype,
+  axis: int,  # of the rows in codes and scale
+  size: int,  # rows of the weight a chunk; 0: all
 ) -> jax.Array:  # [N, O]
   """`_dot` by blocks of the weight's rows, one in memory at a time."""
   rows = p['scale'].shape[axis]
@@ -135,13 +135,13 @@ def _chunked(
 
   def block(start, length):
     return _dot(
-        x,
-        {
-            name: jax.lax.dynamic_slice_in_dim(v, start, length, axis)
-            for name, v in p.items()
-        },
-        fmt,
-        dtype,
+      x,
+      {
+        name: jax.lax.dynamic_slice_in_dim(v, start, length, axis)
+        for name, v in p.items()
+      },
+      fmt,
+      dtype,
     )
 
   out = jax.lax.map(lambda i: block(i * size, size), jnp.arange(count))

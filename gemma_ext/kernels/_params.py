@@ -13,10 +13,10 @@ from gemma_ext.kernels import _formats
 
 
 def validate(
-    p: Mapping[str, Any],
-    fmt: _formats.Format,
-    rows: tuple[int, ...],
-    cols: int,
+  p: Mapping[str, Any],
+  fmt: _formats.Format,
+  rows: tuple[int, ...],
+  cols: int,
 ) -> None:
   """Checks shapes and types of a packed weight, without looking at values.
 
@@ -33,16 +33,16 @@ def validate(
   keys = sorted(p) if isinstance(p, Mapping) else type(p).__name__
   if keys != ['codes', 'scale']:
     raise errors.ParamsMismatchError(
-        f"Got {keys}; expected a dict with 'codes' and 'scale' for {fmt}."
+      f"Got {keys}; expected a dict with 'codes' and 'scale' for {fmt}."
     )
   codes, scale = p['codes'], p['scale']
   want = fmt.scale_shape(rows, cols)
   if tuple(scale.shape) != want or not jnp.issubdtype(
-      scale.dtype, jnp.floating
+    scale.dtype, jnp.floating
   ):
     raise errors.ParamsMismatchError(
-        f'scale is {scale.dtype}{list(scale.shape)}; expected'
-        f' bfloat16{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
+      f'scale is {scale.dtype}{list(scale.shape)}; expected'
+      f' bfloat16{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
     )
   if jnp.issubdtype(codes.dtype, jnp.floating):
     want, dtype = fmt.latent_shape(rows, cols), codes.dtype
@@ -50,8 +50,8 @@ def validate(
     want, dtype = fmt.codes_shape(rows, cols), fmt.codes_dtype
   if tuple(codes.shape) != want or codes.dtype != dtype:
     raise errors.ParamsMismatchError(
-        f'codes are {codes.dtype}{list(codes.shape)}; expected'
-        f' {dtype}{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
+      f'codes are {codes.dtype}{list(codes.shape)}; expected'
+      f' {dtype}{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
     )
 
 
@@ -62,7 +62,7 @@ def rows_of(p: Mapping[str, Any], fmt: _formats.Format) -> tuple[int, ...]:
 
 
 def random_codes(
-    key: jax.Array, fmt: _formats.Format, rows: tuple[int, ...], cols: int
+  key: jax.Array, fmt: _formats.Format, rows: tuple[int, ...], cols: int
 ) -> jax.Array:
   """Draws valid packed codes, uniform over the format's range.
 
@@ -98,7 +98,7 @@ def _round_ste_jvp(primals, tangents):
 
 
 def integer_codes(
-    codes: jax.Array, fmt: _formats.Format, cols: int
+  codes: jax.Array, fmt: _formats.Format, cols: int
 ) -> jax.Array:
   """Returns codes `[*, cols]`: unpacked, or latent ones rounded.
 

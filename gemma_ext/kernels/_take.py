@@ -17,13 +17,13 @@ BACKENDS = ('xla',)
 
 
 def take(
-    p: Mapping[str, jax.Array],
-    fmt: _formats.Format,
-    ids: jax.Array,
-    cols: int,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    backend: str = 'xla',
+  p: Mapping[str, jax.Array],
+  fmt: _formats.Format,
+  ids: jax.Array,
+  cols: int,
+  dtype: DTypeLike = jnp.float32,
+  *,
+  backend: str = 'xla',
 ) -> jax.Array:
   """Looks rows of a packed table up.
 
@@ -49,8 +49,8 @@ def take(
   _params.validate(p, fmt, rows, cols)
   if not rows or not jnp.issubdtype(ids.dtype, jnp.integer):
     raise errors.ShapeError(
-        f'Got {ids.dtype} ids and a table of rows {rows}; expected integer ids'
-        ' and at least one row axis.'
+      f'Got {ids.dtype} ids and a table of rows {rows}; expected integer ids'
+      ' and at least one row axis.'
     )
   if isinstance(fmt, _formats.TernaryFormat):
     found = {name: value[:, ids] for name, value in p.items()}

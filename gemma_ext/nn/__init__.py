@@ -6,6 +6,9 @@
 
 from gemma_ext.nn._compressed import Compressed
 from gemma_ext.nn._compressed import methods_of
+from gemma_ext.nn._latent import from_latent
+from gemma_ext.nn._latent import to_latent
+from gemma_ext.nn._lora import LoRA
 from gemma_ext.nn._packed import format_of
 from gemma_ext.nn._packed import PackedWeight
 from gemma_ext.nn._packed import param as packed_param
@@ -13,6 +16,3 @@ from gemma_ext.nn._sites import Kind
 from gemma_ext.nn._sites import Layout
 from gemma_ext.nn._sites import Site
 from gemma_ext.nn._sites import sites
-from gemma_ext.nn._lora import LoRA
-from gemma_ext.nn._latent import from_latent
-from gemma_ext.nn._latent import to_latent

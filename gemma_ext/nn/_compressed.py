@@ -11,15 +11,16 @@ import dataclasses
 from typing import Any
 
 from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from kauldron import kontext
+
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
-import jax
-import jax.numpy as jnp
-from kauldron import kontext
 
 
 class Compressed(nn.Module):
@@ -45,13 +46,13 @@ class Compressed(nn.Module):
     # Clones, which flax makes inside every transform, arrive here resolved.
     if not isinstance(self.recipe, recipe_lib.Recipe):
       recipe = recipe_lib.Recipe.of(
-          self.recipe, num_layers=self.model.config.num_layers
+        self.recipe, num_layers=self.model.config.num_layers
       )
       object.__setattr__(self, 'recipe', recipe)
     if getattr(self.model.config, 'recipe', None) != self.recipe:
       if self.model.scope is None:
         object.__setattr__(
-            self, 'model', _config.attach(self.model, self.recipe)
+          self, 'model', _config.attach(self.model, self.recipe)
         )
     super().__post_init__()
     _scopes.share(self)
@@ -100,13 +101,13 @@ class Compressed(nn.Module):
     depth = len(self.path)
     methods = methods_of(self.model, self.recipe)
     interceptor = _Interceptor(
-        methods=methods, depth=depth, dtype=self.model.dtype
+      methods=methods, depth=depth, dtype=self.model.dtype
     )
     return nn.intercept_methods(interceptor)
 
 
 def methods_of(
-    model: nn.Module, recipe: recipe_lib.Recipe
+  model: nn.Module, recipe: recipe_lib.Recipe
 ) -> dict[str, tuple[_sites.Site, recipe_lib.Method]]:
   """Resolves a recipe for a model.
 
@@ -171,29 +172,29 @@ class _Interceptor:
     return next_fun(*args, **kwargs)
 
   def _weight(
-      self, module: nn.Module, name: str
+    self, module: nn.Module, name: str
   ) -> _packed.PackedWeight | None:
     path = '/'.join(module.path[self.depth :] + (name,))
     if path not in self.methods:
       return None
     site, method = self.methods[path]
     return _packed.param(
-        module, name, layout=site.layout, method=method, dtype=self.dtype
+      module, name, layout=site.layout, method=method, dtype=self.dtype
     )
 
 
 def _einsum(
-    module: nn.Module,
-    weight: _packed.PackedWeight,
-    eqn: str,
-    x: jax.Array,
+  module: nn.Module,
+  weight: _packed.PackedWeight,
+  eqn: str,
+  x: jax.Array,
 ) -> jax.Array:
   """`__call__` of the official `Einsum` classes with a packed weight."""
   layout = _sites.einsum_layout(eqn, module.shape)
   if layout != weight.layout:
     raise errors.ShapeError(
-        f'{"/".join(module.path)!r} was packed for {weight.layout}, but'
-        f' {eqn!r} needs {layout}.'
+      f'{"/".join(module.path)!r} was packed for {weight.layout}, but'
+      f' {eqn!r} needs {layout}.'
     )
   y = weight.einsum(eqn, x)
   scale = getattr(module, 'w_scale', None)

@@ -21,6 +21,7 @@ import json
 from typing import Any
 
 from flax import linen as nn
+
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 
@@ -48,14 +49,12 @@ def probe(model: nn.Module) -> nn.Module:
 
 
 def _attach(
-    model: nn.Module, recipe: recipe_lib.Recipe | None, fingerprint: str
+  model: nn.Module, recipe: recipe_lib.Recipe | None, fingerprint: str
 ) -> nn.Module:
   model = strip(model)
   base = type(model.config)
   fields = {f.name: getattr(model.config, f.name) for f in _fields(base)}
-  config = _config_class(base)(
-      **fields, recipe=recipe, fingerprint=fingerprint
-  )
+  config = _config_class(base)(**fields, recipe=recipe, fingerprint=fingerprint)
   return model.clone(config=config)
 
 
@@ -65,9 +64,9 @@ def check(model: nn.Module) -> None:
   names = {f.name for f in dataclasses.fields(model)} if is_module else set()
   if not {'config', 'dtype'} <= names:
     raise errors.ParamsMismatchError(
-        'Expected an official Gemma model such as `gm.nn.Gemma3_1B()`, got'
-        f' {type(model).__name__}. Wrappers such as LoRA go around'
-        ' `gx.nn.Compressed`, not inside.'
+      'Expected an official Gemma model such as `gm.nn.Gemma3_1B()`, got'
+      f' {type(model).__name__}. Wrappers such as LoRA go around'
+      ' `gx.nn.Compressed`, not inside.'
     )
 
 
@@ -88,13 +87,13 @@ def _fields(cls: type[Any]) -> tuple[dataclasses.Field, ...]:
 @functools.cache
 def _config_class(base: type[Any]) -> type[Any]:
   cls = dataclasses.make_dataclass(
-      f'Compressed{base.__name__}',
-      [
-          ('recipe', Any, dataclasses.field(kw_only=True)),
-          ('fingerprint', str, dataclasses.field(kw_only=True)),
-      ],
-      bases=(base,),
-      frozen=True,
+    f'Compressed{base.__name__}',
+    [
+      ('recipe', Any, dataclasses.field(kw_only=True)),
+      ('fingerprint', str, dataclasses.field(kw_only=True)),
+    ],
+    bases=(base,),
+    frozen=True,
   )
   cls._gemma_ext_base = base
   return cls

@@ -14,17 +14,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
+import jax.numpy as jnp
+
 from gemma_ext import errors
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _packed
-import jax.numpy as jnp
 
 
 def to_latent(
-    model: _compressed.Compressed,
-    params: Mapping[str, Any],
-    *,
-    dtype: Any = jnp.float32,
+  model: _compressed.Compressed,
+  params: Mapping[str, Any],
+  *,
+  dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
   """Unpacks all codes to floating point. The model gives the same outputs.
 
@@ -41,14 +42,14 @@ def to_latent(
     ParamsMismatchError: If a compressed parameter is missing.
   """
   return _map(
-      model,
-      params,
-      lambda codes, fmt, layout: fmt.unpack(codes, layout.cols).astype(dtype),
+    model,
+    params,
+    lambda codes, fmt, layout: fmt.unpack(codes, layout.cols).astype(dtype),
   )
 
 
 def from_latent(
-    model: _compressed.Compressed, params: Mapping[str, Any]
+  model: _compressed.Compressed, params: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Inverse of `to_latent`: rounds as the forward pass does, and packs.
 
@@ -78,8 +79,8 @@ def _map(model, params, fn) -> dict[str, Any]:
     name = f'{path}/codes'
     if name not in flat:
       raise errors.ParamsMismatchError(
-          f'The parameters have no {name!r}. Are they compressed with the'
-          ' recipe of this model?'
+        f'The parameters have no {name!r}. Are they compressed with the'
+        ' recipe of this model?'
       )
     fmt = _packed.format_of(method, site.layout.cols)
     flat[name] = fn(flat[name], fmt, site.layout)

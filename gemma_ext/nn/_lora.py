@@ -16,14 +16,15 @@ from typing import Any
 
 from flax import linen as nn
 from gemma import peft
+import jax
+import jax.numpy as jnp
+from kauldron import kontext
+
 from gemma_ext import errors
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
-import jax
-import jax.numpy as jnp
-from kauldron import kontext
 
 
 class LoRA(nn.Module):
@@ -50,7 +51,7 @@ class LoRA(nn.Module):
   def __post_init__(self):
     if type(self.rank) is not int or self.rank < 1:
       raise errors.RecipeError(
-          f'LoRA.rank must be a positive integer, got {self.rank!r}.'
+        f'LoRA.rank must be a positive integer, got {self.rank!r}.'
       )
     if self.model.scope is None:
       object.__setattr__(self, 'model', self._stamped())
@@ -78,15 +79,15 @@ class LoRA(nn.Module):
       if module.weight_name != 'w':
         name = f'_LoRAEinsum_{module.weight_name}'
       return _LoRAEinsum(
-          name=name, rank=self.rank, dtype=self.dtype, wrapped=module
+        name=name, rank=self.rank, dtype=self.dtype, wrapped=module
       )
 
     with peft.ModuleInterceptor(replace):
       output = self.model(*args, **kwargs)
     if self.is_initializing() and not adapted:
       raise errors.UnmatchedRuleError(
-          f'LoRA target {self.target!r} matches no einsum of'
-          f' {type(self.model).__name__}.'
+        f'LoRA target {self.target!r} matches no einsum of'
+        f' {type(self.model).__name__}.'
       )
     return output
 
@@ -126,10 +127,10 @@ class _LoRAEinsum(nn.Module):
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     adapter = peft.LoRAEinsumAdapter(
-        name='lora',
-        rank=self.rank,
-        dtype=self.dtype,
-        einsum_str=eqn,
-        shape=self.wrapped.shape,
+      name='lora',
+      rank=self.rank,
+      dtype=self.dtype,
+      einsum_str=eqn,
+      shape=self.wrapped.shape,
     )
     return self.wrapped(eqn, x) + adapter(x)

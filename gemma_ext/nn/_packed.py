@@ -8,12 +8,13 @@ import dataclasses
 from typing import Any
 
 from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
 from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _sites
-import jax
-import jax.numpy as jnp
 
 
 def format_of(method: recipe_lib.Method, cols: int) -> Any:
@@ -30,7 +31,7 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
     case recipe_lib.Ternary():
       group = kernels.choose_group(cols, method.group)
       return kernels.TernaryFormat(
-          planes=method.planes, group=group, packing=method.packing
+        planes=method.planes, group=group, packing=method.packing
       )
     case recipe_lib.Int():
       group = method.group and kernels.choose_group(cols, method.group)
@@ -70,7 +71,7 @@ class PackedWeight:
   def dequantize(self) -> jax.Array:
     """Returns the dense weight, `[*shape]`."""
     rows = kernels.dequantize(
-        self.leaf, self.fmt, self.layout.cols, dtype=self.dtype
+      self.leaf, self.fmt, self.layout.cols, dtype=self.dtype
     )
     return self.layout.from_rows(rows)
 
@@ -84,7 +85,7 @@ class PackedWeight:
     if self.layout.in_axes != (self.ndim - 1,) or isinstance(index, tuple):
       return self.dequantize()[index]
     return kernels.take(
-        self.leaf, self.fmt, index, self.layout.cols, dtype=self.dtype
+      self.leaf, self.fmt, index, self.layout.cols, dtype=self.dtype
     )
 
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
@@ -117,12 +118,12 @@ class PackedWeight:
 
 
 def param(
-    module: nn.Module,
-    name: str,
-    *,
-    layout: _sites.Layout,
-    method: recipe_lib.Method,
-    dtype: Any,
+  module: nn.Module,
+  name: str,
+  *,
+  layout: _sites.Layout,
+  method: recipe_lib.Method,
+  dtype: Any,
 ) -> PackedWeight:
   """Declares the packed parameter `name` of `module` and returns it.
 
@@ -144,16 +145,16 @@ def param(
     # init, while latent (floating) codes are a legal state while healing.
     leaf = module.get_variable('params', name)
     if (
-        isinstance(leaf, dict)
-        and set(leaf) == {'w'}
-        and isinstance(leaf['w'], dict)
+      isinstance(leaf, dict)
+      and set(leaf) == {'w'}
+      and isinstance(leaf['w'], dict)
     ):
       leaf = leaf['w']  # As the official Gemma 4 Einsum does.
     _check(leaf, fmt, layout, path)
   else:
     # By the class: `module.param` may be the hook that brought us here.
     leaf = nn.Module.param(
-        module, name, _initializer(fmt, layout), layout.shape
+      module, name, _initializer(fmt, layout), layout.shape
     )
   return PackedWeight(leaf=leaf, fmt=fmt, layout=layout, dtype=dtype)
 
@@ -161,14 +162,14 @@ def param(
 def _check(leaf: Any, fmt: Any, layout: _sites.Layout, path: str) -> None:
   if not isinstance(leaf, dict) or set(leaf) != {'codes', 'scale'}:
     got = (
-        f'keys {sorted(leaf)}'
-        if isinstance(leaf, dict)
-        else f'an array {getattr(leaf, "shape", None)}'
+      f'keys {sorted(leaf)}'
+      if isinstance(leaf, dict)
+      else f'an array {getattr(leaf, "shape", None)}'
     )
     raise errors.ParamsMismatchError(
-        f"{path!r} is compressed by the recipe, so its parameter must be"
-        f" {{'codes', 'scale'}}, got {got}. Did you pass the params through"
-        ' `gx.compress`, with the same recipe?'
+      f'{path!r} is compressed by the recipe, so its parameter must be'
+      f" {{'codes', 'scale'}}, got {got}. Did you pass the params through"
+      ' `gx.compress`, with the same recipe?'
     )
   try:
     kernels.validate(leaf, fmt, layout.rows, layout.cols)
@@ -191,7 +192,7 @@ def _initializer(fmt: Any, layout: _sites.Layout):
 
 
 def _expand_ellipsis(
-    inputs: str, weights: str, outputs: str, ndim: int
+  inputs: str, weights: str, outputs: str, ndim: int
 ) -> tuple[str, str]:
   """Replaces `...` by letters that the equation does not use."""
   missing = ndim - len(inputs.replace('...', ''))

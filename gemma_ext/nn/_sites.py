@@ -23,29 +23,30 @@ from gemma.gm.nn.gemma3n import _modules as gemma3n_modules
 from gemma.gm.nn.gemma4 import _layers as gemma4_layers
 from gemma.gm.nn.gemma4 import _modules as gemma4_modules
 from gemma.gm.nn.gemma4 import _moe as gemma4_moe
-from gemma_ext import errors
-from gemma_ext.nn import _config
 import jax
 import jax.numpy as jnp
 
+from gemma_ext import errors
+from gemma_ext.nn import _config
+
 # The official classes come once per family and share no base class.
 EINSUMS = (
-    gemma_layers.Einsum,
-    gemma3n_layers.Einsum,
-    gemma4_layers.Einsum,
+  gemma_layers.Einsum,
+  gemma3n_layers.Einsum,
+  gemma4_layers.Einsum,
 )
 EMBEDDERS = (
-    gemma_modules.Embedder,
-    gemma3n_modules.Embedder,
-    gemma4_modules.Embedder,
+  gemma_modules.Embedder,
+  gemma3n_modules.Embedder,
+  gemma4_modules.Embedder,
 )
 # `MoERagged` reads its weights through this module, outside any einsum.
 RAGGED_WEIGHT = gemma4_moe._Weight  # pylint: disable=protected-access
 
 _EMBEDDING_TABLES = (
-    'input_embedding',
-    'per_layer_embeddings',
-    'per_layer_input_embedding',
+  'input_embedding',
+  'per_layer_embeddings',
+  'per_layer_input_embedding',
 )
 # Towers and projections of other modalities stay as they are.
 _OTHER_MODALITIES = ('vision_encoder', 'audio_encoder', 'mm_', 'audio_')
@@ -76,9 +77,7 @@ class Layout:
 
   @property
   def out_axes(self) -> tuple[int, ...]:
-    return tuple(
-        i for i in range(len(self.shape)) if i not in self.in_axes
-    )
+    return tuple(i for i in range(len(self.shape)) if i not in self.in_axes)
 
   @property
   def rows(self) -> tuple[int, ...]:
@@ -96,7 +95,7 @@ class Layout:
     """`[*shape]` -> `[*rows, cols]`."""
     if tuple(w.shape) != self.shape:
       raise errors.ShapeError(
-          f'Got a weight of shape {tuple(w.shape)}, expected {self.shape}.'
+        f'Got a weight of shape {tuple(w.shape)}, expected {self.shape}.'
       )
     w = w.transpose(self.out_axes + self.in_axes)
     return w.reshape(self.rows + (self.cols,))
@@ -135,14 +134,12 @@ def einsum_layout(eqn: str, shape: tuple[int, ...]) -> Layout:
   """
   inputs, weights, outputs = split_equation(eqn)
   in_axes = tuple(
-      i
-      for i, c in enumerate(weights)
-      if c in inputs and c not in outputs
+    i for i, c in enumerate(weights) if c in inputs and c not in outputs
   )
   if len(weights) != len(shape) or not in_axes:
     raise errors.ShapeError(
-        f'Equation {eqn!r} does not contract a weight of shape {shape} with'
-        ' its input.'
+      f'Equation {eqn!r} does not contract a weight of shape {shape} with'
+      ' its input.'
     )
   return Layout(shape=tuple(shape), in_axes=in_axes)
 
@@ -154,7 +151,7 @@ def split_equation(eqn: str) -> tuple[str, str, str]:
   inputs, comma, weights = operands.partition(',')
   if not arrow or not comma or ',' in weights or '.' in weights:
     raise errors.ShapeError(
-        f'Expected an equation `inputs,weights->outputs`, got {eqn!r}.'
+      f'Expected an equation `inputs,weights->outputs`, got {eqn!r}.'
     )
   return inputs, weights, outputs
 
@@ -170,9 +167,7 @@ def ragged_layout(shape: tuple[int, ...]) -> Layout:
 
 def is_text(path: str) -> bool:
   """Whether the parameter belongs to the text model."""
-  return not any(
-      part.startswith(_OTHER_MODALITIES) for part in path.split('/')
-  )
+  return not any(part.startswith(_OTHER_MODALITIES) for part in path.split('/'))
 
 
 def embedding_layout(name: str, shape: tuple[int, ...]) -> Layout | None:
@@ -230,7 +225,7 @@ def _sites(model: nn.Module) -> tuple[Site, ...]:
   probe = _config.probe(model)
   with nn.intercept_methods(record):
     jax.eval_shape(
-        lambda: probe.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+      lambda: probe.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
     )
   return tuple(found.values())
 
@@ -247,9 +242,9 @@ class param_hook:  # pylint: disable=invalid-name
   """
 
   def __init__(
-      self,
-      module: nn.Module,
-      hook: Callable[[str, tuple[int, ...]], Any],
+    self,
+    module: nn.Module,
+    hook: Callable[[str, tuple[int, ...]], Any],
   ):
     self.module = module
     self.hook = hook

@@ -23,11 +23,13 @@ from gemma_ext.ckpts import _manifest
 from gemma_ext.ckpts import _save
 from tests import tiny
 
-_RECIPE = gx.Recipe.of({
+_RECIPE = gx.Recipe.of(
+  {
     r'layer_\d+/mlp2?': gx.Ternary(group=64),
     'embedder/input_embedding': gx.Int(bits=8),
     r'layer_0/attn': gx.Int(bits=4, group=32),
-})
+  }
+)
 
 
 def _packed(model, seed=0, codes=None):
@@ -52,9 +54,7 @@ def _compressed_model(family='gemma3'):
 
 def _equal(a, b):
   return jax.tree.all(
-      jax.tree.map(
-          lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b
-      )
+    jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
   )
 
 
@@ -67,10 +67,10 @@ def test_dense_round_trip(tmp_path, family):
   params = tiny.params(model)
   version = model.INFO.tokenizer_version
   gx.ckpts.save(
-      tmp_path / 'c',
-      model=model,
-      params=params,
-      tokenizer=tiny.tokenizer(version),
+    tmp_path / 'c',
+    model=model,
+    params=params,
+    tokenizer=tiny.tokenizer(version),
   )
   got = gx.ckpts.load(tmp_path / 'c', dtype=jnp.float32)
   assert _equal(params, got.params)
@@ -105,7 +105,7 @@ def test_loaded_model_computes_what_the_saved_one_did(tmp_path):
 def test_dense_model_and_recipe_apart(tmp_path):
   params = _packed(_compressed_model())
   gx.ckpts.save(
-      tmp_path / 'c', model=tiny.model('gemma3'), params=params, recipe=_RECIPE
+    tmp_path / 'c', model=tiny.model('gemma3'), params=params, recipe=_RECIPE
   )
   assert gx.ckpts.load(tmp_path / 'c').recipe == _RECIPE
 
@@ -113,11 +113,11 @@ def test_dense_model_and_recipe_apart(tmp_path):
 def test_checkpoint_metadata_and_source(tmp_path):
   model = tiny.model('gemma3')
   gx.ckpts.save(
-      tmp_path / 'a',
-      model=model,
-      params=tiny.params(model),
-      source='here',
-      metadata={'perplexity': 14.07},
+    tmp_path / 'a',
+    model=model,
+    params=tiny.params(model),
+    source='here',
+    metadata={'perplexity': 14.07},
   )
   first = gx.ckpts.load(tmp_path / 'a')
   assert first.metadata == {'perplexity': 14.07}
@@ -144,20 +144,20 @@ def test_custom_tokens(tmp_path):
   proto = sp_proto.ModelProto()
   proto.ParseFromString(tiny.tokenizer_model())
   for i in range(90):
-    proto.pieces[gm.text.Gemma3Tokenizer.special_tokens.CUSTOM + i].piece = (
-        f'<unused{i}>'
-    )
+    proto.pieces[
+      gm.text.Gemma3Tokenizer.special_tokens.CUSTOM + i
+    ].piece = f'<unused{i}>'
   proto.pieces[5].piece = '[multimodal]'
   proto.trainer_spec.ClearField('user_defined_symbols')
   (tmp_path / 'x.model').write_bytes(proto.SerializeToString())
   tokenizer = gm.text.Gemma3Tokenizer(
-      path=str(tmp_path / 'x.model'), custom_tokens={3: '<mine>'}
+    path=str(tmp_path / 'x.model'), custom_tokens={3: '<mine>'}
   )
   gx.ckpts.save(
-      tmp_path / 'c',
-      model=model,
-      params=tiny.params(model),
-      tokenizer=tokenizer,
+    tmp_path / 'c',
+    model=model,
+    params=tiny.params(model),
+    tokenizer=tokenizer,
   )
   got = gx.ckpts.load(tmp_path / 'c').tokenizer
   assert got.encode('<mine>') == tokenizer.encode('<mine>')
@@ -190,10 +190,10 @@ def test_size_is_that_of_the_leaves_whatever_the_values(tmp_path, codes):
 def test_directory_bytes(tmp_path):
   model = tiny.model('gemma3')
   path = gx.ckpts.save(
-      tmp_path / 'c',
-      model=model,
-      params=tiny.params(model),
-      tokenizer=tiny.tokenizer(3),
+    tmp_path / 'c',
+    model=model,
+    params=tiny.params(model),
+    tokenizer=tiny.tokenizer(3),
   )
   sizes = gx.ckpts.directory_bytes(path)
   assert sizes['tokenizer'] == len(tiny.tokenizer_model())
@@ -210,10 +210,10 @@ def test_directory_bytes(tmp_path):
 def _stored(tmp_path_factory):
   model = _compressed_model()
   return gx.ckpts.save(
-      tmp_path_factory.mktemp('own') / 'c',
-      model=model,
-      params=_packed(model),
-      tokenizer=tiny.tokenizer(3),
+    tmp_path_factory.mktemp('own') / 'c',
+    model=model,
+    params=_packed(model),
+    tokenizer=tiny.tokenizer(3),
   )
 
 
@@ -283,7 +283,7 @@ def test_saving_other_parameters(tmp_path):
   model = _compressed_model()
   with pytest.raises(errors.ParamsMismatchError):
     gx.ckpts.save(
-        tmp_path / 'c', model=model, params=tiny.params(tiny.model('gemma3'))
+      tmp_path / 'c', model=model, params=tiny.params(tiny.model('gemma3'))
     )
   assert not (tmp_path / 'c').exists()
 
@@ -292,10 +292,10 @@ def test_saving_with_another_recipe(tmp_path):
   model = _compressed_model()
   with pytest.raises(errors.ParamsMismatchError, match='another recipe'):
     gx.ckpts.save(
-        tmp_path / 'c',
-        model=model,
-        params=_packed(model),
-        recipe=gx.Recipe.of('int8'),
+      tmp_path / 'c',
+      model=model,
+      params=_packed(model),
+      recipe=gx.Recipe.of('int8'),
     )
 
 
@@ -356,81 +356,81 @@ def _first_leaf(**changes):
 _LEAF = 'layer_0/mlp/linear/codes'
 _E, _P = errors.HeaderError, errors.ParamsMismatchError
 _BAD = {
-    'version_newer': (_put('version', 2), _E),
-    'version_true': (_put('version', True), _E),
-    'key_unknown': (_put('exec', 'rm'), _E),
-    'key_missing': (lambda d: d.pop('source'), _E),
-    'dtype_unknown': (_put('dtype', 'complex64'), errors.UnsupportedTypeError),
-    'source_a_number': (_put('source', 3), _E),
-    'metadata_a_list': (_put('metadata', []), _E),
-    'model_a_string': (_put('model', 'Gemma3_270M'), _E),
-    'model_class_unknown': (
-        _put('model', 'class', 'os.system'),
-        errors.UnsupportedTypeError,
-    ),
-    'model_layers_huge': (
-        _put('model', 'config', 'attention_types', ['GLOBAL'] * 100_000),
-        errors.HeaderTooLargeError,
-    ),
-    'model_of_another_depth': (
-        _put('model', 'config', 'attention_types', ['GLOBAL'] * 2),
-        _P,
-    ),
-    'model_of_another_width': (_put('model', 'config', 'hidden_dim', 512), _P),
-    'recipe_a_list': (_put('recipe', []), _E),
-    'recipe_version': (_put('recipe', 'version', 9), errors.RecipeError),
-    'recipe_method_unknown': (
-        _put('recipe', 'rules', 0, 'method', 'eval'),
-        errors.RecipeError,
-    ),
-    'recipe_missing': (_put('recipe', None), _P),
-    'recipe_other_group': (_put('recipe', 'rules', 0, 'group', 32), _P),
-    'recipe_matches_nothing': (
-        _put('recipe', 'rules', 0, 'match', 'no_such'),
-        errors.UnmatchedRuleError,
-    ),
-    'params_empty': (_put('params', {}), _E),
-    'params_a_list': (_put('params', []), _E),
-    'leaf_missing': (lambda d: d['params'].pop(_LEAF), _P),
-    'leaf_unexpected': (
-        _put('params', 'x/y', {'shape': [1], 'dtype': 'uint8'}),
-        _P,
-    ),
-    'leaf_without_shape': (_put('params', _LEAF, {'dtype': 'uint8'}), _E),
-    'leaf_shape_negative': (_first_leaf(shape=[-1]), _E),
-    'leaf_shape_a_string': (_first_leaf(shape='12'), _E),
-    'leaf_shape_deep': (_first_leaf(shape=[1] * 9), _E),
-    'leaf_shape_huge': (
-        _first_leaf(shape=[1 << 50]),
-        errors.HeaderTooLargeError,
-    ),
-    'leaf_larger_than_the_files': (
-        _first_leaf(shape=[1 << 30]),
-        errors.TruncatedFileError,
-    ),
-    'leaf_of_object_type': (
-        _first_leaf(dtype='object'),
-        errors.UnsupportedTypeError,
-    ),
-    'leaf_of_another_type': (_put('params', _LEAF, 'dtype', 'int8'), _P),
-    'tokenizer_a_string': (_put('tokenizer', 'x'), _E),
-    'tokenizer_elsewhere': (
-        _put('tokenizer', 'file', '../c/tokenizer.model'),
-        errors.PathEscapeError,
-    ),
-    'tokenizer_missing': (
-        _put('tokenizer', 'file', 'other.model'),
-        errors.MissingTensorError,
-    ),
-    'tokenizer_hash_malformed': (_put('tokenizer', 'sha256', 'abc'), _E),
-    'tokenizer_hash_wrong': (
-        _put('tokenizer', 'sha256', '0' * 64),
-        errors.ChecksumError,
-    ),
-    'tokenizer_custom_malformed': (
-        _put('tokenizer', 'custom_tokens', {'x': 'y'}),
-        _E,
-    ),
+  'version_newer': (_put('version', 2), _E),
+  'version_true': (_put('version', True), _E),
+  'key_unknown': (_put('exec', 'rm'), _E),
+  'key_missing': (lambda d: d.pop('source'), _E),
+  'dtype_unknown': (_put('dtype', 'complex64'), errors.UnsupportedTypeError),
+  'source_a_number': (_put('source', 3), _E),
+  'metadata_a_list': (_put('metadata', []), _E),
+  'model_a_string': (_put('model', 'Gemma3_270M'), _E),
+  'model_class_unknown': (
+    _put('model', 'class', 'os.system'),
+    errors.UnsupportedTypeError,
+  ),
+  'model_layers_huge': (
+    _put('model', 'config', 'attention_types', ['GLOBAL'] * 100_000),
+    errors.HeaderTooLargeError,
+  ),
+  'model_of_another_depth': (
+    _put('model', 'config', 'attention_types', ['GLOBAL'] * 2),
+    _P,
+  ),
+  'model_of_another_width': (_put('model', 'config', 'hidden_dim', 512), _P),
+  'recipe_a_list': (_put('recipe', []), _E),
+  'recipe_version': (_put('recipe', 'version', 9), errors.RecipeError),
+  'recipe_method_unknown': (
+    _put('recipe', 'rules', 0, 'method', 'eval'),
+    errors.RecipeError,
+  ),
+  'recipe_missing': (_put('recipe', None), _P),
+  'recipe_other_group': (_put('recipe', 'rules', 0, 'group', 32), _P),
+  'recipe_matches_nothing': (
+    _put('recipe', 'rules', 0, 'match', 'no_such'),
+    errors.UnmatchedRuleError,
+  ),
+  'params_empty': (_put('params', {}), _E),
+  'params_a_list': (_put('params', []), _E),
+  'leaf_missing': (lambda d: d['params'].pop(_LEAF), _P),
+  'leaf_unexpected': (
+    _put('params', 'x/y', {'shape': [1], 'dtype': 'uint8'}),
+    _P,
+  ),
+  'leaf_without_shape': (_put('params', _LEAF, {'dtype': 'uint8'}), _E),
+  'leaf_shape_negative': (_first_leaf(shape=[-1]), _E),
+  'leaf_shape_a_string': (_first_leaf(shape='12'), _E),
+  'leaf_shape_deep': (_first_leaf(shape=[1] * 9), _E),
+  'leaf_shape_huge': (
+    _first_leaf(shape=[1 << 50]),
+    errors.HeaderTooLargeError,
+  ),
+  'leaf_larger_than_the_files': (
+    _first_leaf(shape=[1 << 30]),
+    errors.TruncatedFileError,
+  ),
+  'leaf_of_object_type': (
+    _first_leaf(dtype='object'),
+    errors.UnsupportedTypeError,
+  ),
+  'leaf_of_another_type': (_put('params', _LEAF, 'dtype', 'int8'), _P),
+  'tokenizer_a_string': (_put('tokenizer', 'x'), _E),
+  'tokenizer_elsewhere': (
+    _put('tokenizer', 'file', '../c/tokenizer.model'),
+    errors.PathEscapeError,
+  ),
+  'tokenizer_missing': (
+    _put('tokenizer', 'file', 'other.model'),
+    errors.MissingTensorError,
+  ),
+  'tokenizer_hash_malformed': (_put('tokenizer', 'sha256', 'abc'), _E),
+  'tokenizer_hash_wrong': (
+    _put('tokenizer', 'sha256', '0' * 64),
+    errors.ChecksumError,
+  ),
+  'tokenizer_custom_malformed': (
+    _put('tokenizer', 'custom_tokens', {'x': 'y'}),
+    _E,
+  ),
 }
 
 
@@ -446,7 +446,7 @@ def test_bad_manifest(copy, monkeypatch, case):
 
 
 @pytest.mark.parametrize(
-    'text', ['', '[]', '{', '{"format": "gemma_ext", "format": "gemma_ext"}']
+  'text', ['', '[]', '{', '{"format": "gemma_ext", "format": "gemma_ext"}']
 )
 def test_manifest_not_json(copy, text):
   (copy / 'recipe.json').write_text(text)
@@ -475,7 +475,7 @@ def test_params_missing(copy):
 def test_params_of_another_checkpoint(tmp_path, copy):
   model = tiny.model('gemma3')
   other = gx.ckpts.save(
-      tmp_path / 'other', model=model, params=tiny.params(model)
+    tmp_path / 'other', model=model, params=tiny.params(model)
   )
   shutil.rmtree(copy / 'params')
   shutil.copytree(other / 'params', copy / 'params')

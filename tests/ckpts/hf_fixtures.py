@@ -42,7 +42,7 @@ def pack(header: Any, data: bytes = b'', *, length: int | None = None) -> bytes:
 
 
 def entry(
-    shape: list[int], begin: int, end: int, dtype: str = 'F32'
+  shape: list[int], begin: int, end: int, dtype: str = 'F32'
 ) -> dict[str, Any]:
   return {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
 
@@ -67,65 +67,63 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
   pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
   vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
   normal = {
-      p: s
-      for p, s, kind in pieces
-      if kind in (kinds.NORMAL, kinds.USER_DEFINED)
+    p: s for p, s, kind in pieces if kind in (kinds.NORMAL, kinds.USER_DEFINED)
   }
   merges = []
   for piece in sorted(normal, key=lambda p: -normal[p]):
     merges += [
-        [piece[:i], piece[i:]]
-        for i in range(1, len(piece))
-        if piece[:i] in normal and piece[i:] in normal
+      [piece[:i], piece[i:]]
+      for i in range(1, len(piece))
+      if piece[:i] in normal and piece[i:] in normal
     ]
   added = [
-      {
-          'id': i,
-          'content': piece,
-          'single_word': False,
-          'lstrip': False,
-          'rstrip': False,
-          'normalized': False,
-          'special': kind != kinds.USER_DEFINED,
-      }
-      for i, (piece, _, kind) in enumerate(pieces)
-      if kind in (kinds.USER_DEFINED, kinds.CONTROL, kinds.UNKNOWN)
+    {
+      'id': i,
+      'content': piece,
+      'single_word': False,
+      'lstrip': False,
+      'rstrip': False,
+      'normalized': False,
+      'special': kind != kinds.USER_DEFINED,
+    }
+    for i, (piece, _, kind) in enumerate(pieces)
+    if kind in (kinds.USER_DEFINED, kinds.CONTROL, kinds.UNKNOWN)
   ]
   return {
-      'version': '1.0',
-      'truncation': None,
-      'padding': None,
-      'added_tokens': added,
-      'normalizer': {
-          'type': 'Replace',
-          'pattern': {'String': ' '},
-          'content': '▁',
-      },
-      'pre_tokenizer': {
-          'type': 'Split',
-          'pattern': {'String': ' '},
-          'behavior': 'MergedWithPrevious',
-          'invert': False,
-      },
-      'post_processor': None,
-      'decoder': {
-          'type': 'Sequence',
-          'decoders': [
-              {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '},
-              {'type': 'ByteFallback'},
-              {'type': 'Fuse'},
-          ],
-      },
-      'model': {
-          'type': 'BPE',
-          'dropout': None,
-          'unk_token': '<unk>',
-          'continuing_subword_prefix': None,
-          'end_of_word_suffix': None,
-          'fuse_unk': True,
-          'byte_fallback': True,
-          'ignore_merges': False,
-          'vocab': vocab,
-          'merges': merges,
-      },
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': added,
+    'normalizer': {
+      'type': 'Replace',
+      'pattern': {'String': ' '},
+      'content': '▁',
+    },
+    'pre_tokenizer': {
+      'type': 'Split',
+      'pattern': {'String': ' '},
+      'behavior': 'MergedWithPrevious',
+      'invert': False,
+    },
+    'post_processor': None,
+    'decoder': {
+      'type': 'Sequence',
+      'decoders': [
+        {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '},
+        {'type': 'ByteFallback'},
+        {'type': 'Fuse'},
+      ],
+    },
+    'model': {
+      'type': 'BPE',
+      'dropout': None,
+      'unk_token': '<unk>',
+      'continuing_subword_prefix': None,
+      'end_of_word_suffix': None,
+      'fuse_unk': True,
+      'byte_fallback': True,
+      'ignore_merges': False,
+      'vocab': vocab,
+      'merges': merges,
+    },
   }

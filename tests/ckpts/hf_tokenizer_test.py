@@ -18,22 +18,22 @@ from tests import tiny
 from tests.ckpts import hf_fixtures
 
 _TEXTS = [
-    'The quick brown fox jumps over the lazy dog.',
-    'a river of fresh  water   and    more     spaces ',
-    ' leading and trailing ',
-    'def f(x):\n\treturn x ** 2  # twice\n\n\n',
-    '12,345 people in 1910',
-    'naïve café — déjà vu',
-    '日本語のテキスト',
-    '😀👩‍👩‍👧 emoji',
-    '<start_of_turn>user\nWhat?<end_of_turn>\n',
-    '<unused7><mask> <not a token>',
-    'ﬁ ligature \u200b zero width \ufeff',
-    '',
-    ' ',
-    '▁ the piece for a space',
-    'mathematicsmathematics setset thethe',
-    '\x00\x01\x7f control',
+  'The quick brown fox jumps over the lazy dog.',
+  'a river of fresh  water   and    more     spaces ',
+  ' leading and trailing ',
+  'def f(x):\n\treturn x ** 2  # twice\n\n\n',
+  '12,345 people in 1910',
+  'naïve café — déjà vu',
+  '日本語のテキスト',
+  '😀👩‍👩‍👧 emoji',
+  '<start_of_turn>user\nWhat?<end_of_turn>\n',
+  '<unused7><mask> <not a token>',
+  'ﬁ ligature \u200b zero width \ufeff',
+  '',
+  ' ',
+  '▁ the piece for a space',
+  'mathematicsmathematics setset thethe',
+  '\x00\x01\x7f control',
 ]
 
 
@@ -108,8 +108,8 @@ def test_none_without_a_file(tmp_path):
 def test_added_tokens_beyond_the_embedding_are_left_out(tmp_path):
   data = copy.deepcopy(_json())
   extra = data['added_tokens'][0] | {
-      'id': tiny.VOCAB_SIZE,
-      'content': '<image_soft_token>',
+    'id': tiny.VOCAB_SIZE,
+    'content': '<image_soft_token>',
   }
   data['added_tokens'].append(extra)
   tokenizer = _hf_tokenizer.read(_write(tmp_path, data), _model())
@@ -139,30 +139,30 @@ def _rename(old, new):
 
 
 _BAD_JSON = {
-    'not_bpe': _set('model', 'type', 'Unigram'),
-    'no_vocab': _set('model', 'vocab', None),
-    'no_byte_fallback': _set('model', 'byte_fallback', False),
-    'dropout': _set('model', 'dropout', 0.1),
-    'ignores_merges': _set('model', 'ignore_merges', True),
-    'suffix': _set('model', 'end_of_word_suffix', '</w>'),
-    'lowercases': _set('normalizer', {'type': 'Lowercase'}),
-    'splits_otherwise': _set('pre_tokenizer', {'type': 'ByteLevel'}),
-    'id_negative': _set('model', 'vocab', 'the', -1),
-    'id_twice': _set('model', 'vocab', 'the', 3),
-    'id_a_string': _set('model', 'vocab', 'the', '3'),
-    'id_hole': _set('model', 'vocab', 'the', 700),
-    'merge_of_one': _set('model', 'merges', 0, ['a']),
-    'merge_of_three': _set('model', 'merges', 0, 'a b c'),
-    'merge_of_numbers': _set('model', 'merges', 0, [1, 2]),
-    'merge_of_unknown_pieces': _set('model', 'merges', 0, ['\u4e00', 'x']),
-    'merges_lacking': lambda d: d['model'].update(
-        merges=d['model']['merges'][: len(d['model']['merges']) // 2]
-    ),
-    'byte_missing': _rename('<0x41>', '<0xZZ>'),
-    'special_moved': _rename('<pad>', '<other>'),
-    'added_malformed': _set('added_tokens', 0, {'id': 1}),
-    'added_strips': _set('added_tokens', 5, 'lstrip', True),
-    'added_conflicts': _set('added_tokens', 5, 'content', 'other'),
+  'not_bpe': _set('model', 'type', 'Unigram'),
+  'no_vocab': _set('model', 'vocab', None),
+  'no_byte_fallback': _set('model', 'byte_fallback', False),
+  'dropout': _set('model', 'dropout', 0.1),
+  'ignores_merges': _set('model', 'ignore_merges', True),
+  'suffix': _set('model', 'end_of_word_suffix', '</w>'),
+  'lowercases': _set('normalizer', {'type': 'Lowercase'}),
+  'splits_otherwise': _set('pre_tokenizer', {'type': 'ByteLevel'}),
+  'id_negative': _set('model', 'vocab', 'the', -1),
+  'id_twice': _set('model', 'vocab', 'the', 3),
+  'id_a_string': _set('model', 'vocab', 'the', '3'),
+  'id_hole': _set('model', 'vocab', 'the', 700),
+  'merge_of_one': _set('model', 'merges', 0, ['a']),
+  'merge_of_three': _set('model', 'merges', 0, 'a b c'),
+  'merge_of_numbers': _set('model', 'merges', 0, [1, 2]),
+  'merge_of_unknown_pieces': _set('model', 'merges', 0, ['\u4e00', 'x']),
+  'merges_lacking': lambda d: d['model'].update(
+    merges=d['model']['merges'][: len(d['model']['merges']) // 2]
+  ),
+  'byte_missing': _rename('<0x41>', '<0xZZ>'),
+  'special_moved': _rename('<pad>', '<other>'),
+  'added_malformed': _set('added_tokens', 0, {'id': 1}),
+  'added_strips': _set('added_tokens', 5, 'lstrip', True),
+  'added_conflicts': _set('added_tokens', 5, 'content', 'other'),
 }
 
 
@@ -203,8 +203,8 @@ def _broken_proto(case):
 
 
 @pytest.mark.parametrize(
-    'case',
-    ['score_nan', 'special_moved', 'duplicate_piece', 'no_pieces', 'garbage'],
+  'case',
+  ['score_nan', 'special_moved', 'duplicate_piece', 'no_pieces', 'garbage'],
 )
 def test_bad_sentencepiece(tmp_path, case):
   (tmp_path / 'tokenizer.model').write_bytes(_broken_proto(case))
@@ -223,7 +223,7 @@ def test_vocabulary_larger_than_the_embedding(tmp_path):
   (tmp_path / 'tokenizer.model').write_bytes(tiny.tokenizer_model())
   model = _model()
   small = type(model)(
-      config=types.SimpleNamespace(num_embed=100, use_qk_norm=True)
+    config=types.SimpleNamespace(num_embed=100, use_qk_norm=True)
   )
   with pytest.raises(errors.TokenizerError, match='512 tokens'):
     _hf_tokenizer.read(tmp_path, small)

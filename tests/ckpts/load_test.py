@@ -71,8 +71,8 @@ def test_float8_weights(tmp_path):
   file.write_bytes(hf_fixtures.pack(out, b''.join(chunks)))
   params = gx.ckpts.load(path, dtype=jnp.float32).params
   np.testing.assert_array_equal(
-      params['layer_1']['mlp']['linear'],
-      values['model.layers.1.mlp.down_proj.weight'].T,
+    params['layer_1']['mlp']['linear'],
+    values['model.layers.1.mlp.down_proj.weight'].T,
   )
 
 
@@ -81,7 +81,7 @@ def test_a_single_file_with_its_config_beside_it():
   one = gx.ckpts.load(path / 'model.safetensors')
   both = gx.ckpts.load(path)
   assert jax.tree.all(
-      jax.tree.map(lambda a, b: bool((a == b).all()), one.params, both.params)
+    jax.tree.map(lambda a, b: bool((a == b).all()), one.params, both.params)
   )
 
 
@@ -101,7 +101,7 @@ def test_tokenizer_of_the_directory(tmp_path):
 def _own(tmp_path):
   model = tiny.model('gemma3')
   return gx.ckpts.save(
-      tmp_path / 'models' / 'own', model=model, params=tiny.params(model)
+    tmp_path / 'models' / 'own', model=model, params=tiny.params(model)
   )
 
 
@@ -124,17 +124,17 @@ def test_one_level_down_with_the_tokenizer_beside(tmp_path):
   # As Kaggle lays them out.
   model = tiny.model('gemma3')
   gm.ckpts.save_params(
-      tiny.params(model), tmp_path / 'k' / 'tiny', wait_until_finished=True
+    tiny.params(model), tmp_path / 'k' / 'tiny', wait_until_finished=True
   )
   (tmp_path / 'k' / 'tokenizer.model').write_bytes(tiny.tokenizer_model())
   checkpoint = gx.ckpts.load(tmp_path / 'k', model=model)
   assert checkpoint.tokenizer.encode('the river') == (
-      tiny.tokenizer(3).encode('the river')
+    tiny.tokenizer(3).encode('the river')
   )
 
 
 @pytest.mark.parametrize(
-    'name', ['GEMMA3_1B_IT', gm.ckpts.CheckpointPath.GEMMA3_1B_IT]
+  'name', ['GEMMA3_1B_IT', gm.ckpts.CheckpointPath.GEMMA3_1B_IT]
 )
 def test_official_names_go_to_orbax(name, monkeypatch):
   seen = []
@@ -188,11 +188,11 @@ def test_file_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name, error',
-    [
-        ('x.gguf', errors.CheckpointError),
-        ('x.safetensors', errors.MissingTensorError),
-    ],
+  'name, error',
+  [
+    ('x.gguf', errors.CheckpointError),
+    ('x.safetensors', errors.MissingTensorError),
+  ],
 )
 def test_empty_file(tmp_path, name, error):
   (tmp_path / name).write_bytes(b'')
@@ -227,31 +227,31 @@ def test_weights_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'changes, error',
-    [
-        ({'intermediate_size': 25}, errors.TensorShapeError),
-        ({'vocab_size': 61}, errors.TensorShapeError),
-        ({'num_key_value_heads': 1}, errors.TensorShapeError),
-        (
-            {
-                'num_hidden_layers': 5,
-                'layer_types': ['full_attention'] * 5,
-            },
-            errors.MissingTensorError,
-        ),
-        (
-            {
-                'num_hidden_layers': 3,
-                'layer_types': ['full_attention'] * 3,
-            },
-            errors.UnexpectedTensorError,
-        ),
-        (
-            {'architectures': ['Gemma3ForCausalLM']},
-            errors.MissingTensorError,
-        ),
-    ],
-    ids=str,
+  'changes, error',
+  [
+    ({'intermediate_size': 25}, errors.TensorShapeError),
+    ({'vocab_size': 61}, errors.TensorShapeError),
+    ({'num_key_value_heads': 1}, errors.TensorShapeError),
+    (
+      {
+        'num_hidden_layers': 5,
+        'layer_types': ['full_attention'] * 5,
+      },
+      errors.MissingTensorError,
+    ),
+    (
+      {
+        'num_hidden_layers': 3,
+        'layer_types': ['full_attention'] * 3,
+      },
+      errors.UnexpectedTensorError,
+    ),
+    (
+      {'architectures': ['Gemma3ForCausalLM']},
+      errors.MissingTensorError,
+    ),
+  ],
+  ids=str,
 )
 def test_config_of_another_model(tmp_path, changes, error):
   path = hf_fixtures.copy('gemma2', tmp_path)
@@ -280,7 +280,7 @@ def test_same_weight_under_two_names(tmp_path):
   end = len(data)
   shape = header['model.norm.weight']['shape']
   header['language_model.model.norm.weight'] = hf_fixtures.entry(
-      shape, end, end + 4 * shape[0]
+    shape, end, end + 4 * shape[0]
   )
   file.write_bytes(hf_fixtures.pack(header, data + bytes(4 * shape[0])))
   with pytest.raises(errors.HeaderError, match='same weight'):
@@ -303,7 +303,7 @@ def test_shapes_are_checked_before_any_weight_is_read(tmp_path, monkeypatch):
   path = hf_fixtures.copy('gemma2', tmp_path)
   config = json.loads((path / 'config.json').read_text())
   hf_fixtures.edit_json(
-      path / 'config.json', intermediate_size=config['intermediate_size'] + 1
+    path / 'config.json', intermediate_size=config['intermediate_size'] + 1
   )
   monkeypatch.setattr(gx.ckpts._load._safetensors, 'read_rows', None)
   with pytest.raises(errors.TensorShapeError):

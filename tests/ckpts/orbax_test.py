@@ -22,9 +22,7 @@ from tests import tiny
 
 def _equal(a, b):
   return jax.tree.all(
-      jax.tree.map(
-          lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b
-      )
+    jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
   )
 
 
@@ -61,7 +59,7 @@ def test_stacked(tmp_path):
   # Layers that are stacked have one shape.
   params = tiny.params(model)
   params = {
-      k: params[k] for k in ('embedder', 'final_norm', 'layer_0', 'layer_1')
+    k: params[k] for k in ('embedder', 'final_norm', 'layer_0', 'layer_1')
   }
   stacked = gm_checkpoint._nested_to_stacked(params, 1 + 1)
   assert any('stacked_layers' in k for k in stacked)
@@ -83,12 +81,12 @@ def test_vision_is_left_out(tmp_path):
   model = tiny.model('gemma3')
   params = tiny.params(model)
   stored = params | {
-      'vision_encoder': {'w': jnp.ones((4, 4))},
-      'embedder': params['embedder']
-      | {
-          'mm_input_projection': {'w': jnp.ones((4, 128))},
-          'mm_soft_embedding_norm': {'scale': jnp.ones((4,))},
-      },
+    'vision_encoder': {'w': jnp.ones((4, 4))},
+    'embedder': params['embedder']
+    | {
+      'mm_input_projection': {'w': jnp.ones((4, 128))},
+      'mm_soft_embedding_norm': {'scale': jnp.ones((4,))},
+    },
   }
   _save(stored, tmp_path / 'c')
   got = gx.ckpts.load(tmp_path / 'c', model=model, dtype=jnp.float32)
@@ -96,15 +94,15 @@ def test_vision_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'cls',
-    [
-        gm.nn.Gemma2_2B,
-        gm.nn.Gemma3_270M,
-        gm.nn.Gemma3_4B,
-        gm.nn.Gemma3n_E2B,
-        gm.nn.Gemma4_26B_A4B,
-        gm.nn.Gemma4_E4B,
-    ],
+  'cls',
+  [
+    gm.nn.Gemma2_2B,
+    gm.nn.Gemma3_270M,
+    gm.nn.Gemma3_4B,
+    gm.nn.Gemma3n_E2B,
+    gm.nn.Gemma4_26B_A4B,
+    gm.nn.Gemma4_E4B,
+  ],
 )
 def test_official_classes_are_told_from_shapes(cls):
   config = _model_classes.text_config(cls)
@@ -119,9 +117,9 @@ def test_official_size_needs_no_model(tmp_path, monkeypatch):
   _save(params, tmp_path / 'c')
   family = _model_classes.FAMILIES['gemma3']
   monkeypatch.setitem(
-      _model_classes.FAMILIES,
-      'gemma3',
-      type(family)(**vars(family) | {'official': (tiny.TinyGemma3,)}),
+    _model_classes.FAMILIES,
+    'gemma3',
+    type(family)(**vars(family) | {'official': (tiny.TinyGemma3,)}),
   )
   got = gx.ckpts.load(tmp_path / 'c', dtype=jnp.float32)
   assert type(got.model) is tiny.TinyGemma3
@@ -156,11 +154,11 @@ def _stored(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    'family, error',
-    [
-        ('gemma2', errors.UnexpectedTensorError),
-        ('gemma4', errors.MissingTensorError),
-    ],
+  'family, error',
+  [
+    ('gemma2', errors.UnexpectedTensorError),
+    ('gemma4', errors.MissingTensorError),
+  ],
 )
 def test_model_of_another_family(stored, family, error):
   with pytest.raises(error):

@@ -18,11 +18,11 @@ from gemma_ext.ckpts import _safetensors
 from tests.ckpts import hf_fixtures
 
 _SETTINGS = hypothesis.settings(
-    max_examples=300,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
+  max_examples=300,
+  deadline=None,
+  database=None,
+  derandomize=True,
+  suppress_health_check=list(hypothesis.HealthCheck),
 )
 # Reading a whole model takes longer than reading a header.
 _SLOW = hypothesis.settings(_SETTINGS, max_examples=40)
@@ -51,11 +51,11 @@ def _read_all(data):
 
 @_SETTINGS
 @hypothesis.given(
-    st.lists(
-        st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)),
-        min_size=1,
-        max_size=8,
-    )
+  st.lists(
+    st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)),
+    min_size=1,
+    max_size=8,
+  )
 )
 def test_bytes_changed(changes):
   data = bytearray(_original('model.safetensors'))
@@ -80,30 +80,34 @@ def test_random_bytes(data):
 
 
 _SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 70), 1 << 70)
-    | st.floats(allow_nan=False)
-    | st.text(max_size=10)
+  st.none()
+  | st.booleans()
+  | st.integers(-(1 << 70), 1 << 70)
+  | st.floats(allow_nan=False)
+  | st.text(max_size=10)
 )
 _JSON = st.recursive(
-    _SCALARS,
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
+  _SCALARS,
+  lambda inner: (
+    st.lists(inner, max_size=4)
+    | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+  ),
+  max_leaves=12,
 )
-_ENTRY = st.fixed_dictionaries({
+_ENTRY = st.fixed_dictionaries(
+  {
     'dtype': st.sampled_from(['F32', 'BF16', 'F8_E4M3', 'I64', 'F4']) | _JSON,
     'shape': st.lists(st.integers(-1, 5), max_size=3) | _JSON,
     'data_offsets': st.lists(st.integers(0, 64), min_size=2, max_size=2)
     | _JSON,
-})
+  }
+)
 
 
 @_SETTINGS
 @hypothesis.given(
-    st.dictionaries(st.text(max_size=8), _ENTRY | _JSON, max_size=4),
-    st.binary(max_size=64),
+  st.dictionaries(st.text(max_size=8), _ENTRY | _JSON, max_size=4),
+  st.binary(max_size=64),
 )
 def test_random_header(header, data):
   _read_all(hf_fixtures.pack(header, data))
@@ -113,8 +117,8 @@ def test_random_header(header, data):
 @hypothesis.given(st.data())
 def test_changed_values_in_a_true_header(data):
   header = {
-      'a': hf_fixtures.entry([2, 2], 0, 16),
-      'b': hf_fixtures.entry([4], 16, 24, 'BF16'),
+    'a': hf_fixtures.entry([2, 2], 0, 16),
+    'b': hf_fixtures.entry([4], 16, 24, 'BF16'),
   }
   name = data.draw(st.sampled_from('ab'))
   key = data.draw(st.sampled_from(['dtype', 'shape', 'data_offsets']))
@@ -140,23 +144,23 @@ def test_changed_values_in_a_true_config(data):
 @hypothesis.given(st.data())
 def test_changed_values_in_a_manifest(data):
   manifest = {
-      'format': 'gemma_ext',
-      'version': 1,
-      'model': {},
-      'recipe': None,
-      'dtype': 'bfloat16',
-      'tokenizer': {
-          'file': 'tokenizer.model',
-          'sha256': '0' * 64,
-          'custom_tokens': {},
-      },
-      'params': {'w': {'shape': [1], 'dtype': 'uint8'}},
-      'source': '',
-      'metadata': {},
-      'created_with': {},
+    'format': 'gemma_ext',
+    'version': 1,
+    'model': {},
+    'recipe': None,
+    'dtype': 'bfloat16',
+    'tokenizer': {
+      'file': 'tokenizer.model',
+      'sha256': '0' * 64,
+      'custom_tokens': {},
+    },
+    'params': {'w': {'shape': [1], 'dtype': 'uint8'}},
+    'source': '',
+    'metadata': {},
+    'created_with': {},
   }
   where = data.draw(
-      st.sampled_from([(), ('tokenizer',), ('params',), ('params', 'w')])
+    st.sampled_from([(), ('tokenizer',), ('params',), ('params', 'w')])
   )
   target = manifest
   for key in where:
@@ -173,12 +177,12 @@ def test_changed_values_in_a_manifest(data):
 
 @_SLOW
 @hypothesis.given(
-    st.sampled_from(['model.safetensors', 'config.json']),
-    st.lists(
-        st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)),
-        min_size=1,
-        max_size=3,
-    ),
+  st.sampled_from(['model.safetensors', 'config.json']),
+  st.lists(
+    st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)),
+    min_size=1,
+    max_size=3,
+  ),
 )
 def test_directory_with_bytes_changed(name, changes):
   data = bytearray(_original(name))

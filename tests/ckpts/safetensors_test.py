@@ -28,11 +28,11 @@ def _write(path, header, data=b'', **kwargs):
 def test_reads_what_the_official_writer_wrote(tmp_path):
   rng = np.random.default_rng(0)
   tensors = {
-      'f32': rng.standard_normal((5, 3)).astype(np.float32),
-      'f16': rng.standard_normal((7,)).astype(np.float16),
-      'f64': rng.standard_normal((2, 2, 2)),
-      'bf16': rng.standard_normal((3, 4)).astype(ml_dtypes.bfloat16),
-      'empty': np.zeros((0, 4), np.float32),
+    'f32': rng.standard_normal((5, 3)).astype(np.float32),
+    'f16': rng.standard_normal((7,)).astype(np.float16),
+    'f64': rng.standard_normal((2, 2, 2)),
+    'bf16': rng.standard_normal((3, 4)).astype(ml_dtypes.bfloat16),
+    'empty': np.zeros((0, 4), np.float32),
   }
   path = tmp_path / 'x.safetensors'
   safetensors.numpy.save_file(tensors, path, metadata={'format': 'np'})
@@ -43,22 +43,20 @@ def test_reads_what_the_official_writer_wrote(tmp_path):
     assert got.dtype == expected.dtype
     np.testing.assert_array_equal(got, expected)
   np.testing.assert_array_equal(
-      _safetensors.read_rows(header['f32'], 1, 4), tensors['f32'][1:4]
+    _safetensors.read_rows(header['f32'], 1, 4), tensors['f32'][1:4]
   )
 
 
 @pytest.mark.parametrize(
-    'name, dtype',
-    [('F8_E4M3', ml_dtypes.float8_e4m3fn), ('F8_E5M2', ml_dtypes.float8_e5m2)],
+  'name, dtype',
+  [('F8_E4M3', ml_dtypes.float8_e4m3fn), ('F8_E5M2', ml_dtypes.float8_e5m2)],
 )
 def test_reads_float8(tmp_path, name, dtype):
   values = np.array([[1.5, -2.0], [0.25, 3.5]], dtype)
-  path = _write(
-      tmp_path / 'x', {'w': _E([2, 2], 0, 4, name)}, values.tobytes()
-  )
+  path = _write(tmp_path / 'x', {'w': _E([2, 2], 0, 4, name)}, values.tobytes())
   got = _safetensors.read_rows(_safetensors.read_header(path)['w'])
   np.testing.assert_array_equal(
-      got.astype(np.float32), [[1.5, -2.0], [0.25, 3.5]]
+    got.astype(np.float32), [[1.5, -2.0], [0.25, 3.5]]
   )
 
 
@@ -78,66 +76,66 @@ def test_rows_allocate_only_themselves(tmp_path):
 
 _DEEP = b'{"w":' + b'[' * 200_000 + b']' * 200_000 + b'}'
 _BAD_HEADERS = {
-    'not_json': (b'{"w": ', errors.HeaderError),
-    'not_utf8': (b'{"\xff": 1}', errors.HeaderError),
-    'not_an_object': (b'[1, 2]', errors.HeaderError),
-    'nested_too_deep': (_DEEP, errors.HeaderError),
-    'integer_too_long': (
-        b'{"w": ' + b'9' * 5000 + b'}',
-        errors.HeaderError,
-    ),
-    'nan_constant': (b'{"w": NaN}', errors.HeaderError),
-    'entry_not_an_object': ({'w': 3}, errors.HeaderError),
-    'key_missing': (
-        {'w': {'dtype': 'F32', 'shape': [1]}},
-        errors.HeaderError,
-    ),
-    'key_unknown': (
-        {'w': _E([1], 0, 4) | {'stride': 1}},
-        errors.HeaderError,
-    ),
-    'dtype_unknown': ({'w': _E([1], 0, 4, 'F4')}, errors.UnsupportedTypeError),
-    'dtype_not_a_string': (
-        {'w': _E([1], 0, 4) | {'dtype': ['F32']}},
-        errors.UnsupportedTypeError,
-    ),
-    'shape_not_a_list': (
-        {'w': _E([1], 0, 4) | {'shape': 1}},
-        errors.HeaderError,
-    ),
-    'shape_negative': ({'w': _E([-1, -1], 0, 4)}, errors.HeaderError),
-    'shape_bool': ({'w': _E([True], 0, 4)}, errors.HeaderError),
-    'shape_float': ({'w': _E([1.0], 0, 4)}, errors.HeaderError),
-    'shape_huge': ({'w': _E([1 << 60], 0, 4)}, errors.HeaderTooLargeError),
-    'shape_overflowing': (
-        {'w': _E([1 << 40, 1 << 40, 1 << 40], 0, 4)},
-        errors.TensorShapeError,
-    ),
-    'rank_too_large': ({'w': _E([1] * 9, 0, 4)}, errors.HeaderError),
-    'offsets_not_a_pair': (
-        {'w': _E([1], 0, 4) | {'data_offsets': [0]}},
-        errors.HeaderError,
-    ),
-    'offsets_backwards': ({'w': _E([1], 4, 0)}, errors.HeaderError),
-    'offsets_negative': ({'w': _E([1], -4, 0)}, errors.HeaderError),
-    'offsets_beyond_the_file': (
-        {'w': _E([1], 0, 4), 'v': _E([4], 4, 20)},
-        errors.TruncatedFileError,
-    ),
-    'size_is_not_shape_times_type': (
-        {'w': _E([2], 0, 4)},
-        errors.TensorShapeError,
-    ),
-    'overlapping': (
-        {'w': _E([2], 0, 8), 'v': _E([1], 4, 8)},
-        errors.OverlappingTensorsError,
-    ),
-    'same_bytes_twice': (
-        {'w': _E([2], 0, 8), 'v': _E([2], 0, 8)},
-        errors.OverlappingTensorsError,
-    ),
-    'hole_at_the_start': ({'w': _E([1], 4, 8)}, errors.HeaderError),
-    'rest_at_the_end': ({'w': _E([1], 0, 4)}, errors.HeaderError),
+  'not_json': (b'{"w": ', errors.HeaderError),
+  'not_utf8': (b'{"\xff": 1}', errors.HeaderError),
+  'not_an_object': (b'[1, 2]', errors.HeaderError),
+  'nested_too_deep': (_DEEP, errors.HeaderError),
+  'integer_too_long': (
+    b'{"w": ' + b'9' * 5000 + b'}',
+    errors.HeaderError,
+  ),
+  'nan_constant': (b'{"w": NaN}', errors.HeaderError),
+  'entry_not_an_object': ({'w': 3}, errors.HeaderError),
+  'key_missing': (
+    {'w': {'dtype': 'F32', 'shape': [1]}},
+    errors.HeaderError,
+  ),
+  'key_unknown': (
+    {'w': _E([1], 0, 4) | {'stride': 1}},
+    errors.HeaderError,
+  ),
+  'dtype_unknown': ({'w': _E([1], 0, 4, 'F4')}, errors.UnsupportedTypeError),
+  'dtype_not_a_string': (
+    {'w': _E([1], 0, 4) | {'dtype': ['F32']}},
+    errors.UnsupportedTypeError,
+  ),
+  'shape_not_a_list': (
+    {'w': _E([1], 0, 4) | {'shape': 1}},
+    errors.HeaderError,
+  ),
+  'shape_negative': ({'w': _E([-1, -1], 0, 4)}, errors.HeaderError),
+  'shape_bool': ({'w': _E([True], 0, 4)}, errors.HeaderError),
+  'shape_float': ({'w': _E([1.0], 0, 4)}, errors.HeaderError),
+  'shape_huge': ({'w': _E([1 << 60], 0, 4)}, errors.HeaderTooLargeError),
+  'shape_overflowing': (
+    {'w': _E([1 << 40, 1 << 40, 1 << 40], 0, 4)},
+    errors.TensorShapeError,
+  ),
+  'rank_too_large': ({'w': _E([1] * 9, 0, 4)}, errors.HeaderError),
+  'offsets_not_a_pair': (
+    {'w': _E([1], 0, 4) | {'data_offsets': [0]}},
+    errors.HeaderError,
+  ),
+  'offsets_backwards': ({'w': _E([1], 4, 0)}, errors.HeaderError),
+  'offsets_negative': ({'w': _E([1], -4, 0)}, errors.HeaderError),
+  'offsets_beyond_the_file': (
+    {'w': _E([1], 0, 4), 'v': _E([4], 4, 20)},
+    errors.TruncatedFileError,
+  ),
+  'size_is_not_shape_times_type': (
+    {'w': _E([2], 0, 4)},
+    errors.TensorShapeError,
+  ),
+  'overlapping': (
+    {'w': _E([2], 0, 8), 'v': _E([1], 4, 8)},
+    errors.OverlappingTensorsError,
+  ),
+  'same_bytes_twice': (
+    {'w': _E([2], 0, 8), 'v': _E([2], 0, 8)},
+    errors.OverlappingTensorsError,
+  ),
+  'hole_at_the_start': ({'w': _E([1], 4, 8)}, errors.HeaderError),
+  'rest_at_the_end': ({'w': _E([1], 0, 4)}, errors.HeaderError),
 }
 
 
@@ -241,19 +239,19 @@ def test_shard_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name',
-    [
-        '../model.safetensors',
-        '/etc/passwd',
-        'sub/model.safetensors',
-        'sub\\model.safetensors',
-        '..',
-        '',
-        'C:model.safetensors',
-        'x\0.safetensors',
-        7,
-        None,
-    ],
+  'name',
+  [
+    '../model.safetensors',
+    '/etc/passwd',
+    'sub/model.safetensors',
+    'sub\\model.safetensors',
+    '..',
+    '',
+    'C:model.safetensors',
+    'x\0.safetensors',
+    7,
+    None,
+  ],
 )
 def test_path_escape(tmp_path, name):
   index = _sharded(tmp_path) / _safetensors.INDEX_NAME
@@ -265,7 +263,7 @@ def test_path_escape(tmp_path, name):
 def test_index_promises_a_tensor_that_the_shard_lacks(tmp_path):
   index = _sharded(tmp_path) / _safetensors.INDEX_NAME
   hf_fixtures.edit_json(
-      index, weight_map={'model.no.such': 'model-00001-of-00003.safetensors'}
+    index, weight_map={'model.no.such': 'model-00001-of-00003.safetensors'}
   )
   with pytest.raises(errors.MissingTensorError, match='model.no.such'):
     _safetensors.read_directory(index.parent)

@@ -13,11 +13,11 @@ from gemma_ext.ckpts import _search
 @pytest.fixture(name='home')
 def _home(tmp_path, monkeypatch):
   for name in (
-      'GEMMA_EXT_MODELS',
-      'HF_HUB_CACHE',
-      'HF_HOME',
-      'XDG_CACHE_HOME',
-      'KAGGLEHUB_CACHE',
+    'GEMMA_EXT_MODELS',
+    'HF_HUB_CACHE',
+    'HF_HOME',
+    'XDG_CACHE_HOME',
+    'KAGGLEHUB_CACHE',
   ):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv('HOME', str(tmp_path))
@@ -83,12 +83,12 @@ def test_google_before_others(home):
 
 
 @pytest.mark.parametrize(
-    'variable, below',
-    [
-        ('HF_HUB_CACHE', '.'),
-        ('HF_HOME', 'hub'),
-        ('XDG_CACHE_HOME', 'huggingface/hub'),
-    ],
+  'variable, below',
+  [
+    ('HF_HUB_CACHE', '.'),
+    ('HF_HOME', 'hub'),
+    ('XDG_CACHE_HOME', 'huggingface/hub'),
+  ],
 )
 def test_hugging_face_variables(home, monkeypatch, variable, below):
   monkeypatch.setenv(variable, str(home / 'else'))
@@ -103,19 +103,17 @@ def _kaggle(root, *parts):
 
 
 @pytest.mark.parametrize(
-    'name',
-    [
-        'gemma3-1b-it',
-        'gemma-3/flax/gemma3-1b-it',
-        'google/gemma-3/flax/gemma3-1b-it',
-    ],
+  'name',
+  [
+    'gemma3-1b-it',
+    'gemma-3/flax/gemma3-1b-it',
+    'google/gemma-3/flax/gemma3-1b-it',
+  ],
 )
 def test_kaggle_highest_version(home, monkeypatch, name):
   monkeypatch.setenv('KAGGLEHUB_CACHE', str(home / 'k'))
   for version in ('2', '10', 'notes'):
-    _kaggle(
-        home / 'k', 'google', 'gemma-3', 'flax', 'gemma3-1b-it', version
-    )
+    _kaggle(home / 'k', 'google', 'gemma-3', 'flax', 'gemma3-1b-it', version)
   found = _search.find(name)
   assert found.parts[-2:] == ('gemma3-1b-it', '10')
 

@@ -41,11 +41,11 @@ def _errors(w, scale, h, bits):
 def test_never_worse_than_absmax(bits, weighted):
   rng = np.random.default_rng(bits)
   rows = [
-      rng.standard_normal((40, 32)),
-      rng.standard_t(2, (40, 32)),
-      rng.uniform(-1, 1, (40, 32)),
-      np.abs(rng.standard_normal((40, 32))),
-      rng.integers(-2, 2, (40, 32)) * 0.37,
+    rng.standard_normal((40, 32)),
+    rng.standard_t(2, (40, 32)),
+    rng.uniform(-1, 1, (40, 32)),
+    np.abs(rng.standard_normal((40, 32))),
+    rng.integers(-2, 2, (40, 32)) * 0.37,
   ]
   w = np.concatenate(rows).astype(np.float32)
   h = _curvature(32).astype(np.float64) if weighted else np.ones(32)
@@ -65,34 +65,31 @@ def test_near_the_brute_force_minimum(bits, weighted):
   h = _curvature(12).astype(np.float64) if weighted else np.ones(12)
   codes, scale = fit(w, bits=bits, curvature=h if weighted else None)
   got = (
-      h * (w - np.asarray(codes, np.float64) * np.asarray(scale, np.float64))
-      ** 2
+    h * (w - np.asarray(codes, np.float64) * np.asarray(scale, np.float64)) ** 2
   ).sum(-1)
   peak = np.abs(w).max(-1).astype(np.float64)
   half = 1 << (bits - 1)
   best = np.full(60, np.inf)
   for sign in (1, -1):
     for ratio in np.geomspace(0.05, 2.0, 4000):
-      best = np.minimum(
-          best, _errors(w, sign * ratio * peak / half, h, bits)
-      )
+      best = np.minimum(best, _errors(w, sign * ratio * peak / half, h, bits))
   norm = (h * w.astype(np.float64) ** 2).sum(-1)
   assert ((got - best) / norm).mean() < 0.002
   assert got.sum() < 1.05 * best.sum()
 
 
 @pytest.mark.parametrize(
-    'bits, group, want',
-    [
-        (8, None, 5.57e-5),
-        (8, 128, 4.00e-5),
-        (6, 128, 6.37e-4),
-        (5, 128, 2.44e-3),
-        (4, 32, 6.56e-3),
-        (4, 128, 9.32e-3),
-        (3, 128, 0.0345),
-        (2, 128, 0.132),
-    ],
+  'bits, group, want',
+  [
+    (8, None, 5.57e-5),
+    (8, 128, 4.00e-5),
+    (6, 128, 6.37e-4),
+    (5, 128, 2.44e-3),
+    (4, 32, 6.56e-3),
+    (4, 128, 9.32e-3),
+    (3, 128, 0.0345),
+    (2, 128, 0.132),
+  ],
 )
 def test_gaussian_errors(bits, group, want):
   w = _weights(128, 640)

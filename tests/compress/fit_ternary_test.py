@@ -68,22 +68,23 @@ def test_duplicates_zeros_and_signs():
 
 
 @pytest.mark.parametrize(
-    'size', [1e-30, 1.0, 1e30], ids=['tiny', 'one', 'huge']
+  'size', [1e-30, 1.0, 1e30], ids=['tiny', 'one', 'huge']
 )
 def test_size_of_weights_does_not_matter(size):
   w = _weights(4, 64).astype(np.float64)
-  want = relative_error(w.astype(np.float32), *fit(
-      w.astype(np.float32), group=32))
+  want = relative_error(
+    w.astype(np.float32), *fit(w.astype(np.float32), group=32)
+  )
   codes, scale = fit((w * size).astype(np.float32), group=32)
   got = relative_error(
-      w.astype(np.float32), codes, np.asarray(scale, np.float64) / size
+    w.astype(np.float32), codes, np.asarray(scale, np.float64) / size
   )
   assert got == pytest.approx(want, rel=1e-3)
 
 
 def test_shapes_and_types():
   codes, scale = fit(
-      jnp.asarray(_weights(2, 3, 96), jnp.bfloat16), group=32, planes=2
+    jnp.asarray(_weights(2, 3, 96), jnp.bfloat16), group=32, planes=2
   )
   assert codes.shape == (2, 2, 3, 96) and codes.dtype == jnp.int8
   assert scale.shape == (2, 2, 3, 3) and scale.dtype == jnp.bfloat16
@@ -91,16 +92,12 @@ def test_shapes_and_types():
 
 def test_gaussian_errors_by_planes():
   w = _weights(256, 128)
-  got = [
-      relative_error(w, *fit(w, group=128, planes=p)) for p in (1, 2, 3, 4)
-  ]
+  got = [relative_error(w, *fit(w, group=128, planes=p)) for p in (1, 2, 3, 4)]
   # A 3-level Lloyd-Max quantiser of a Gaussian has 0.1902; groups gain 1.5%.
   np.testing.assert_allclose(got, [0.187, 0.0281, 0.0035, 0.00038], rtol=0.06)
 
 
-@pytest.mark.parametrize(
-    'planes, weighted', [(2, True), (3, False), (4, True)]
-)
+@pytest.mark.parametrize('planes, weighted', [(2, True), (3, False), (4, True)])
 def test_iterations_never_increase_the_error(planes, weighted):
   w, h = _weights(64, 64), _curvature(64) if weighted else None
   h64 = np.ones(64) if h is None else h.astype(np.float64)
@@ -108,7 +105,7 @@ def test_iterations_never_increase_the_error(planes, weighted):
   first = None
   for iterations in (0, 1, 2, 4, 12):
     codes, scale = fit(
-        w, group=64, planes=planes, curvature=h, iterations=iterations
+      w, group=64, planes=planes, curvature=h, iterations=iterations
     )
     err = _error(w, codes, scale, h64)
     if before is None:
@@ -147,16 +144,16 @@ def test_two_planes_near_the_brute_force_minimum():
 
 
 @pytest.mark.parametrize(
-    'density, planes, weighted',
-    [(0.01, 1, True), (0.3, 1, False), (0.5, 2, True), (1.0, 2, False)],
+  'density, planes, weighted',
+  [(0.01, 1, True), (0.3, 1, False), (0.5, 2, True), (1.0, 2, False)],
 )
 def test_density_is_exact_in_every_group(density, planes, weighted):
   codes, scale = fit(
-      _weights(8, 96),
-      group=48,
-      planes=planes,
-      density=density,
-      curvature=_curvature(96) if weighted else None,
+    _weights(8, 96),
+    group=48,
+    planes=planes,
+    density=density,
+    curvature=_curvature(96) if weighted else None,
   )
   count = np.abs(np.asarray(codes)).reshape(planes, 8, 2, 48).sum(-1)
   assert (count == max(1, round(density * 48))).all()
@@ -168,10 +165,10 @@ def test_density_is_exact_in_every_group(density, planes, weighted):
 def test_pattern_is_exact_everywhere(pattern, weighted):
   n, m = pattern
   codes, _ = fit(
-      _weights(8, 96),
-      group=32,
-      pattern=pattern,
-      curvature=_curvature(96) if weighted else None,
+    _weights(8, 96),
+    group=32,
+    pattern=pattern,
+    curvature=_curvature(96) if weighted else None,
   )
   assert (np.abs(np.asarray(codes)).reshape(-1, m).sum(-1) == n).all()
 
@@ -179,7 +176,7 @@ def test_pattern_is_exact_everywhere(pattern, weighted):
 def _kept_codes(n, keep, block):
   codes = _all_codes(n)
   return codes[
-      (np.abs(codes).reshape(len(codes), -1, block).sum(-1) == keep).all(-1)
+    (np.abs(codes).reshape(len(codes), -1, block).sum(-1) == keep).all(-1)
   ]
 
 
@@ -207,7 +204,7 @@ def test_two_planes_at_a_density_beat_one():
   w = _weights(32, 64)
   one = relative_error(w, *fit(w, group=64, density=0.5))
   start = relative_error(
-      w, *fit(w, group=64, density=0.5, planes=2, iterations=0)
+    w, *fit(w, group=64, density=0.5, planes=2, iterations=0)
   )
   two = relative_error(w, *fit(w, group=64, density=0.5, planes=2))
   assert two < 0.98 * start < 0.5 * one
@@ -240,7 +237,7 @@ def test_inputs_that_never_fire():
 
 
 @pytest.mark.parametrize(
-    'how', [{}, {'planes': 3}, {'density': 0.5}, {'pattern': (3, 4)}], ids=str
+  'how', [{}, {'planes': 3}, {'density': 0.5}, {'pattern': (3, 4)}], ids=str
 )
 def test_groups_of_zeros(how):
   w = _weights(2, 64)
@@ -255,9 +252,7 @@ def test_chunks_change_nothing(monkeypatch):
   w, h = _weights(10, 96), _curvature(96)
   whole = fit(w, group=32, planes=2, curvature=h)
   monkeypatch.setattr(_fit_ternary._groups, 'CHUNK', 7 * 32)
-  for a, b in zip(
-      whole, fit(w, group=32, planes=2, curvature=h), strict=True
-  ):
+  for a, b in zip(whole, fit(w, group=32, planes=2, curvature=h), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -295,21 +290,21 @@ def test_bad_curvature_shape(shape):
 
 
 @pytest.mark.parametrize(
-    'how, error',
-    [
-        ({'group': 33}, errors.GroupSizeError),
-        ({'group': 0}, errors.GroupSizeError),
-        ({'pattern': (3, 5)}, errors.GroupSizeError),
-        ({'pattern': (5, 4)}, errors.RecipeError),
-        ({'pattern': (0, 4)}, errors.RecipeError),
-        ({'density': 0.0}, errors.RecipeError),
-        ({'density': 1.5}, errors.RecipeError),
-        ({'density': 0.5, 'pattern': (3, 4)}, errors.RecipeError),
-        ({'planes': 0}, errors.RecipeError),
-        ({'planes': 5}, errors.RecipeError),
-        ({'iterations': -1}, errors.RecipeError),
-    ],
-    ids=str,
+  'how, error',
+  [
+    ({'group': 33}, errors.GroupSizeError),
+    ({'group': 0}, errors.GroupSizeError),
+    ({'pattern': (3, 5)}, errors.GroupSizeError),
+    ({'pattern': (5, 4)}, errors.RecipeError),
+    ({'pattern': (0, 4)}, errors.RecipeError),
+    ({'density': 0.0}, errors.RecipeError),
+    ({'density': 1.5}, errors.RecipeError),
+    ({'density': 0.5, 'pattern': (3, 4)}, errors.RecipeError),
+    ({'planes': 0}, errors.RecipeError),
+    ({'planes': 5}, errors.RecipeError),
+    ({'iterations': -1}, errors.RecipeError),
+  ],
+  ids=str,
 )
 def test_bad_arguments(how, error):
   with pytest.raises(error):

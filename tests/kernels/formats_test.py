@@ -13,9 +13,9 @@ from gemma_ext import errors
 import gemma_ext.kernels as kernels
 
 TERNARY = [
-    kernels.TernaryFormat(planes=planes, group=1, packing=packing)
-    for packing in ('2bit', '5trit')
-    for planes in (1, 3)
+  kernels.TernaryFormat(planes=planes, group=1, packing=packing)
+  for packing in ('2bit', '5trit')
+  for planes in (1, 3)
 ]
 INTS = [kernels.IntFormat(bits=bits) for bits in range(2, 9)]
 
@@ -53,17 +53,17 @@ def _read(fmt, row, i, cols):
     return row[i]
   eight, k = divmod(i, 8)
   stream = int.from_bytes(
-      bytes(row[eight * fmt.bits : (eight + 1) * fmt.bits]), 'little'
+    bytes(row[eight * fmt.bits : (eight + 1) * fmt.bits]), 'little'
   )
   return (stream >> fmt.bits * k & (2 * offset - 1)) - offset
 
 
 @settings(max_examples=24, deadline=None, derandomize=True, database=None)
 @given(
-    fmt=st.sampled_from(TERNARY + INTS),
-    rows=st.lists(st.integers(1, 3), max_size=2).map(tuple),
-    cols=st.integers(1, 400),
-    seed=st.integers(0, 2**16),
+  fmt=st.sampled_from(TERNARY + INTS),
+  rows=st.lists(st.integers(1, 3), max_size=2).map(tuple),
+  cols=st.integers(1, 400),
+  seed=st.integers(0, 2**16),
 )
 def test_unpack_inverts_pack(fmt, rows, cols, seed):
   codes = _draw(fmt, rows, cols, seed)
@@ -79,8 +79,9 @@ def test_unpack_inverts_pack(fmt, rows, cols, seed):
 @pytest.mark.parametrize('cols', [7, 165])
 def test_layout_is_the_documented_one(fmt, cols):
   codes = _draw(fmt, (2,), cols, cols)
-  packed = np.asarray(jax.jit(fmt.pack)(codes)).reshape(-1, *fmt.codes_shape(
-      (), cols)[-1:])
+  packed = np.asarray(jax.jit(fmt.pack)(codes)).reshape(
+    -1, *fmt.codes_shape((), cols)[-1:]
+  )
   got = [[_read(fmt, row, i, cols) for i in range(cols)] for row in packed]
   np.testing.assert_array_equal(got, codes.reshape(-1, cols))
 
@@ -105,17 +106,17 @@ def test_padding_holds_zero_codes():
 
 
 @pytest.mark.parametrize(
-    'fmt, cols, bits',
-    [
-        (kernels.TernaryFormat(group=128), 2048, 2.125),
-        (kernels.TernaryFormat(group=128, planes=2), 640, 4.25),
-        (kernels.TernaryFormat(group=128, packing='5trit'), 640, 1.725),
-        (kernels.IntFormat(bits=8), 640, 8.025),
-        (kernels.IntFormat(bits=4, group=32), 640, 4.5),
-        (kernels.IntFormat(bits=3, group=128), 640, 3.125),
-        (kernels.IntFormat(bits=2, group=64), 640, 2.25),
-    ],
-    ids=str,
+  'fmt, cols, bits',
+  [
+    (kernels.TernaryFormat(group=128), 2048, 2.125),
+    (kernels.TernaryFormat(group=128, planes=2), 640, 4.25),
+    (kernels.TernaryFormat(group=128, packing='5trit'), 640, 1.725),
+    (kernels.IntFormat(bits=8), 640, 8.025),
+    (kernels.IntFormat(bits=4, group=32), 640, 4.5),
+    (kernels.IntFormat(bits=3, group=128), 640, 3.125),
+    (kernels.IntFormat(bits=2, group=64), 640, 2.25),
+  ],
+  ids=str,
 )
 def test_bits_per_weight(fmt, cols, bits):
   assert fmt.bits_per_weight(cols) == pytest.approx(bits, abs=1e-12)
@@ -136,19 +137,19 @@ def test_formats_are_static_arguments():
 
 
 @pytest.mark.parametrize(
-    'cols, group, want',
-    [
-        (640, 128, 128),
-        (1152, 128, 128),
-        (6912, 100, 96),
-        (2112, 128, 96),
-        (336, 128, 112),
-        (48, 40, 16),
-        (72, 30, 24),
-        (50, 30, 25),
-        (12, 128, 12),
-        (7, 7, 7),
-    ],
+  'cols, group, want',
+  [
+    (640, 128, 128),
+    (1152, 128, 128),
+    (6912, 100, 96),
+    (2112, 128, 96),
+    (336, 128, 112),
+    (48, 40, 16),
+    (72, 30, 24),
+    (50, 30, 25),
+    (12, 128, 12),
+    (7, 7, 7),
+  ],
 )
 def test_choose_group(cols, group, want):
   assert kernels.choose_group(cols, group) == want

@@ -90,7 +90,7 @@ def test_latent_codes_round_and_pass_gradients_straight(fmt):
   inside = (latent >= lo - 0.5) & (latent <= hi + 0.5)
   assert 0.2 < inside.mean() < 1
   np.testing.assert_allclose(
-      grad, np.where(inside, straight, 0), rtol=1e-5, atol=1e-6
+    grad, np.where(inside, straight, 0), rtol=1e-5, atol=1e-6
   )
 
 
@@ -100,7 +100,7 @@ def test_packed_and_latent_codes_agree():
   latent = jnp.asarray(packed_weights.unpacked(p, fmt, COLS), jnp.bfloat16)
   x = _x((3, COLS))
   np.testing.assert_array_equal(
-      matmul(x, {**p, 'codes': latent}, fmt), matmul(x, p, fmt)
+    matmul(x, {**p, 'codes': latent}, fmt), matmul(x, p, fmt)
   )
 
 
@@ -109,8 +109,8 @@ def test_vmap_over_experts_under_remat_and_jit():
   p = packed_weights.packed(fmt, (4, 9), COLS)  # Four experts.
   x = _x((4, 6, COLS))
   each = jax.vmap(
-      lambda x, c, s: kernels.matmul(x, {'codes': c, 'scale': s}, fmt),
-      in_axes=(0, 1, 1),
+    lambda x, c, s: kernels.matmul(x, {'codes': c, 'scale': s}, fmt),
+    in_axes=(0, 1, 1),
   )
 
   @jax.jit
@@ -124,7 +124,7 @@ def test_vmap_over_experts_under_remat_and_jit():
   got = jax.jit(each)(x, p['codes'], p['scale'])
   assert packed_weights.relative(got, y) < 1e-6
   assert packed_weights.relative(grad(x), np.einsum('ebo,eoi->ebi', y, w)) < (
-      1e-6
+    1e-6
   )
 
 

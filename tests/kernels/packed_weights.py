@@ -11,19 +11,19 @@ import gemma_ext.kernels as kernels
 # Eager operations compile one by one; these compile once a shape.
 _random = jax.jit(kernels.random_codes, static_argnums=(1, 2, 3))
 _unpack = jax.jit(
-    lambda codes, fmt, cols: fmt.unpack(codes, cols), static_argnums=(1, 2)
+  lambda codes, fmt, cols: fmt.unpack(codes, cols), static_argnums=(1, 2)
 )
 
 FORMATS = [
-    kernels.TernaryFormat(group=32),
-    kernels.TernaryFormat(group=48, planes=3),
-    kernels.TernaryFormat(group=32, packing='5trit', planes=2),
-    kernels.IntFormat(bits=8),
-    kernels.IntFormat(bits=8, group=16),
-    kernels.IntFormat(bits=5, group=32),
-    kernels.IntFormat(bits=4, group=32),
-    kernels.IntFormat(bits=3),
-    kernels.IntFormat(bits=2, group=96),
+  kernels.TernaryFormat(group=32),
+  kernels.TernaryFormat(group=48, planes=3),
+  kernels.TernaryFormat(group=32, packing='5trit', planes=2),
+  kernels.IntFormat(bits=8),
+  kernels.IntFormat(bits=8, group=16),
+  kernels.IntFormat(bits=5, group=32),
+  kernels.IntFormat(bits=4, group=32),
+  kernels.IntFormat(bits=3),
+  kernels.IntFormat(bits=2, group=96),
 ]
 
 

@@ -35,9 +35,9 @@ def test_take_equals_indexing(fmt, rows):
   p = packed_weights.packed(fmt, rows, COLS)
   table = dequantize(p, fmt, COLS, jnp.bfloat16)
   ids = jnp.array([[0, 10, 3], [-1, 3, 5000]])
-  got = jax.jit(
-      lambda p, ids: kernels.take(p, fmt, ids, COLS, jnp.bfloat16)
-  )(p, ids)
+  got = jax.jit(lambda p, ids: kernels.take(p, fmt, ids, COLS, jnp.bfloat16))(
+    p, ids
+  )
   assert got.dtype == jnp.bfloat16 and got.shape == (2, 3, *rows[1:], COLS)
   np.testing.assert_array_equal(got, table[ids])
 
@@ -45,10 +45,10 @@ def test_take_equals_indexing(fmt, rows):
 def test_take_unpacks_only_what_is_asked_for():
   fmt = kernels.IntFormat(bits=4, group=32)
   p = {
-      'codes': jax.ShapeDtypeStruct(fmt.codes_shape((50000,), COLS), jnp.uint8),
-      'scale': jax.ShapeDtypeStruct(
-          fmt.scale_shape((50000,), COLS), jnp.bfloat16
-      ),
+    'codes': jax.ShapeDtypeStruct(fmt.codes_shape((50000,), COLS), jnp.uint8),
+    'scale': jax.ShapeDtypeStruct(
+      fmt.scale_shape((50000,), COLS), jnp.bfloat16
+    ),
   }
   ids = jax.ShapeDtypeStruct((3,), jnp.int32)
   compiled = jax.jit(lambda p, i: kernels.take(p, fmt, i, COLS)).lower(p, ids)
@@ -95,8 +95,8 @@ def test_random_codes_are_valid_and_use_the_whole_range(fmt):
 def test_validate_takes_shapes():
   fmt = kernels.TernaryFormat(group=128)
   p = {
-      'codes': jax.ShapeDtypeStruct((1, 8, 160), jnp.uint8),
-      'scale': jax.ShapeDtypeStruct((1, 8, 5), jnp.bfloat16),
+    'codes': jax.ShapeDtypeStruct((1, 8, 160), jnp.uint8),
+    'scale': jax.ShapeDtypeStruct((1, 8, 5), jnp.bfloat16),
   }
   kernels.validate(p, fmt, (8,), 640)
   latent = jax.ShapeDtypeStruct((1, 8, 640), jnp.float32)
@@ -110,22 +110,22 @@ def test_validate_takes_shapes():
 
 
 @pytest.mark.parametrize(
-    'change',
-    [
-        {'codes': jnp.zeros((8, 640), jnp.uint8)},
-        {'codes': jnp.zeros((8, 639), jnp.int8)},
-        {'codes': jnp.zeros((8, 639), jnp.float32)},
-        {'scale': jnp.zeros((8, 1), jnp.int32)},
-        {'scale': jnp.zeros((8, 2), jnp.bfloat16)},
-        {'zero': jnp.zeros((8, 1))},
-    ],
-    ids=['signless', 'narrow', 'latent', 'int_scale', 'scales', 'extra_key'],
+  'change',
+  [
+    {'codes': jnp.zeros((8, 640), jnp.uint8)},
+    {'codes': jnp.zeros((8, 639), jnp.int8)},
+    {'codes': jnp.zeros((8, 639), jnp.float32)},
+    {'scale': jnp.zeros((8, 1), jnp.int32)},
+    {'scale': jnp.zeros((8, 2), jnp.bfloat16)},
+    {'zero': jnp.zeros((8, 1))},
+  ],
+  ids=['signless', 'narrow', 'latent', 'int_scale', 'scales', 'extra_key'],
 )
 def test_validate_names_what_is_wrong(change):
   p = {
-      'codes': jnp.zeros((8, 640), jnp.int8),
-      'scale': jnp.zeros((8, 1), jnp.bfloat16),
-      **change,
+    'codes': jnp.zeros((8, 640), jnp.int8),
+    'scale': jnp.zeros((8, 1), jnp.bfloat16),
+    **change,
   }
   with pytest.raises(errors.ParamsMismatchError, match='expected'):
     kernels.validate(p, kernels.IntFormat(), (8,), 640)
@@ -138,11 +138,11 @@ def test_validate_of_an_array():
 
 def test_imports_only_jax_and_numpy():
   code = (
-      'import sys, gemma_ext.kernels; bad = {"flax", "gemma", "optax",'
-      ' "orbax", "tensorflow"} & set(sys.modules); sys.exit(str(bad) if bad'
-      ' else 0)'
+    'import sys, gemma_ext.kernels; bad = {"flax", "gemma", "optax",'
+    ' "orbax", "tensorflow"} & set(sys.modules); sys.exit(str(bad) if bad'
+    ' else 0)'
   )
   done = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=False
+    [sys.executable, '-c', code], capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr

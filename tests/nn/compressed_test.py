@@ -5,25 +5,28 @@
 from flax import linen as nn
 from flax import traverse_util
 from gemma import gm
-import gemma_ext as gx
-from gemma_ext import errors
 import jax
 import jax.numpy as jnp
 from kauldron import kd
 from kauldron import kontext
 import numpy as np
 import pytest
+
+import gemma_ext as gx
+from gemma_ext import errors
 from tests import tiny
 
 TOKENS = jnp.array([[2, 5, 6, 7, 8, 9, 10, 11], [2, 20, 21, 22, 23, 0, 0, 0]])
 RECIPES = {
-    'tssn': gx.Recipe.of('tssn'),
-    'mixed': gx.Recipe.of({
-        r'layer_0/attn': gx.Keep(),
-        r'layer_\d+/mlp2?': gx.Ternary(group=64, planes=2, packing='5trit'),
-        r'embedder': gx.Int(bits=4, group=32),
-        r'.*': gx.Int(bits=3, group=64),
-    }),
+  'tssn': gx.Recipe.of('tssn'),
+  'mixed': gx.Recipe.of(
+    {
+      r'layer_0/attn': gx.Keep(),
+      r'layer_\d+/mlp2?': gx.Ternary(group=64, planes=2, packing='5trit'),
+      r'embedder': gx.Int(bits=4, group=32),
+      r'.*': gx.Int(bits=3, group=64),
+    }
+  ),
 }
 
 
@@ -58,7 +61,7 @@ def _dense(model, recipe, params):
       leaf = {name: flat.pop(f'{path}/{name}') for name in ('codes', 'scale')}
       fmt = gx.nn.format_of(method, site.layout.cols)
       flat[path] = gx.nn.PackedWeight(
-          leaf=leaf, fmt=fmt, layout=site.layout, dtype=model.dtype
+        leaf=leaf, fmt=fmt, layout=site.layout, dtype=model.dtype
       ).dequantize()
     return flat
 
@@ -67,9 +70,7 @@ def _dense(model, recipe, params):
 
 
 def _logits(model, params, tokens=TOKENS):
-  return np.asarray(
-      model.apply({'params': params}, tokens).logits, np.float32
-  )
+  return np.asarray(model.apply({'params': params}, tokens).logits, np.float32)
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -90,9 +91,9 @@ def test_every_ffn_einsum_and_table_is_packed():
     params = jax.eval_shape(compressed.init, jax.random.key(0), TOKENS)
     flat = traverse_util.flatten_dict(params['params'], sep='/')
     dense = [
-        path
-        for path, leaf in flat.items()
-        if leaf.ndim > 1 and not path.endswith(('/codes', '/scale'))
+      path
+      for path, leaf in flat.items()
+      if leaf.ndim > 1 and not path.endswith(('/codes', '/scale'))
     ]
     # Routers, and the coefficients of AltUp which no einsum module reads.
     assert all('router' in p or '_coefs' in p for p in dense), dense
@@ -110,9 +111,9 @@ def test_dense_then_recipe_a_then_b_then_dense_in_one_process():
   for recipe in (recipe_a, recipe_b, recipe_c):
     compressed, packed = _compress(model, recipe)
     np.testing.assert_allclose(
-        _logits(compressed, packed),
-        _logits(model, _dense(model, recipe, packed)),
-        atol=2e-5,
+      _logits(compressed, packed),
+      _logits(model, _dense(model, recipe, packed)),
+      atol=2e-5,
     )
     answers.append(_logits(compressed, packed))
   np.testing.assert_array_equal(_logits(model, params), first)
@@ -149,7 +150,7 @@ def test_dense_params_are_refused():
 def test_rule_that_matches_nothing_is_an_error():
   model = tiny.model('gemma4')
   compressed = gx.nn.Compressed(
-      model=model, recipe={r'layer_\d+/mpl': gx.Ternary()}
+    model=model, recipe={r'layer_\d+/mpl': gx.Ternary()}
   )
   with pytest.raises(errors.UnmatchedRuleError, match='layer_0/mlp'):
     compressed.init(jax.random.key(0), TOKENS)
@@ -158,7 +159,7 @@ def test_rule_that_matches_nothing_is_an_error():
 def test_wrappers_go_outside():
   with pytest.raises(errors.ParamsMismatchError, match='LoRA go around'):
     gx.nn.Compressed(
-        model=gm.nn.LoRA(rank=2, model=tiny.model('gemma3')), recipe='int8'
+      model=gm.nn.LoRA(rank=2, model=tiny.model('gemma3')), recipe='int8'
     )
 
 
@@ -189,21 +190,19 @@ def test_official_sampler(family):
   compressed, params = _compress(model, recipe)
   tokenizer = tiny.tokenizer(model.INFO.tokenizer_version)
   out = []
-  for m, p in (
-      (compressed, params), (model, _dense(model, recipe, params))
-  ):
+  for m, p in ((compressed, params), (model, _dense(model, recipe, params))):
     sampler = gm.text.Sampler(
-        model=m,
-        params=p,
-        tokenizer=tokenizer,
-        cache_length=64,
-        max_out_length=16,
-        pad_length=16,
+      model=m,
+      params=p,
+      tokenizer=tokenizer,
+      cache_length=64,
+      max_out_length=16,
+      pad_length=16,
     )
     out.append(
-        sampler.sample(
-            'A river is', max_new_tokens=6, return_state=True
-        ).tokens.tolist()
+      sampler.sample(
+        'A river is', max_new_tokens=6, return_state=True
+      ).tokens.tolist()
     )
   assert out[0] == out[1]
   assert len(out[0]) == 16 and any(out[0])
@@ -214,11 +213,11 @@ def test_chat_sampler_and_gemma4_sampler(family):
   model = tiny.model(family)
   compressed, params = _compress(model, RECIPES['tssn'])
   sampler = gm.text.ChatSampler(
-      model=compressed,
-      params=params,
-      tokenizer=tiny.tokenizer(model.INFO.tokenizer_version),
-      cache_length=128,
-      max_out_length=16,
+    model=compressed,
+    params=params,
+    tokenizer=tiny.tokenizer(model.INFO.tokenizer_version),
+    cache_length=128,
+    max_out_length=16,
   )
   reply = sampler.chat('Hi', max_new_tokens=4)
   assert isinstance(reply, str)
@@ -231,15 +230,15 @@ def test_decode_with_cache_equals_full_forward(family):
   compressed, params = _compress(model, RECIPES['tssn'])
   full = _logits(compressed, params, TOKENS[:1])
   cache = compressed.init_cache(
-      batch_size=1, dtype=jnp.float32, cache_length=16
+    batch_size=1, dtype=jnp.float32, cache_length=16
   )
   for i in range(4):
     out = compressed.apply(
-        {'params': params},
-        TOKENS[:1, i : i + 1],
-        positions=jnp.array([[i]]),
-        cache=cache,
-        attention_mask=(jnp.arange(16) <= i)[None, None],
+      {'params': params},
+      TOKENS[:1, i : i + 1],
+      positions=jnp.array([[i]]),
+      cache=cache,
+      attention_mask=(jnp.arange(16) <= i)[None, None],
     )
     cache = out.cache
     np.testing.assert_allclose(out.logits[0, 0], full[0, i], atol=1e-4)
@@ -263,8 +262,9 @@ def test_gradient_with_respect_to_scales(family):
   flat = traverse_util.flatten_dict(params, sep='/')
   # In float32: a step that shows in a difference is far below bfloat16's.
   scales = {
-      k: v.astype(jnp.float32) for k, v in flat.items()
-      if k.endswith('/scale') and k[: -len('/scale')] + '/codes' in flat
+    k: v.astype(jnp.float32)
+    for k, v in flat.items()
+    if k.endswith('/scale') and k[: -len('/scale')] + '/codes' in flat
   }
 
   def loss(scales):
@@ -274,12 +274,12 @@ def test_gradient_with_respect_to_scales(family):
   grads = jax.jit(jax.grad(loss))(scales)
   rng = np.random.default_rng(0)
   direction = {
-      k: jnp.asarray(v * rng.standard_normal(v.shape), jnp.float32)
-      for k, v in scales.items()
+    k: jnp.asarray(v * rng.standard_normal(v.shape), jnp.float32)
+    for k, v in scales.items()
   }
   slope = sum(float(jnp.vdot(grads[k], direction[k])) for k in scales)
   at = jax.jit(
-      lambda t: loss({k: v + t * direction[k] for k, v in scales.items()})
+    lambda t: loss({k: v + t * direction[k] for k, v in scales.items()})
   )
   step = 2e-3
   difference = float(at(step) - at(-step)) / (2 * step)
@@ -292,7 +292,7 @@ def test_latent_codes_round_trip_and_straight_through_gradient():
   compressed, params = _compress(model, RECIPES['mixed'])
   latent = gx.nn.to_latent(compressed, params)
   np.testing.assert_allclose(
-      _logits(compressed, latent), _logits(compressed, params), atol=1e-5
+    _logits(compressed, latent), _logits(compressed, params), atol=1e-5
   )
   packed = gx.nn.from_latent(compressed, latent)
   jax.tree.map(np.testing.assert_array_equal, packed, params)
@@ -304,7 +304,8 @@ def test_latent_codes_round_trip_and_straight_through_gradient():
     tree['layer_1'] = dict(latent['layer_1'])
     tree['layer_1']['mlp'] = dict(latent['layer_1']['mlp'])
     tree['layer_1']['mlp']['linear'] = {
-        **latent['layer_1']['mlp']['linear'], 'codes': codes
+      **latent['layer_1']['mlp']['linear'],
+      'codes': codes,
     }
     return jnp.mean(compressed.apply({'params': tree}, TOKENS).logits ** 2)
 
@@ -313,7 +314,7 @@ def test_latent_codes_round_trip_and_straight_through_gradient():
   # Steps down the straight-through gradient that flip codes lower the loss.
   before = float(loss(codes))
   flipped = codes - 0.6 * jnp.sign(grads) * (
-      jnp.abs(grads) > jnp.quantile(jnp.abs(grads), 0.98)
+    jnp.abs(grads) > jnp.quantile(jnp.abs(grads), 0.98)
   )
   assert int(jnp.sum(jnp.round(flipped) != codes)) > 50
   assert float(loss(flipped)) < before
@@ -324,7 +325,7 @@ def test_kontext_keys_are_those_of_the_model():
   compressed = gx.nn.Compressed(model=model, recipe='int8')
   assert kontext.get_keypaths(compressed) == kontext.get_keypaths(model)
   keys = kontext.resolve_from_keyed_obj(
-      {'batch': {'input': np.asarray(TOKENS)}}, compressed
+    {'batch': {'input': np.asarray(TOKENS)}}, compressed
   )
   np.testing.assert_array_equal(keys['tokens'], TOKENS)
 
@@ -347,9 +348,9 @@ def test_sharded_over_eight_devices(family):
   fsdp = kd.sharding.FSDPSharding(min_size_to_shard_mb=0)
   sharded = jax.device_put(params, fsdp(params))
   spread = [
-      leaf
-      for leaf in jax.tree.leaves(sharded)
-      if not leaf.sharding.is_fully_replicated
+    leaf
+    for leaf in jax.tree.leaves(sharded)
+    if not leaf.sharding.is_fully_replicated
   ]
   assert any(leaf.dtype == jnp.uint8 for leaf in spread)
   assert any(leaf.dtype == jnp.int8 for leaf in spread)
