@@ -63,6 +63,9 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 def _run(args: Any) -> None:
   _cli.check_output(args.json)
+  # A name that does not exist must not cost a measurement first.
+  for name in filter(None, (args.checkpoint, args.baseline)):
+    ckpts.locate(name)
   documents, split = _documents(args)
   found, result, tokenizer = _measure(args.checkpoint, args, documents, None)
   baseline: dict[str, Any] | None = None

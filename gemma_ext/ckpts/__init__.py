@@ -6,9 +6,20 @@
 
 from gemma_ext.ckpts._checkpoint import Checkpoint
 from gemma_ext.ckpts._load import load
+from gemma_ext.ckpts._load import locate
+from gemma_ext.ckpts._save import check_target
 from gemma_ext.ckpts._save import directory_bytes
 from gemma_ext.ckpts._save import save
 from gemma_ext.ckpts._search import find
 from gemma_ext.ckpts._search import names
 
-__all__ = ['Checkpoint', 'directory_bytes', 'find', 'load', 'names', 'save']
+__all__ = [
+  'Checkpoint',
+  'check_target',
+  'directory_bytes',
+  'find',
+  'load',
+  'locate',
+  'names',
+  'save',
+]

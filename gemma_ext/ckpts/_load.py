@@ -71,11 +71,7 @@ def load(
     CheckpointError: If it is damaged, by one subclass for each way to be so.
   """
   options = _Options(dtype=dtype, progress=progress, model=model)
-  text = os.fspath(path_or_name)
-  if isinstance(path_or_name, gm.ckpts.CheckpointPath):
-    text = path_or_name.value
-  elif text in gm.ckpts.CheckpointPath.__members__:
-    text = gm.ckpts.CheckpointPath[text].value
+  text = _address(path_or_name)
   if '://' in text:
     return _load_orbax(text, options)
   path = _locate(text)
@@ -85,6 +81,32 @@ def load(
       f'{path} says itself what model it is; leave out model=.'
     )
   return reader(path, options)
+
+
+def locate(path_or_name: str | os.PathLike) -> pathlib.Path | str:
+  """Finds what `load` would load, without reading it.
+
+  Args:
+    path_or_name: As for `load`.
+
+  Returns:
+    The absolute path, or the address of a remote checkpoint.
+
+  Raises:
+    CheckpointNotFoundError: If there is no such path or name.
+  """
+  text = _address(path_or_name)
+  return text if '://' in text else _locate(text)
+
+
+def _address(path_or_name: str | os.PathLike) -> str:
+  """The path that an official name stands for, else what was given."""
+  if isinstance(path_or_name, gm.ckpts.CheckpointPath):
+    return path_or_name.value
+  text = os.fspath(path_or_name)
+  if text in gm.ckpts.CheckpointPath.__members__:
+    return gm.ckpts.CheckpointPath[text].value
+  return text
 
 
 def _locate(text: str) -> pathlib.Path:

@@ -83,7 +83,7 @@ def save(
     raise errors.ParamsMismatchError(
       'Nothing to save: give a checkpoint, or model= and params=.'
     )
-  target = _target(path, overwrite=overwrite)
+  target = check_target(path, overwrite=overwrite)
   dense, recipe = _unwrap(model, recipe)
   whole = (
     dense if recipe is None else gx_nn.Compressed(model=dense, recipe=recipe)
@@ -140,7 +140,17 @@ def directory_bytes(path: os.PathLike | str) -> dict[str, int]:
   }
 
 
-def _target(path: os.PathLike | str, *, overwrite: bool) -> pathlib.Path:
+def check_target(
+  path: os.PathLike | str, *, overwrite: bool = False
+) -> pathlib.Path:
+  """Checks that `save` may write to `path`, before there is work to lose.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    CheckpointExistsError: If there is something that may not be replaced.
+  """
   if '://' in os.fspath(path):
     raise errors.UnsupportedTypeError(
       f'{path}: save to a local directory and copy it from there.'
