@@ -187,7 +187,7 @@ def _calibration(args, checkpoint, recipe) -> tuple[dict[str, Any] | None, Any]:
       f'{args.checkpoint!r} has no tokenizer, so it cannot be calibrated on'
       ' text. Pass --calibration=none.'
     )
-  documents = data.load_documents(spec, text_field=args.text_field)
+  documents = tuple(data.load_documents(spec, text_field=args.text_field))
   # Of the sample, the documents that evaluate measures on stay unseen.
   if spec == 'sample':
     documents = data.split(documents, seed=args.seed).calibration.documents

@@ -56,7 +56,7 @@ def compress(
   """
   model, recipe = _plan.resolve(model, recipe)
   methods = gx_nn.methods_of(model, recipe)
-  flat = check_params(model, params)
+  flat: dict[str, Any] = dict(check_params(model, params))
   curvatures: dict[str, jax.Array] = {}
   if calibration is not None:
     curvatures = _calibrate.second_moments(

@@ -105,7 +105,9 @@ class Plan:
     for row in self.rows:
       kind = re.sub(r'layer_\d+', 'layer_*', row.path)
       kinds.setdefault((kind, _describe(row)), []).append(row)
-    cells = [('parameter', 'count', 'weights', 'stored as', 'bits', 'size')]
+    cells: list[tuple[str, ...]] = [
+      ('parameter', 'count', 'weights', 'stored as', 'bits', 'size')
+    ]
     for (kind, stored), rows in kinds.items():
       cells.append(_cells(kind, len(rows), rows, stored))
     cells.append(_cells('total', len(self.rows), self.rows, ''))

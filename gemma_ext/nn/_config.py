@@ -15,7 +15,6 @@ of different types may hash alike. So a text that says it all goes in as well.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 from typing import Any
@@ -84,16 +83,21 @@ def _fields(cls: type[Any]) -> tuple[dataclasses.Field, ...]:
   return dataclasses.fields(cls)
 
 
-@functools.cache
-def _config_class(base: type[Any]) -> type[Any]:
-  cls = dataclasses.make_dataclass(
-    f'Compressed{base.__name__}',
-    [
-      ('recipe', Any, dataclasses.field(kw_only=True)),
-      ('fingerprint', str, dataclasses.field(kw_only=True)),
-    ],
-    bases=(base,),
-    frozen=True,
-  )
-  cls._gemma_ext_base = base
-  return cls
+_classes: dict[Any, Any] = {}
+
+
+def _config_class(base: Any) -> Any:
+  """The subclass of a config class that has a recipe, always the same one."""
+  if base not in _classes:
+    cls: Any = dataclasses.make_dataclass(
+      f'Compressed{base.__name__}',
+      [
+        ('recipe', Any, dataclasses.field(kw_only=True)),
+        ('fingerprint', str, dataclasses.field(kw_only=True)),
+      ],
+      bases=(base,),
+      frozen=True,
+    )
+    cls._gemma_ext_base = base
+    _classes[base] = cls
+  return _classes[base]

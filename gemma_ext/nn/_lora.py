@@ -62,17 +62,15 @@ class LoRA(nn.Module):
   def __call__(self, *args, **kwargs):
     """Calls the model. Arguments and outputs are those of the model."""
     _scopes.share(self)
-    adapted: list[str] = []
-    pattern = re.compile(rf'(?:.*/)?(?:{self.target})(?:/.*)?')
+    targets = self._targets()
     depth = len(self.path)
 
     def replace(module: nn.Module) -> nn.Module:
       if not isinstance(module, _sites.EINSUMS):
         return module
       path = '/'.join(module.path[depth:] + (module.weight_name,))
-      if not _sites.is_text(path) or not pattern.fullmatch(path):
+      if path not in targets:
         return module
-      adapted.append(path)
       # The two einsums of a feed-forward layer share a scope, so their
       # adapters need names of their own; the official wrapper gives the same.
       name = None
@@ -83,13 +81,25 @@ class LoRA(nn.Module):
       )
 
     with peft.ModuleInterceptor(replace):
-      output = self.model(*args, **kwargs)
-    if self.is_initializing() and not adapted:
+      return self.model(*args, **kwargs)
+
+  def _targets(self) -> frozenset[str]:
+    """Paths of the weights to adapt, from the model and not from a trace."""
+    model = self.model
+    if isinstance(model, _compressed.Compressed):
+      model = model.model
+    pattern = re.compile(rf'(?:.*/)?(?:{self.target})(?:/.*)?')
+    targets = frozenset(
+      site.path
+      for site in _sites.sites(model)
+      if site.kind is _sites.Kind.EINSUM and pattern.fullmatch(site.path)
+    )
+    if not targets:
       raise errors.UnmatchedRuleError(
         f'LoRA target {self.target!r} matches no einsum of'
-        f' {type(self.model).__name__}.'
+        f' {type(model).__name__}.'
       )
-    return output
+    return targets
 
   def _stamped(self) -> nn.Module:
     """The model, told apart from the same one with other adapters."""

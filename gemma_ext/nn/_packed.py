@@ -29,9 +29,10 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
   """
   match method:
     case recipe_lib.Ternary():
-      group = kernels.choose_group(cols, method.group)
       return kernels.TernaryFormat(
-        planes=method.planes, group=group, packing=method.packing
+        planes=method.planes,
+        group=kernels.choose_group(cols, method.group),
+        packing=method.packing,
       )
     case recipe_lib.Int():
       group = method.group and kernels.choose_group(cols, method.group)

@@ -82,7 +82,7 @@ def test_equals_dense_model_of_dequantised_weights(family, recipe):
   expected = _logits(model, _dense(model, recipe, params))
   actual = _logits(compressed, params)
   assert np.abs(expected).max() > 0.1
-  np.testing.assert_allclose(actual, expected, atol=2e-5)
+  np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_every_ffn_einsum_and_table_is_packed():
@@ -113,7 +113,7 @@ def test_dense_then_recipe_a_then_b_then_dense_in_one_process():
     np.testing.assert_allclose(
       _logits(compressed, packed),
       _logits(model, _dense(model, recipe, packed)),
-      atol=2e-5,
+      atol=1e-4,
     )
     answers.append(_logits(compressed, packed))
   np.testing.assert_array_equal(_logits(model, params), first)
@@ -216,7 +216,7 @@ def test_chat_sampler_and_gemma4_sampler(family):
     model=compressed,
     params=params,
     tokenizer=tiny.tokenizer(model.INFO.tokenizer_version),
-    cache_length=128,
+    cache_length=512,
     max_out_length=16,
   )
   reply = sampler.chat('Hi', max_new_tokens=4)
@@ -281,10 +281,10 @@ def test_gradient_with_respect_to_scales(family):
   at = jax.jit(
     lambda t: loss({k: v + t * direction[k] for k, v in scales.items()})
   )
-  step = 2e-3
+  step = 5e-4
   difference = float(at(step) - at(-step)) / (2 * step)
   assert abs(slope) > 1e-5
-  np.testing.assert_allclose(slope, difference, rtol=0.02)
+  np.testing.assert_allclose(slope, difference, rtol=0.03)
 
 
 def test_latent_codes_round_trip_and_straight_through_gradient():

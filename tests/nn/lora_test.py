@@ -1,0 +1,205 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on compressed models: official where it can, ours everywhere."""
+
+import dataclasses
+
+from flax import traverse_util
+from gemma import gm
+from gemma import peft
+import jax
+import jax.numpy as jnp
+from kauldron import kd
+import numpy as np
+import optax
+import pytest
+
+import gemma_ext as gx
+from gemma_ext import errors
+from tests import tiny
+
+TOKENS = jnp.array([[2, 5, 6, 7, 8, 9, 10, 11]])
+RECIPE = gx.Recipe.of(
+  {
+    r'layer_\d+/mlp2?': gx.Ternary(group=64),
+    r'embedder': gx.Int(bits=8),
+    r'.*': gx.Int(bits=4, group=32),
+  }
+)
+
+
+def _setup(family, lora_class, rank=2):
+  model = tiny.model(family)
+  params = gx.compress(model, tiny.params(model), RECIPE)
+  compressed = gx.nn.Compressed(model=model, recipe=RECIPE)
+  lora = lora_class(rank=rank, model=compressed, dtype=jnp.float32)
+  init = jax.jit(lora.init)(jax.random.key(0), TOKENS)['params']
+  adapters = peft.split_params(init).lora
+  return compressed, lora, params, adapters
+
+
+def _paths(tree):
+  return sorted(traverse_util.flatten_dict(tree, sep='/'))
+
+
+def test_official_and_ours_have_the_same_paths_shapes_and_outputs():
+  _, theirs, params, adapters = _setup('gemma3', gm.nn.LoRA)
+  _, ours, _, other = _setup('gemma3', gx.nn.LoRA)
+  shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+  assert shapes(adapters) == shapes(other)
+  assert len(_paths(adapters)) == 30  # 3 layers, 5 einsums, a and b.
+  adapters = jax.tree.map(lambda x: x + 0.05, adapters)
+  merged = {'params': peft.merge_params(params, adapters)}
+  np.testing.assert_allclose(
+    theirs.apply(merged, TOKENS).logits,
+    ours.apply(merged, TOKENS).logits,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize(
+  'family, count',
+  [('gemma2', 20), ('gemma4', 20), ('gemma4_moe', 24), ('gemma3n', 90)],
+)
+def test_ours_adapts_every_einsum_of_every_family(family, count):
+  model = gx.nn.Compressed(model=tiny.model(family), recipe=RECIPE)
+  lora = gx.nn.LoRA(rank=2, model=model)
+  params = jax.eval_shape(lora.init, jax.random.key(0), TOKENS)['params']
+  adapters = peft.split_params(params).lora
+  assert len(_paths(adapters)) == count
+  assert all('_LoRAEinsum_' in path for path in _paths(adapters))
+
+
+def test_target_and_rank_are_not_taken_from_an_earlier_trace():
+  model = gx.nn.Compressed(model=tiny.model('gemma4'), recipe=RECIPE)
+  counts = []
+  for rank, target in ((2, '.*'), (4, '.*'), (4, 'attn'), (2, 'mlp')):
+    lora = gx.nn.LoRA(rank=rank, model=model, target=target)
+    params = jax.eval_shape(lora.init, jax.random.key(0), TOKENS)['params']
+    adapters = traverse_util.flatten_dict(
+      peft.split_params(params).lora, sep='/'
+    )
+    ranks = {v.shape[-1] for k, v in adapters.items() if k.endswith('/a')}
+    assert ranks == {rank}
+    counts.append(len(adapters))
+  assert counts == [20, 20, 12, 8]
+
+
+def test_target_that_matches_nothing_is_an_error():
+  model = gx.nn.Compressed(model=tiny.model('gemma4'), recipe=RECIPE)
+  lora = gx.nn.LoRA(rank=2, model=model, target='attention')
+  with pytest.raises(errors.UnmatchedRuleError, match='attention'):
+    lora.init(jax.random.key(0), TOKENS)
+
+
+@pytest.mark.parametrize('rank', [0, -1, 2.0, True])
+def test_rank_that_is_no_positive_integer_is_an_error(rank):
+  with pytest.raises(errors.RecipeError, match='rank'):
+    gx.nn.LoRA(rank=rank, model=tiny.model('gemma3'))
+
+
+@pytest.mark.parametrize(
+  'family, lora_class',
+  [('gemma3', gm.nn.LoRA), ('gemma3', gx.nn.LoRA), ('gemma4', gx.nn.LoRA)],
+)
+def test_optax_trains_adapters_on_a_frozen_packed_base(family, lora_class):
+  compressed, lora, params, adapters = _setup(family, lora_class)
+  optimizer = optax.adam(3e-3)
+
+  def loss(adapters):
+    merged = peft.merge_params(params, adapters)
+    logits = lora.apply({'params': merged}, TOKENS[:, :-1]).logits
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, TOKENS[:, 1:]
+    ).mean()
+
+  @jax.jit
+  def step(adapters, state):
+    value, grads = jax.value_and_grad(loss)(adapters)
+    updates, state = optimizer.update(grads, state)
+    return value, optax.apply_updates(adapters, updates), state
+
+  state = optimizer.init(adapters)
+  values = []
+  for _ in range(15):
+    value, adapters, state = step(adapters, state)
+    values.append(float(value))
+  base = compressed.apply({'params': params}, TOKENS[:, :-1]).logits
+  base = optax.softmax_cross_entropy_with_integer_labels(base, TOKENS[:, 1:])
+  # B starts at zero: the first loss is that of the compressed model itself.
+  np.testing.assert_allclose(values[0], base.mean(), rtol=1e-5)
+  assert values[-1] < 0.8 * values[0]
+
+
+@pytest.mark.parametrize(
+  'family, lora_class', [('gemma3', gm.nn.LoRA), ('gemma4', gx.nn.LoRA)]
+)
+def test_kauldron_trains_with_partial_updates(family, lora_class, tmp_path):
+  model = tiny.model(family)
+  params = gx.compress(model, tiny.params(model), RECIPE)
+  lora = lora_class(
+    rank=2,
+    model=gx.nn.Compressed(model=model, recipe=RECIPE),
+    dtype=jnp.float32,
+  )
+  tokens = np.tile(np.asarray(TOKENS), (8, 1))
+  trainer = kd.train.Trainer(
+    seed=0,
+    workdir=tmp_path,
+    train_ds=kd.data.py.DataSource(
+      data_source=[
+        {'input': row[:-1], 'target': row[1:, None]} for row in tokens
+      ],
+      batch_size=8,
+      shuffle=False,
+      num_epochs=None,
+    ),
+    model=lora,
+    init_transform=gm.ckpts.SkipLoRA(wrapped=_Given(params)),
+    num_train_steps=12,
+    train_losses={
+      'xentropy': kd.losses.SoftmaxCrossEntropyWithIntLabels(
+        logits='preds.logits', labels='batch.target'
+      )
+    },
+    optimizer=kd.optim.partial_updates(
+      optax.adam(3e-3), mask=kd.optim.select('lora')
+    ),
+  )
+  state = trainer.init_state()
+  _assert_base_is(params, state.params)
+  losses = []
+  batches = iter(trainer.train_ds)
+  for _ in range(12):
+    state, aux = trainer.trainstep.step(
+      state, next(batches), return_losses=True
+    )
+    losses.append(float(aux.compute().loss_values['xentropy']))
+  assert losses[-1] < 0.85 * losses[0]
+  trained = peft.split_params(state.params)
+  _assert_base_is(params, state.params)
+  kinds = {leaf.dtype for leaf in jax.tree.leaves(trained.original)}
+  assert {jnp.dtype('uint8'), jnp.dtype('int8')} <= kinds
+  moved = [
+    np.abs(leaf).max()
+    for path, leaf in traverse_util.flatten_dict(trained.lora).items()
+    if path[-1] == 'b'
+  ]
+  assert min(moved) > 0
+
+
+def _assert_base_is(params, actual):
+  actual = traverse_util.flatten_dict(actual)
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    np.testing.assert_array_equal(actual[path], leaf)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Given(kd.ckpts.InitTransform):
+  """Starts from parameters that are in memory."""
+
+  params: dict
+
+  def transform(self, state):
+    # The train step donates its state; the test goes on using these.
+    return state.replace(params=jax.tree.map(jnp.copy, self.params))
