@@ -16,8 +16,10 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import re
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any, ClassVar, TypeAlias
 
 from gemma_ext import errors
@@ -25,7 +27,10 @@ from gemma_ext import errors
 _JSON_VERSION = 1
 _MAX_JSON_BYTES = 1 << 20
 _MAX_RULES = 4096
-_MAX_PATTERN_LENGTH = 512
+_MAX_PATTERN = 512
+# Ways in which `re` may try the patterns of a recipe on one path.
+_MAX_WAYS = 1 << 20
+_MAX_PATH = 64
 _MAX_GROUP = 1 << 20
 _MAX_PLANES = 4
 _PACKINGS = ('2bit', '5trit')
@@ -176,12 +181,18 @@ class Recipe:
           f'A rule is a (pattern, method) pair, got {rule!r}.'
         )
       pattern, method = rule
-      _compile(pattern)
+      _check_pattern(pattern)
       if type(method) not in METHODS.values():
         raise errors.RecipeError(
           f'The method of rule {pattern!r} must be one of'
           f' {sorted(c.__name__ for c in METHODS.values())}, got {method!r}.'
         )
+    if sum(_ways_of(pattern) for pattern, _ in rules) > _MAX_WAYS:
+      worst = max(rules, key=lambda rule: _ways_of(rule[0]))[0]
+      raise errors.RecipeError(
+        f'Matching these patterns could take hours, most of all {worst!r}.'
+        " Repeat nothing that holds a repeat, and use '.*' once or twice."
+      )
     object.__setattr__(self, 'rules', rules)
 
   @classmethod
@@ -320,19 +331,13 @@ class Recipe:
     """
     paths = list(paths)
     methods: dict[str, Method] = {}
-    used = set()
-    shadowed = set()
+    used: set[int] = set()
+    shadowed: set[int] = set()
     for path in paths:
-      methods[path] = Keep()
-      hits = [
-        i
-        for i, (pattern, _) in enumerate(self.rules)
-        if _matches(pattern, path)
-      ]
-      if hits:
-        methods[path] = self.rules[hits[0]][1]
-        used.add(hits[0])
-        shadowed.update(hits[1:])
+      hits = [i for i, (p, _) in enumerate(self.rules) if _matches(p, path)]
+      methods[path] = self.rules[hits[0]][1] if hits else Keep()
+      used.update(hits[:1])
+      shadowed.update(hits[1:])
     for i, (pattern, _) in enumerate(self.rules):
       if i in used:
         continue
@@ -364,27 +369,50 @@ PRESETS = (
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
   if type(value) is not int or not low <= value <= high:
     raise errors.RecipeError(
-      f'{name} must be an integer in [{low}, {high}], got {value!r}.'
+      f'{name} must be an integer in [{low}, {high}], got {_brief(value)}.'
     )
+
+
+def _check_pattern(pattern: Any) -> None:
+  if not isinstance(pattern, str) or not 0 < len(pattern) <= _MAX_PATTERN:
+    raise errors.RecipeError(
+      f'A pattern is a string of 1 to {_MAX_PATTERN} characters, got'
+      f' {_brief(pattern)}.'
+    )
+  try:
+    _ways_of(pattern)
+    _compile(pattern)
+  except (re.error, OverflowError, RecursionError) as e:
+    raise errors.RecipeError(
+      f'Pattern {pattern!r} is not a regular expression: {e}.'
+    ) from e
 
 
 @functools.lru_cache(maxsize=8192)
 def _compile(pattern: str) -> re.Pattern[str]:
-  if not isinstance(pattern, str) or not pattern:
-    raise errors.RecipeError(
-      f'A pattern must be a non-empty string, got {pattern!r}.'
-    )
-  if len(pattern) > _MAX_PATTERN_LENGTH:
-    raise errors.RecipeError(
-      f'A pattern has at most {_MAX_PATTERN_LENGTH} characters, got'
-      f' {len(pattern)}.'
-    )
-  try:
-    return re.compile(rf'(?:.*/)?(?:{pattern})(?:/.*)?')
-  except re.error as e:
-    raise errors.RecipeError(
-      f'Pattern {pattern!r} is not a regular expression: {e}.'
-    ) from e
+  return re.compile(rf'(?:.*/)?(?:{pattern})(?:/.*)?')
+
+
+@functools.lru_cache(maxsize=8192)
+def _ways_of(pattern: str) -> int:
+  return _ways(_parser.parse(pattern))
+
+
+def _ways(parsed: Any) -> int:
+  """Bounds in how many ways `re`, which backtracks, may try a pattern."""
+  n = 1
+  for op, arg in parsed:
+    if str(op).endswith('REPEAT'):
+      low, high, body = arg
+      high = min(high, _MAX_PATH)
+      n *= max(1, low) * max(1, high - low + 1) * _ways(body) ** high
+    elif str(op) == 'BRANCH':
+      n *= sum(map(_ways, arg[1]))
+    else:
+      parts = arg if isinstance(arg, (list, tuple)) else (arg,)
+      n *= math.prod(_ways(p) for p in parts if type(p) is type(parsed))
+    n = min(n, _MAX_WAYS + 1)
+  return n
 
 
 @functools.lru_cache(maxsize=65536)
@@ -448,8 +476,6 @@ def _rule_from_json(rule: Any) -> RuleLike:
       f'Method {name!r} has no fields {sorted(set(fields) - known)}, expected'
       f' some of {sorted(known)}.'
     )
-  if isinstance(fields.get('pattern'), list):
-    fields['pattern'] = tuple(fields['pattern'])
   return (pattern, METHODS[name](**fields))
 
 
