@@ -7,8 +7,6 @@ python -m gemma_ext.generate --checkpoint=DIR --chat --prompt='Hello!'
 """
 
 from collections.abc import Iterator, Sequence
-import dataclasses
-import enum
 import sys
 import time
 from typing import Any
@@ -125,7 +123,8 @@ def generate(
   sampling: gm.text.SamplingMethod = gm.text.Greedy()
   if temperature:
     sampling = gm.text.RandomSampling(temperature=temperature)
-  tokenizer = _with_tool_token(tokenizer)
+  if type(tokenizer) is gm.text.Gemma2Tokenizer:
+    tokenizer = ckpts.Gemma2Tokenizer.of(tokenizer)
   gemma4 = model.INFO.tokenizer_version == 4
   sampler = (gm.text.Gemma4Sampler if gemma4 else gm.text.Sampler)(
     model=model,
@@ -165,39 +164,6 @@ def _stream(
       shown = whole
   if len(text) > len(shown):
     yield len(ids), text[len(shown) :]
-
-
-class _Gemma2SpecialTokens(enum.IntEnum):
-  """Gemma 2's special tokens, and what the samplers of gm 4.0.1 ask for.
-
-  They read `BEGIN_OF_TOOL_RESPONSE`, which only later families have, and so
-  refuse every Gemma 2. As an alias it stops nothing that did not stop before.
-  """
-
-  PAD = 0
-  EOS = 1
-  BOS = 2
-  UNK = 3
-  MASK = 4
-  CUSTOM = 7
-  START_OF_TURN = 106
-  END_OF_TURN = 107
-  BEGIN_OF_TOOL_RESPONSE = END_OF_TURN
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gemma2Tokenizer(gm.text.Gemma2Tokenizer):
-  """`gm.text.Gemma2Tokenizer` that the samplers accept."""
-
-  special_tokens = _Gemma2SpecialTokens
-
-
-def _with_tool_token(tokenizer: gm.text.Tokenizer) -> gm.text.Tokenizer:
-  if hasattr(tokenizer.special_tokens, 'BEGIN_OF_TOOL_RESPONSE'):
-    return tokenizer
-  return _Gemma2Tokenizer(
-    path=tokenizer.path, custom_tokens=tokenizer.custom_tokens
-  )
 
 
 def _until_end(tokenizer: gm.text.Tokenizer, ids: list[int]) -> list[int]:

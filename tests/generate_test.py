@@ -99,14 +99,18 @@ def test_bytes_of_a_character_wait_for_the_last_one():
   assert ''.join(text for _, text in pieces).startswith('a\ufffd')
 
 
-def test_gemma2_stops_where_it_did():
-  wrapped = generate._with_tool_token(tiny.tokenizer(2))
-  official = gm.text.Gemma2Tokenizer.special_tokens
-  for name, value in official.__members__.items():
-    assert wrapped.special_tokens[name] == value
-  assert wrapped.special_tokens.BEGIN_OF_TOOL_RESPONSE == 107
-  assert wrapped.encode('a river') == tiny.tokenizer(2).encode('a river')
-  assert generate._with_tool_token(tiny.tokenizer(3)) is tiny.tokenizer(3)
+def test_an_official_gemma2_tokenizer_is_made_fit_for_the_sampler():
+  model = tiny.model('gemma2')
+  params = tiny.params(model)
+  ours = tiny.tokenizer(2)
+  official = gm.text.Gemma2Tokenizer(path=ours.path)
+  texts = []
+  for tokenizer in (ours, official):
+    pieces = generate.generate(
+      model, params, tokenizer, 'A river', max_new_tokens=2
+    )
+    texts.append(''.join(text for _, text in pieces))
+  assert texts[0] == texts[1] != ''
 
 
 def test_command(capsys):

@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import sentencepiece as spm
 
+from gemma_ext import ckpts
+
 VOCAB_SIZE = 512
 
 _SIZES = dict(
@@ -269,11 +271,11 @@ def _folder() -> pathlib.Path:
 
 @functools.cache
 def tokenizer(version: int | str = 3) -> gm.text.Tokenizer:
-  """Returns a tiny official tokenizer (2, 3, '3n' or 4), made once."""
+  """Returns a tiny tokenizer as `ckpts.load` gives it (2, 3, '3n', 4)."""
   path = _folder() / f'tokenizer_{version}.model'
   path.write_bytes(tokenizer_model(version=version))
   cls = {
-    2: gm.text.Gemma2Tokenizer,
+    2: ckpts.Gemma2Tokenizer,
     3: gm.text.Gemma3Tokenizer,
     '3n': gm.text.Gemma3nTokenizer,
     4: gm.text.Gemma4Tokenizer,

@@ -5,6 +5,7 @@
 # pylint: disable=g-importing-member
 
 from gemma_ext.ckpts._checkpoint import Checkpoint
+from gemma_ext.ckpts._gemma2_tokenizer import Gemma2Tokenizer
 from gemma_ext.ckpts._load import load
 from gemma_ext.ckpts._load import locate
 from gemma_ext.ckpts._save import check_target
@@ -15,6 +16,7 @@ from gemma_ext.ckpts._search import names
 
 __all__ = [
   'Checkpoint',
+  'Gemma2Tokenizer',
   'check_target',
   'directory_bytes',
   'find',

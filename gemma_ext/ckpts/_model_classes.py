@@ -15,6 +15,7 @@ from gemma.gm.nn.gemma4 import _config as gemma4_config
 from gemma.gm.nn.gemma4 import _transformer as gemma4_transformer
 
 from gemma_ext import errors
+from gemma_ext.ckpts import _gemma2_tokenizer
 
 
 class Gemma2(dense_transformer.Transformer):
@@ -51,7 +52,7 @@ class Family:
     official: The official classes.
     config: Module of the official configuration.
     base: The official class that all of them derive from.
-    tokenizer: The official tokenizer class.
+    tokenizer: The official tokenizer class, or what stands in for it.
   """
 
   name: str
@@ -69,7 +70,7 @@ FAMILIES = {
     official=(gm.nn.Gemma2_2B, gm.nn.Gemma2_9B, gm.nn.Gemma2_27B),
     config=dense_config,
     base=dense_transformer.Transformer,
-    tokenizer=gm.text.Gemma2Tokenizer,
+    tokenizer=_gemma2_tokenizer.Gemma2Tokenizer,
   ),
   'gemma3': Family(
     name='gemma3',

@@ -9,6 +9,7 @@ from gemma import gm
 import numpy as np
 import pytest
 
+from gemma_ext import ckpts
 from gemma_ext import errors
 from gemma_ext.ckpts import _cache
 from gemma_ext.ckpts import _vocab
@@ -59,7 +60,7 @@ def _tokenizer(metadata, cls=gm.text.Gemma3Tokenizer, max_tokens=512):
 @pytest.mark.parametrize(
   ('family', 'cls', 'version'),
   [
-    ('gemma2', gm.text.Gemma2Tokenizer, 2),
+    ('gemma2', ckpts.Gemma2Tokenizer, 2),
     ('gemma3', gm.text.Gemma3Tokenizer, 3),
     ('gemma4', gm.text.Gemma4Tokenizer, 4),
   ],
