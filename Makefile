@@ -29,6 +29,9 @@ help:  ## Lists the targets.
 demo: $(STAMP)  ## The real Gemma 3 270M, compressed and measured.
 	$(RUN) tools.demo
 
+# A process for each core, up to four: each of them holds JAX and TensorFlow.
+# A file's tests stay together, for the fixtures that they share.
+#
 # Lint, types and tests run in this order also under `make -j`; the closing
 # lines of pytest come last.
 .PHONY: test
@@ -36,6 +39,7 @@ test: $(STAMP)  ## Lint, types, all tests, coverage.
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(RUN) pytest -q --durations=15 \
+	  -n auto --maxprocesses=4 --dist loadfile \
 	  --cov=gemma_ext --cov-report=term --cov-fail-under=85 $(PYTEST_ARGS)
 
 .PHONY: lint

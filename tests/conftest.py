@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Test set-up: CPU only, eight virtual devices, quiet libraries."""
+"""Test set-up: CPU only, eight virtual devices, quick compiles."""
 
 import os
 
@@ -10,3 +10,12 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 _DEVICES = '--xla_force_host_platform_device_count=8'
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'
+
+# After the lines above, on purpose.
+import jax  # noqa: E402
+
+# The tests compile thousands of tiny programs and run most of them once:
+# that takes half the time without XLA's optimisations. To test with them:
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test
+if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
+  jax.config.update('jax_disable_most_optimizations', True)

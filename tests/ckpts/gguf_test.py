@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of loading GGUF files: every family and type, and the real sample."""
+"""Tests of loading GGUF files: every family and type."""
 
 import dataclasses
 
