@@ -50,7 +50,9 @@ def second_moments(
 
   Raises:
     ShapeError: If `tokens` is not a non-empty integer matrix.
+    ParamsMismatchError: If `model` is no official model.
   """
+  _config.check(model)
   tokens = np.asarray(tokens)
   if (
     tokens.ndim != 2

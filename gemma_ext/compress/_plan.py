@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _config
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -143,6 +144,7 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
 
   Raises:
     RecipeError: If the recipe does not fit the model.
+    ParamsMismatchError: If it is no official model.
   """
   model, recipe = resolve(model, recipe)
   methods = gx_nn.methods_of(model, recipe)
@@ -176,6 +178,7 @@ def resolve(
   """Returns the dense model inside `model`, and the recipe for it."""
   if isinstance(model, gx_nn.Compressed):
     model = model.model
+  _config.check(model)
   return model, recipe_lib.Recipe.of(recipe, num_layers=model.config.num_layers)
 
 
