@@ -30,10 +30,12 @@ def _loaded(monkeypatch):
   """Serves tiny checkpoints by name; lists (name, dtype, live bytes)."""
   seen = []
 
-  def load(name, *, dtype, progress):
-    del progress
+  def locate(name):
     if name == 'missing':
       raise errors.CheckpointNotFoundError("No checkpoint 'missing'. Looked.")
+
+  def load(name, *, dtype, progress):
+    del progress
     seen.append((name, str(dtype), _live_bytes()))
     model = tiny.model('gemma2' if name == 'other' else 'gemma3', dtype=dtype)
     version = model.INFO.tokenizer_version
@@ -44,6 +46,7 @@ def _loaded(monkeypatch):
       source=f'/models/{name}',
     )
 
+  monkeypatch.setattr(ckpts, 'locate', locate)
   monkeypatch.setattr(ckpts, 'load', load)
   return seen
 
@@ -167,3 +170,10 @@ def test_errors_are_one_line(loaded, texts, capsys, argv, message):
   assert err[-1].startswith('error: ')
   assert message in err[-1]
   assert not any('Traceback' in line for line in err)
+
+
+def test_a_missing_baseline_costs_no_measurement(loaded, texts, capsys):
+  argv = ['--checkpoint=mine', '--baseline=missing', f'--text={texts}']
+  assert evaluate.main(argv) == 2
+  assert "No checkpoint 'missing'" in capsys.readouterr().err
+  assert loaded == []
