@@ -9,6 +9,7 @@ from gemma_ext.nn._compressed import methods_of
 from gemma_ext.nn._latent import from_latent
 from gemma_ext.nn._latent import to_latent
 from gemma_ext.nn._lora import LoRA
+from gemma_ext.nn._optim import freeze_codes
 from gemma_ext.nn._packed import format_of
 from gemma_ext.nn._packed import PackedWeight
 from gemma_ext.nn._packed import param as packed_param
