@@ -40,9 +40,6 @@ def _ternary_layers(recipe, layers):
   return sorted(set(found))
 
 
-# ----------------------------------- rules -----------------------------------
-
-
 def test_first_match_wins():
   recipe = gx.Recipe.of(
     {
@@ -126,9 +123,6 @@ def test_no_rules_leave_all_dense():
   assert set(gx.Recipe().resolve(_paths(1)).values()) == {gx.Keep()}
 
 
-# ---------------------------------- presets ----------------------------------
-
-
 @pytest.mark.parametrize('layers', [18, 26, 34, 48, 62])
 def test_tssn_presets(layers):
   every = list(range(layers))
@@ -180,8 +174,6 @@ def test_no_such_preset(name, layers):
   with pytest.raises(errors.RecipeError, match='[Pp]reset'):
     gx.Recipe.of(name, num_layers=layers)
 
-
-# ----------------------------------- JSON ------------------------------------
 
 _TERNARIES = st.builds(
   gx.Ternary,
@@ -277,9 +269,6 @@ def test_json_by_hand():
   )
 
 
-# ------------------------------- value semantics -----------------------------
-
-
 def test_of_takes_mappings_lists_and_recipes():
   rules = [('mlp', gx.Ternary()), ('.*', gx.Int())]
   recipe = gx.Recipe.of(rules)
@@ -308,9 +297,6 @@ def test_frozen_and_hashable():
 def test_str_names_rules_and_methods():
   text = str(gx.Recipe.of('int4'))
   assert text == "Recipe(\n  '.*': Int(bits=4, group=32)\n)"
-
-
-# --------------------------------- bad input ---------------------------------
 
 
 def _json(*rules, version=1):
@@ -376,9 +362,7 @@ _BAD = {
   'json_list': lambda: gx.Recipe.from_json([]),
   'json_no_version': lambda: gx.Recipe.from_json({'rules': []}),
   'json_no_rules': lambda: gx.Recipe.from_json({'version': 1}),
-  'json_more_keys': lambda: gx.Recipe.from_json(
-    {'version': 1, 'rules': [], 'x': 1}
-  ),
+  'json_more_keys': lambda: gx.Recipe.from_json(dict(version=1, rules=[], x=1)),
   'version_2': _json([], version=2),
   'version_true': _json([], version=True),
   'version_text': _json([], version='1'),
@@ -446,8 +430,6 @@ def test_missing_file(tmp_path):
   with pytest.raises(errors.RecipeError, match='Cannot read the recipe'):
     gx.Recipe.of(tmp_path / 'folder.json')
 
-
-# -------------------------- patterns that never finish -----------------------
 
 # Each takes seconds to forever on a path of 60 characters.
 _SLOW = {
