@@ -45,9 +45,9 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
 class PackedWeight:
   """A compressed weight that stands in for its dense array.
 
-  Operations that know it read it packed. Any other `jnp` function sees the
-  dense array through `__jax_array__`, so that code that was not written for it
-  still gives right numbers.
+  Operations that know it read it packed. `jnp.asarray`, `jnp.einsum`, `@` and
+  indexing see the dense array through `__jax_array__`; functions that JAX jits
+  (`jnp.dot`, `jnp.sum`) refuse it with an error, never with wrong numbers.
 
   Attributes:
     leaf: `{'codes', 'scale'}`, see `gemma_ext.kernels`.
