@@ -32,7 +32,7 @@ def _ternary_layers(recipe, layers):
   methods = recipe.resolve(_paths(layers))
   found = []
   for path, method in methods.items():
-    if method == gx.Int(bits=8):
+    if method == gx.Int(bits=8, group=128):
       continue
     assert '/mlp/' in path and isinstance(method, gx.Ternary)
     found.append(int(path.split('/')[0].removeprefix('layer_')))
@@ -141,12 +141,12 @@ def test_tssn_presets(layers):
 def test_tssn_planes(name, planes):
   methods = gx.Recipe.of(name).resolve(_paths(1))
   assert methods['layer_0/mlp/linear'] == gx.Ternary(planes=planes, group=128)
-  assert methods['embedder/input_embedding'] == gx.Int(bits=8, group=None)
+  assert methods['embedder/input_embedding'] == gx.Int(bits=8, group=128)
 
 
 def test_int_presets():
   methods = gx.Recipe.of('int8').resolve(_paths(3))
-  assert set(methods.values()) == {gx.Int(bits=8, group=None)}
+  assert set(methods.values()) == {gx.Int(bits=8, group=128)}
   methods = gx.Recipe.of('int4').resolve(_paths(3))
   assert set(methods.values()) == {gx.Int(bits=4, group=32)}
 

@@ -127,17 +127,17 @@ _OFFICIAL = {
   'gemma3_27b': (
     lambda: gm.nn.Gemma3_27B(text_only=True),
     27_009_002_240,
-    (8.0, 8.02),
+    (8.12, 8.14),
   ),
   'gemma4_31b': (
     lambda: gm.nn.Gemma4_31B(text_only=True),
     30_697_345_340,
-    (8.0, 8.02),
+    (8.12, 8.14),
   ),
   'gemma4_26b_a4b': (
     lambda: gm.nn.Gemma4_26B_A4B(text_only=True),
     25_233_141_790,
-    (8.0, 8.05),
+    (8.12, 8.2),
   ),
 }
 

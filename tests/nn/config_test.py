@@ -45,7 +45,7 @@ def test_derived_values_of_the_config_survive():
 
 def test_equal_recipes_equal_configs():
   model = tiny.model('gemma3')
-  a = _config.attach(model, gx.Recipe.of({'.*': gx.Int(bits=8)}))
+  a = _config.attach(model, gx.Recipe.of({'.*': gx.Int(bits=8, group=128)}))
   b = _config.attach(tiny.model('gemma3'), _INT8)
   assert a == b
   assert hash(a) == hash(b)
