@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration, validation and test documents that never overlap."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -30,6 +30,9 @@ class Split:
 
   def __len__(self) -> int:
     return len(self.documents)
+
+  def __iter__(self) -> Iterator[_documents.Document]:
+    return iter(self.documents)
 
   @functools.cached_property
   def sha256(self) -> str:

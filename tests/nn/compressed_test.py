@@ -5,6 +5,7 @@
 from flax import linen as nn
 from flax import traverse_util
 from gemma import gm
+from gemma.gm.nn.gemma4 import _moe
 import jax
 import jax.numpy as jnp
 from kauldron import kd
@@ -83,6 +84,24 @@ def test_equals_dense_model_of_dequantised_weights(family, recipe):
   actual = _logits(compressed, params)
   assert np.abs(expected).max() > 0.1
   np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_both_official_moe_classes(monkeypatch):
+  # Blocks build `MoERagged`; `MoE` has the same parameters and computes every
+  # expert for every token, through einsums with an expert axis.
+  recipe = RECIPES['mixed']
+  compressed, params = _compress(tiny.model('gemma4_moe'), recipe)
+  expected = _logits(compressed, params)
+  monkeypatch.setattr(_moe, 'MoERagged', _moe.MoE)
+
+  class WithMoE(type(tiny.model('gemma4_moe'))):
+    pass
+
+  model = WithMoE(dtype=jnp.float32, text_only=True)
+  kinds = {site.path: site.kind for site in gx.nn.sites(model)}
+  assert kinds['layer_0/mlp/gating_einsum/w'] is gx.nn.Kind.EINSUM
+  other = gx.nn.Compressed(model=model, recipe=recipe)
+  np.testing.assert_allclose(_logits(other, params), expected, atol=1e-4)
 
 
 def test_every_ffn_einsum_and_table_is_packed():
