@@ -29,6 +29,8 @@ _ORDER = (
   'data',
   'errors',
 )
+# Files of the top folder that are part of a room.
+_PARTS = {'_patterns': 'recipe'}
 
 _ENHANCEMENTS = (
   *('1.1', '1.2', '1.3', '1.4', '2.1', '2.2', '2.3', '2.4'),
@@ -85,6 +87,7 @@ def _room(path: str) -> str:
   if len(parts) > 1:
     return parts[0]
   name = parts[0].removesuffix('.py')
+  name = _PARTS.get(name, name)
   return name if name in _ORDER else 'commands'
 
 
@@ -95,6 +98,7 @@ def _rooms(path: str) -> set[str]:
     if name.split('.')[0] != 'gemma_ext':
       continue
     part = (name.split('.') + [''])[1]
+    part = _PARTS.get(part, part)
     if (_PACKAGE / part).is_dir() or part in _ORDER:
       rooms.add(part)
     elif (_PACKAGE / f'{part}.py').is_file():
