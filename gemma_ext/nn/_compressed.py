@@ -74,19 +74,6 @@ class Compressed(nn.Module):
       dtype = self.model.dtype
     return self.model.init_cache(dtype=dtype, **kwargs)
 
-  def decode(self, x: jax.Array) -> jax.Array:
-    """Applies the output head to final hidden states.
-
-    Args:
-      x: Hidden states of shape `[..., embed_dim]`, after the final norm.
-
-    Returns:
-      Logits of shape `[..., vocab]`, before any soft cap.
-    """
-    _scopes.share(self)
-    with self._intercept():
-      return self.model.embedder.decode(x)
-
   def __kontext_keys__(self) -> dict[str, str]:
     """Keys of the wrapped model, for kauldron configs."""
     return kontext.get_keypaths(self.model)
