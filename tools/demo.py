@@ -143,7 +143,7 @@ def _run(args: Any) -> None:
     rows,
   )
   for name, text in texts.items():
-    print(f'{name}: {args.prompt}\033[1m{text}\033[0m')
+    print(f'{name}: {args.prompt} |{text}')
   _cli.write_json(str(output / 'demo.json'), {'results': results})
   seconds = time.monotonic() - start
   print(f'Done in {seconds / 60:.1f} minutes. Results: {output}/')
