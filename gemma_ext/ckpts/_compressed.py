@@ -31,12 +31,12 @@ from gemma_ext.ckpts import _assemble
 from gemma_ext.ckpts import _checkpoint
 from gemma_ext.ckpts import _families
 from gemma_ext.ckpts import _manifest
+from gemma_ext.ckpts import _store
 from gemma_ext.ckpts import _strict_json
 
 PARAMS_NAME = 'params'
 TOKENIZER_NAME = 'tokenizer.model'
 
-_GB = 1_000_000_000
 _BLOCK = 1 << 22
 _FLOATS = ('bfloat16', 'float16', 'float32')
 
@@ -93,7 +93,7 @@ def load(
   expected = _assemble.expected_params(model)
   _check_spec(spec, expected, path)
   tokenizer = _load_tokenizer(path, manifest['tokenizer'], dense)
-  params = _restore(path / PARAMS_NAME, spec, expected)
+  params = _restore(path / PARAMS_NAME, spec)
   check_finite(params, path)
   if dtype is not None and jnp.dtype(dtype) != saved_dtype:
     params = _cast_dense(params, dtype)
@@ -134,18 +134,10 @@ def check_params(
   _check_spec(tree_spec(params), _assemble.expected_params(model), what)
 
 
-def handler(largest_leaf: int = 0) -> ocp.PyTreeCheckpointHandler:
-  """The orbax handler of our directories: one store, chunks as they are.
-
-  Args:
-    largest_leaf: Bytes of the largest array to restore. Bounds what orbax has
-      in flight, and so peak memory beyond the result; it refuses arrays that
-      are not below the bound.
-  """
+def handler() -> ocp.PyTreeCheckpointHandler:
+  """The orbax handler of our directories: one store, chunks as they are."""
   return ocp.PyTreeCheckpointHandler(
-    use_ocdbt=True,
-    use_compression=False,
-    restore_concurrent_gb=1 + math.ceil(largest_leaf / _GB),
+    use_ocdbt=True, use_zarr3=False, use_compression=False
   )
 
 
@@ -208,36 +200,34 @@ def _check_spec(
       )
 
 
-def _restore(
-  folder: pathlib.Path,
-  spec: Mapping[str, Any],
-  expected: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Reads every array onto the default device, types as stored."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _restore(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads every array onto the default device, types as stored.
 
-  def target(keys, leaf):
-    dtype = spec['/'.join(k.key for k in keys)]['dtype']
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
-
-  item = jax.tree_util.tree_map_with_path(target, dict(expected))
-  largest = max(_leaf_bytes(leaf) for leaf in spec.values())
+  Host memory peaks at the result and some blocks, where `save` wrote from one
+  device, and at the result and the largest array at most.
+  """
+  params: dict[str, Any] = {}
   try:
-    with ocp.Checkpointer(handler(largest)) as checkpointer:
+    with ocp.Checkpointer(handler()) as checkpointer:
       _check_stored(checkpointer.metadata(folder), spec, folder)
-      return checkpointer.restore(
-        folder,
-        ocp.args.PyTreeRestore(
-          item=item,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        ),
-      )
+    store = _store.Store(folder)
+    # The largest first: what reading it takes is free again for the others.
+    for name in sorted(spec, key=lambda n: -_leaf_bytes(spec[n])):
+      leaf = spec[name]
+      array = store.read(name, tuple(leaf['shape']), leaf['dtype'])
+      *parents, last = name.split('/')
+      branch = params
+      for key in parents:
+        branch = branch.setdefault(key, {})
+      # Waiting keeps a transfer to an accelerator from piling up buffers.
+      branch[last] = _assemble.to_device(array).block_until_ready()
   except errors.GemmaExtError:
     raise
   except Exception as e:  # orbax and tensorstore raise of every kind
     raise errors.TruncatedFileError(
-      f'{folder}: orbax cannot read the parameters: {e!s:.500}'
+      f'{folder}: the parameters cannot be read: {e!s:.500}'
     ) from e
+  return params
 
 
 def _check_stored(
