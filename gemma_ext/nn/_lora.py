@@ -11,7 +11,6 @@ parameter paths of the official one, so that `select('lora')`,
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 from flax import linen as nn
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from kauldron import kontext
 
+from gemma_ext import _patterns
 from gemma_ext import errors
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
@@ -88,7 +88,7 @@ class LoRA(nn.Module):
     model = self.model
     if isinstance(model, _compressed.Compressed):
       model = model.model
-    pattern = re.compile(rf'(?:.*/)?(?:{self.target})(?:/.*)?')
+    pattern = _patterns.compiled(self.target)
     targets = frozenset(
       site.path
       for site in _sites.sites(model)
