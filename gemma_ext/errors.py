@@ -106,3 +106,18 @@ class DataError(GemmaExtError, ValueError):
 
 class OptionalDependencyError(GemmaExtError, ImportError):
   """A package of an optional extra is missing; says how to install it."""
+
+
+# ---------------------------------- training ---------------------------------
+
+
+class TrainError(GemmaExtError, ValueError):
+  """Training cannot start or go on as it was asked to."""
+
+
+class ConfigError(TrainError):
+  """A training config is missing, malformed or holds a value out of range."""
+
+
+class StateError(TrainError):
+  """The state of an earlier run is damaged or belongs to another config."""

@@ -6,6 +6,7 @@
 
 from gemma_ext.nn._compressed import Compressed
 from gemma_ext.nn._compressed import methods_of
+from gemma_ext.nn._compressed import packed_weights
 from gemma_ext.nn._latent import from_latent
 from gemma_ext.nn._latent import to_latent
 from gemma_ext.nn._lora import LoRA

@@ -7,6 +7,8 @@ The only place in the package that intercepts the code of the official modules.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -85,12 +87,29 @@ class Compressed(nn.Module):
     return getattr(self.model, name)
 
   def _intercept(self):
-    depth = len(self.path)
-    methods = methods_of(self.model, self.recipe)
-    interceptor = _Interceptor(
-      methods=methods, depth=depth, dtype=self.model.dtype
+    return packed_weights(
+      methods_of(self.model, self.recipe),
+      dtype=self.model.dtype,
+      depth=len(self.path),
     )
-    return nn.intercept_methods(interceptor)
+
+
+def packed_weights(
+  methods: Mapping[str, tuple[_sites.Site, recipe_lib.Method]],
+  *,
+  dtype: Any,
+  depth: int = 0,
+) -> contextlib.AbstractContextManager[None]:
+  """Context in which the official modules read these weights packed.
+
+  Args:
+    methods: Site and method by path, as `methods_of` returns them.
+    dtype: Type of the dense weights that they stand for.
+    depth: Length of the path of the module that the paths start from.
+  """
+  return nn.intercept_methods(
+    _Interceptor(methods=dict(methods), depth=depth, dtype=dtype)
+  )
 
 
 def methods_of(
