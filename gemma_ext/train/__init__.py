@@ -1,0 +1,17 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Healing: wins back what compression broke.
+
+run = gx.train.heal(gx.train.Heal(recipe='tssn', output='out/healed'))
+"""
+
+from gemma_ext.train._calibration import calibrate
+from gemma_ext.train._calibration import Calibration
+from gemma_ext.train._gradient import Gradient
+from gemma_ext.train._heal import Heal
+from gemma_ext.train._heal import heal
+from gemma_ext.train._heal import Run
+from gemma_ext.train._problem import Optimizer
+from gemma_ext.train._problem import Problem
+from gemma_ext.train._stages import Block
+from gemma_ext.train._stages import Distill

@@ -98,7 +98,9 @@ def of_layer(model: nn.Module, layer: str) -> Branch:
     prefix = f'{layer}/mlp/'
     for path, found in gx_nn.methods_of(model.model, model.recipe).items():
       if path.startswith(prefix):
-        methods[path.removeprefix(prefix)] = found
+        # Without the layer's name, branches that are alike share a trace.
+        site = dataclasses.replace(found[0], path=path.removeprefix(prefix))
+        methods[site.path] = (site, found[1])
   return Branch(
     modules=modules,
     methods=tuple(methods.items()),

@@ -74,7 +74,7 @@ class Calibration:
 
   @property
   def mask(self) -> np.ndarray:
-    """bool `[W, L]`: tokens that are not padding."""
+    """Bool `[W, L]`: tokens that are not padding."""
     return self.tokens != _PAD
 
   @property

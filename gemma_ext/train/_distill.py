@@ -1,0 +1,212 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Logit distillation: the whole model against the dense one's distribution.
+
+Instead of the teacher's logits its final hidden states are kept, a hundredth
+of their size, and both models' logits are computed on a shortlist of the
+vocabulary: the tokens that hold most of the teacher's probability on the
+calibration text. The output head, half of the work of a small Gemma, then
+costs a fraction of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext.train import _branch
+from gemma_ext.train import _calibration
+from gemma_ext.train import _latents
+from gemma_ext.train import _problem
+
+# Positions whose distribution over the whole vocabulary is made at a time.
+_POSITIONS = 256
+
+
+def shortlist(
+  table: jax.Array,
+  calibration: _calibration.Calibration,
+  *,
+  size: int,
+  windows: int = 16,
+) -> tuple[np.ndarray, float]:
+  """Chooses the tokens with most of the teacher's probability.
+
+  Args:
+    table: Output embeddings `[V, D]`.
+    calibration: Holds the final hidden states.
+    size: Number of tokens to choose.
+    windows: Windows to look at.
+
+  Returns:
+    Token ids int32 `[size]`, in order, and their share of the probability.
+
+  Raises:
+    ConfigError: If `size` is below 2.
+  """
+  if size < 2:
+    raise errors.ConfigError(f'A shortlist has at least 2 tokens, got {size}.')
+  size = min(size, table.shape[0])
+  final, mask = calibration.final, calibration.mask
+  chosen = np.unique(np.linspace(0, len(final) - 1, windows).astype(int))
+  hidden = np.asarray(final[chosen])[mask[chosen]]
+  total = jnp.zeros(table.shape[0], jnp.float32)
+  for i in range(0, len(hidden) - _POSITIONS + 1, _POSITIONS):
+    total = total + _mass(table, jnp.asarray(hidden[i : i + _POSITIONS]))
+  mass = np.asarray(total, np.float64)
+  ids = np.sort(np.argsort(-mass, kind='stable')[:size]).astype(np.int32)
+  return ids, float(mass[ids].sum() / max(mass.sum(), 1e-30))
+
+
+@jax.jit
+def _mass(table: jax.Array, hidden: jax.Array) -> jax.Array:
+  logits = jnp.einsum('nd,vd->nv', hidden.astype(table.dtype), table)
+  return jnp.sum(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), axis=0)
+
+
+def kl(
+  student: jax.Array, teacher: jax.Array, table: jax.Array, cap: float | None
+) -> jax.Array:
+  """KL(teacher || student) on a shortlist, in nats: float32 `[N]`.
+
+  Args:
+    student: Final hidden states `[N, D]`.
+    teacher: The same of the dense model.
+    table: Output embeddings of the shortlist, `[S, D]`.
+    cap: Soft cap of the final logits, if the model has one.
+  """
+
+  def log_p(hidden):
+    logits = jnp.einsum(
+      'nd,sd->ns',
+      hidden.astype(table.dtype),
+      table,
+      preferred_element_type=jnp.float32,
+    )
+    if cap is not None:
+      logits = jnp.tanh(logits / cap) * cap
+    return jax.nn.log_softmax(logits, axis=-1)
+
+  p, q = log_p(teacher), log_p(student)
+  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def open_model(
+  model: gx_nn.Compressed,
+  params: Mapping[str, Any],
+  *,
+  form: str,
+  dense: Mapping[str, Any] | None,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Splits a model's parameters into what moves and what does not.
+
+  What moves: the codes and scales of all compressed feed-forward weights, and
+  every norm. See `_latents.open_params`.
+  """
+  flat = _branch.flatten(params)
+  moving: dict[str, jax.Array] = {}
+  for layer in compressed_layers(model):
+    branch = _branch.of_layer(model, layer)
+    move, _ = _latents.open_params(
+      branch,
+      _branch.params_of(params, layer),
+      form=form,
+      dense=None if dense is None else _branch.params_of(dense, layer),
+    )
+    moving |= {f'{layer}/{path}': leaf for path, leaf in move.items()}
+  for path, leaf in flat.items():
+    if path.split('/')[-2].endswith('norm'):
+      moving[path] = jnp.array(leaf, jnp.float32)
+  return moving, {k: v for k, v in flat.items() if k not in moving}
+
+
+def close_model(
+  model: gx_nn.Compressed,
+  moving: Mapping[str, jax.Array],
+  fixed: Mapping[str, jax.Array],
+) -> dict[str, Any]:
+  """Inverse of `open_model`: packed parameters as a checkpoint has them."""
+  dtype = model.model.dtype
+  flat = {
+    k: v.astype(dtype) for k, v in moving.items() if not _is_packed(k)
+  } | dict(fixed)
+  for layer in compressed_layers(model):
+    prefix = f'{layer}/'
+    closed = _latents.close_params(
+      _branch.of_layer(model, layer),
+      _part(moving, prefix),
+      _part(fixed, prefix),
+      dtype=dtype,
+    )
+    flat |= {prefix + k: v for k, v in _branch.flatten(closed).items()}
+  return _branch.unflatten(flat)
+
+
+def _part(tree: Mapping[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
+  """Leaves of the branch below a prefix, by what comes after it."""
+  return {
+    k.removeprefix(prefix): v
+    for k, v in tree.items()
+    if k.startswith(prefix)
+    and k.removeprefix(prefix).split('/')[0] in _branch.PARTS
+  }
+
+
+def problem(model: gx_nn.Compressed) -> _problem.Problem:
+  """Makes the problem of the whole model.
+
+  Batches are dicts of 'tokens' `[B, L]`, 'teacher' `[B, L, D]`, 'table'
+  `[S, D]` and 'fixed': the leaves that do not move, by path.
+  """
+  cap = model.model.config.final_logit_softcap
+  dtype = model.model.dtype
+
+  def loss(moving: _problem.Params, batch: Any) -> jax.Array:
+    flat = dict(batch['fixed'])
+    for path, leaf in moving.items():
+      if leaf.dtype == jnp.int8:
+        leaf = leaf.astype(jnp.float32)
+      flat[path] = leaf if _is_packed(path) else leaf.astype(dtype)
+    out = model.apply(
+      {'params': _branch.unflatten(flat)},
+      batch['tokens'],
+      return_hidden_states=True,
+    )
+    width = out.hidden_states.shape[-1]
+    mask = (batch['tokens'] != 0).reshape(-1)
+    nats = kl(
+      out.hidden_states.reshape(-1, width),
+      batch['teacher'].reshape(-1, width),
+      batch['table'],
+      cap,
+    )
+    return jnp.sum(jnp.where(mask, nats, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+  return _problem.Problem(loss=loss)
+
+
+@functools.lru_cache(maxsize=8)
+def compressed_layers(model: nn.Module) -> tuple[str, ...]:
+  """Names of the layers whose feed-forward weights are compressed, in order."""
+  found = {
+    path.split('/')[0]
+    for path in gx_nn.methods_of(model.model, model.recipe)
+    if '/mlp/' in path
+  }
+  return tuple(sorted(found, key=lambda name: int(name.split('_')[1])))
+
+
+def _is_packed(path: str) -> bool:
+  """Whether a moving leaf belongs to a packed weight."""
+  parts = path.split('/')
+  return parts[-1] == 'codes' or (
+    parts[-1] == 'scale' and not parts[-2].endswith('norm')
+  )

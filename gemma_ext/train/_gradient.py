@@ -1,0 +1,126 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`Gradient`: straight-through gradients and Adam."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma_ext import errors
+from gemma_ext.train import _problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradient:
+  """Adam on latent codes, scales and norms; codes go straight through.
+
+  Attributes:
+    steps: Number of updates.
+    learning_rate: Of latent codes, in units of one code.
+    scale_rate: Of scales, relative to their size.
+    norm_rate: Of norm scales and of what else is not packed.
+    warmup: Steps until the full rate; it then falls to 5% as a cosine.
+    beta2: Of Adam. Few steps want a shorter memory than the usual 0.999.
+    clip: Largest global norm of a gradient.
+
+  Reference: Bengio et al., "Estimating or Propagating Gradients Through
+  Stochastic Neurons", arXiv 1308.3432; Kingma, Ba, "Adam", arXiv 1412.6980.
+  """
+
+  steps: int = 200
+  learning_rate: float = 4e-3
+  scale_rate: float = 2e-3
+  norm_rate: float = 1e-3
+  warmup: int = 10
+  beta2: float = 0.98
+  clip: float = 1.0
+
+  def __post_init__(self):
+    for name in ('steps', 'warmup'):
+      value = getattr(self, name)
+      if type(value) is not int or value < (name == 'steps'):
+        raise errors.ConfigError(
+          f'Gradient.{name} must be a positive integer, got {value!r}.'
+        )
+    for name in ('learning_rate', 'scale_rate', 'norm_rate', 'clip'):
+      value = getattr(self, name)
+      if not isinstance(value, (int, float)) or not 0 <= value < 1e3:
+        raise errors.ConfigError(
+          f'Gradient.{name} must be a number in [0, 1000), got {value!r}.'
+        )
+    if not 0 < self.beta2 < 1:
+      raise errors.ConfigError(
+        f'Gradient.beta2 must be in (0, 1), got {self.beta2!r}.'
+      )
+
+  @property
+  def codes(self) -> str:
+    """Form of the codes that it moves."""
+    return 'latent'
+
+  def init(self, params: _problem.Params, key: jax.Array) -> Any:
+    """Returns the state of Adam."""
+    del key
+    return self._optax(params).init(params)
+
+  def update(
+    self,
+    problem: _problem.Problem,
+    params: _problem.Params,
+    state: Any,
+    batch: Any,
+    key: jax.Array,
+  ) -> tuple[_problem.Params, Any, _problem.Metrics]:
+    """One step; see `Optimizer`."""
+    del key
+    loss, grads = jax.value_and_grad(problem.loss)(params, batch)
+    updates, state = self._optax(params).update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    metrics = {'loss': loss, 'gradient_norm': optax.global_norm(grads)}
+    return params, state, metrics
+
+  def _optax(self, params: _problem.Params) -> optax.GradientTransformation:
+    labels = jax.tree_util.tree_map_with_path(_label, params)
+    adam = lambda rate: optax.adam(self._schedule(rate), b2=self.beta2)
+    return optax.chain(
+      optax.clip_by_global_norm(self.clip),
+      optax.multi_transform(
+        {
+          'codes': adam(self.learning_rate),
+          'scale': optax.chain(adam(self.scale_rate), _relative()),
+          'other': adam(self.norm_rate),
+        },
+        labels,
+      ),
+    )
+
+  def _schedule(self, rate: float) -> optax.Schedule:
+    warmup = min(self.warmup, self.steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+      0.0 if warmup else rate, rate, warmup, self.steps, 0.05 * rate
+    )
+
+
+def _label(path: Any, leaf: Any) -> str:
+  del leaf
+  name = str(getattr(path[-1], 'key', path[-1]))
+  if name.endswith('/codes') or name == 'codes':
+    return 'codes'
+  # Norms call their parameter 'scale', too.
+  if name.endswith('/scale') and 'norm' not in name:
+    return 'scale'
+  return 'other'
+
+
+def _relative() -> optax.GradientTransformation:
+  """Multiplies updates by the size of what they update."""
+
+  def update(updates, state, params):
+    return jax.tree.map(lambda u, p: u * jnp.abs(p), updates, params), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

@@ -1,0 +1,159 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights in the form that an optimiser moves, and back.
+
+Three forms of codes, by what the optimiser can do with them:
+
+* 'latent': float32, rounded in the forward pass (straight-through gradients);
+* 'integer': int8, for discrete methods;
+* 'fixed': packed, as they are; only scales and norms move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext.train import _branch
+
+FORMS = ('latent', 'integer', 'fixed')
+# How near to the next code a latent may start. Codes that were chosen against
+# rounding (by error compensation) start at the edge of their own interval.
+_EDGE = 0.49
+# Beyond the last code a weight may still say how sure it is.
+_REACH = 1.4
+
+
+def open_params(
+  branch: _branch.Branch,
+  params: Mapping[str, Any],
+  *,
+  form: str,
+  dense: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Splits a branch's parameters into what moves and what does not.
+
+  Args:
+    branch: The compressed branch.
+    params: Its packed parameters, by module.
+    form: One of `FORMS`.
+    dense: The dense parameters; latents then start at the dense weight, in
+      units of the scale, as near as the code allows.
+
+  Returns:
+    Trainable and fixed leaves by path, floats in float32.
+
+  Raises:
+    ParamsMismatchError: If a weight of the branch is not packed.
+  """
+  if form not in FORMS:
+    raise errors.ConfigError(f'{form=}; expected one of {FORMS}.')
+  flat = _branch.flatten(params)
+  dense_flat = None if dense is None else _branch.flatten(dense)
+  moving, fixed = {}, {}
+  packed = {f'mlp/{path}': found for path, found in branch.methods}
+  for path, (site, method) in packed.items():
+    codes, scale = (
+      flat.pop(f'{path}/codes', None),
+      flat.pop(f'{path}/scale', None),
+    )
+    if codes is None or scale is None:
+      raise errors.ParamsMismatchError(
+        f'{path!r} is not packed. Compress the parameters first.'
+      )
+    cols = site.layout.cols
+    fmt = gx_nn.format_of(method, cols)
+    # Copies: steps donate what moves, and the checkpoint must stay.
+    scale = jnp.array(scale, jnp.float32)
+    moving[f'{path}/scale'] = scale
+    if form == 'fixed':
+      fixed[f'{path}/codes'] = codes
+      continue
+    codes = fmt.unpack(codes, cols)
+    if form == 'latent':
+      latent = codes.astype(jnp.float32)
+      if dense_flat is not None:
+        w = site.layout.to_rows(jnp.asarray(dense_flat[path]))
+        latent = _latent(codes, scale, w.astype(jnp.float32), fmt)
+      codes = latent
+    moving[f'{path}/codes'] = codes
+  for path, leaf in flat.items():
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      moving[path] = jnp.array(leaf, jnp.float32)
+    else:
+      fixed[path] = leaf
+  return moving, fixed
+
+
+def _latent(codes, scale, w, fmt) -> jax.Array:
+  """The dense weight in units of the scale, rounding to the given codes."""
+  lo, hi = fmt.code_range
+  planes = codes.ndim > w.ndim
+  if not planes:
+    codes, scale = codes[None], scale[None]
+  wide = jnp.repeat(scale, codes.shape[-1] // scale.shape[-1], axis=-1)
+  total = jnp.sum(codes * wide, axis=0)
+  out = []
+  for code, s in zip(codes, wide):
+    # What this plane has to give, the others being as they are.
+    rest = w - (total - code * s)
+    x = jnp.where(s != 0, rest / jnp.where(s != 0, s, 1), 0)
+    low = jnp.where(code <= lo, -_REACH - (-1 - lo), code - _EDGE)
+    high = jnp.where(code >= hi, _REACH + (hi - 1), code + _EDGE)
+    out.append(jnp.clip(x, low, high))
+  stacked = jnp.stack(out)
+  return stacked if planes else stacked[0]
+
+
+def join(
+  moving: Mapping[str, jax.Array],
+  fixed: Mapping[str, jax.Array],
+  *,
+  dtype: Any,
+) -> dict[str, Any]:
+  """Parameters for `Branch.apply` inside a loss: differentiable."""
+  out = dict(fixed)
+  for path, leaf in moving.items():
+    if leaf.dtype == jnp.int8:
+      leaf = leaf.astype(jnp.float32)  # Rounds to itself.
+    elif not path.endswith(('/codes', '/scale')) or not path.startswith('mlp/'):
+      leaf = leaf.astype(dtype)
+    out[path] = leaf
+  return _branch.unflatten(out)
+
+
+def close_params(
+  branch: _branch.Branch,
+  moving: Mapping[str, jax.Array],
+  fixed: Mapping[str, jax.Array],
+  *,
+  dtype: Any,
+) -> dict[str, Any]:
+  """Inverse of `open_params`: rounds, packs and casts as a checkpoint has it.
+
+  Args:
+    branch: The compressed branch.
+    moving: Trainable leaves.
+    fixed: The others.
+    dtype: Type of leaves that are not packed.
+  """
+  flat = {**fixed, **moving}
+  out = {}
+  packed = {f'mlp/{path}': found for path, found in branch.methods}
+  for path, (site, method) in packed.items():
+    codes, scale = flat.pop(f'{path}/codes'), flat.pop(f'{path}/scale')
+    fmt = gx_nn.format_of(method, site.layout.cols)
+    if codes.dtype != fmt.codes_dtype or f'{path}/codes' in moving:
+      codes = jnp.clip(jnp.round(codes), *fmt.code_range).astype(jnp.int8)
+      codes = fmt.pack(codes)
+    out[f'{path}/codes'] = codes
+    out[f'{path}/scale'] = scale.astype(jnp.bfloat16)
+  for path, leaf in flat.items():
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    out[path] = leaf.astype(dtype) if floating else leaf
+  return _branch.unflatten(out)

@@ -1,0 +1,358 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of healing: `Block`, layer by layer, and `Distill`, end to end.
+
+A stage names its units; for each of them it makes a `Task`, which is all that
+the loop needs: what moves, batches, a compiled step, the held-out loss, and
+how to put the result back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext import _patterns
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext.train import _block
+from gemma_ext.train import _branch
+from gemma_ext.train import _capture
+from gemma_ext.train import _distill
+from gemma_ext.train import _latents
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """One unit of work.
+
+  Attributes:
+    moving: What the optimiser changes, by path.
+    batch: `(step, seed)` to a batch.
+    step: `(moving, state, batch, key)` to the next and metrics; compiled.
+    held_out: Loss on windows that the optimiser does not see.
+    close: `moving` to the whole model's parameters.
+  """
+
+  moving: dict[str, jax.Array]
+  batch: Callable[[int, tuple[int, ...]], dict[str, Any]]
+  step: Callable[..., Any]
+  held_out: Callable[[dict[str, jax.Array]], float]
+  close: Callable[[dict[str, jax.Array]], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stage:
+  optimizer: Any
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns every field as JSON values."""
+    out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    optimizer = {
+      'name': type(self.optimizer).__name__,
+      **dataclasses.asdict(self.optimizer),
+    }
+    return {'name': type(self).__name__, **out, 'optimizer': optimizer}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block(_Stage):
+  """Block reconstruction, one layer after the other.
+
+  Attributes:
+    optimizer: What minimises the error.
+    layers: Regular expression on names such as 'layer_8'.
+    weighting: How errors are weighted: 'fisher', 'fisher_full', 'norm', 'mse'.
+    batch_tokens: Tokens of a step.
+  """
+
+  layers: str = '.*'
+  weighting: str = 'fisher'
+  batch_tokens: int = 2048
+
+  def __post_init__(self):
+    if self.weighting not in _block.WEIGHTINGS:
+      raise errors.ConfigError(
+        f'Block.weighting must be one of {_block.WEIGHTINGS}, got'
+        f' {self.weighting!r}.'
+      )
+    _check_positive('Block.batch_tokens', self.batch_tokens)
+    _patterns.check(self.layers)
+
+  def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
+    """Names of the layers to heal, in order."""
+    _capture.check(model)
+    return tuple(
+      layer
+      for layer in _distill.compressed_layers(model)
+      if _patterns.matches(self.layers, layer)
+    )
+
+  def task(self, run: Any, unit: str) -> Task:
+    """Makes the task of one layer."""
+    calibration, model = run.calibration, run.model
+    dtype = model.model.dtype
+    branch = _branch.of_layer(model, unit)
+    residual = residuals(model, run.params, calibration.tokens, unit)
+    target = calibration.target(unit)
+    fisher = calibration.fisher[unit]
+    root = _block.metric(self.weighting, fisher)
+    weight = _block.token_weights(self.weighting, target, calibration.mask)
+    seen = run.seen
+    scale = _block.scale_of(residual[seen], target[seen], weight[seen], root)
+    moving, fixed = _latents.open_params(
+      branch,
+      _branch.params_of(run.params, unit),
+      form=self.optimizer.codes,
+      dense=_branch.params_of(run.dense.params, unit),
+    )
+    # Whole windows would repeat the same documents in a batch.
+    tokens = _Tokens(residual, target, weight, calibration.mask)
+    common = {
+      'scale': jnp.float32(scale),
+      'root': jnp.asarray(root),
+      'fixed': fixed,
+    }
+
+    def batch(step: int, seed: tuple[int, ...]) -> dict[str, Any]:
+      rows = tokens.rows(seen)
+      chosen = rows[iterate(seed, step, len(rows), self.batch_tokens)]
+      return tokens.take(np.sort(chosen)) | common
+
+    held_rows = tokens.rows(run.held_out)[: 4 * self.batch_tokens]
+    held = tokens.take(held_rows) | common
+    loss = _compiled_loss(branch, dtype)
+
+    def close(moving: dict[str, jax.Array]) -> dict[str, Any]:
+      closed = _latents.close_params(branch, moving, fixed, dtype=dtype)
+      return _branch.with_params(run.params, unit, closed)
+
+    return Task(
+      moving=moving,
+      batch=batch,
+      step=_compiled_step(branch, dtype, self.optimizer),
+      held_out=lambda moving: float(loss(moving, held)),
+      close=close,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(_Stage):
+  """Logit distillation of the whole model.
+
+  Attributes:
+    optimizer: What minimises the divergence.
+    batch_windows: Windows of a step.
+    vocabulary: Tokens of the shortlist on which distributions are compared.
+  """
+
+  batch_windows: int = 2
+  vocabulary: int = 16_384
+
+  def __post_init__(self):
+    _check_positive('Distill.batch_windows', self.batch_windows)
+    _check_positive('Distill.vocabulary', self.vocabulary)
+
+  def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
+    """The whole model is one unit."""
+    return ('model',) if _distill.compressed_layers(model) else ()
+
+  def task(self, run: Any, unit: str) -> Task:
+    """Makes the task of the whole model."""
+    del unit
+    calibration, model = run.calibration, run.model
+    full = jnp.asarray(run.dense.params['embedder']['input_embedding'])
+    ids, _ = _distill.shortlist(full, calibration, size=self.vocabulary)
+    moving, fixed = _distill.open_model(
+      model,
+      run.params,
+      form=self.optimizer.codes,
+      dense=run.dense.params,
+    )
+    table = full[ids]
+    final, tokens = calibration.final, calibration.tokens
+    seen = run.seen
+
+    def take(windows: np.ndarray) -> dict[str, Any]:
+      return {
+        'tokens': jnp.asarray(tokens[windows]),
+        'teacher': jnp.asarray(final[windows]),
+        'table': table,
+        'fixed': fixed,
+      }
+
+    def batch(step: int, seed: tuple[int, ...]) -> dict[str, Any]:
+      return take(seen[iterate(seed, step, len(seen), self.batch_windows)])
+
+    loss = _compiled_model_loss(model)
+
+    def held_out(moving: dict[str, jax.Array]) -> float:
+      values = [
+        float(loss(moving, take(run.held_out[i : i + 1])))
+        for i in range(len(run.held_out))
+      ]
+      return float(np.mean(values))
+
+    return Task(
+      moving=moving,
+      batch=batch,
+      step=_compiled_model_step(model, self.optimizer),
+      held_out=held_out,
+      close=lambda moving: _distill.close_model(model, moving, fixed),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_step(branch: _branch.Branch, dtype: Any, optimizer: Any):
+  problem = _block.problem(branch, dtype=dtype)
+  return jax.jit(
+    functools.partial(optimizer.update, problem), donate_argnums=(0, 1)
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_loss(branch: _branch.Branch, dtype: Any):
+  return jax.jit(_block.problem(branch, dtype=dtype).loss)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_model_step(model: gx_nn.Compressed, optimizer: Any):
+  problem = _distill.problem(model)
+  return jax.jit(
+    functools.partial(optimizer.update, problem), donate_argnums=(0, 1)
+  )
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_model_loss(model: gx_nn.Compressed):
+  return jax.jit(_distill.problem(model).loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+  """Inputs and targets of a branch, addressed by token."""
+
+  residual: np.ndarray  # [W, L, D]
+  target: np.ndarray  # [W, L, D]
+  weight: np.ndarray  # [W, L]
+  mask: np.ndarray  # [W, L]
+
+  def rows(self, windows: np.ndarray) -> np.ndarray:
+    """Flat indices of the real tokens of some windows."""
+    length = self.mask.shape[1]
+    w, i = np.nonzero(self.mask[windows])
+    return windows[w] * length + i
+
+  def take(self, rows: np.ndarray) -> dict[str, Any]:
+    """A batch of these tokens."""
+    width = self.residual.shape[-1]
+    return {
+      'residual': jnp.asarray(self.residual.reshape(-1, width)[rows]),
+      'target': jnp.asarray(self.target.reshape(-1, width)[rows]),
+      'weight': jnp.asarray(self.weight.reshape(-1)[rows]),
+    }
+
+
+def residuals(
+  model: gx_nn.Compressed,
+  params: dict[str, Any],
+  tokens: np.ndarray,
+  layer: str,
+  *,
+  batch: int = 2,
+) -> np.ndarray:
+  """What the branch of a layer reads in the compressed model: `[W, L, D]`."""
+  probe = _probe(model)
+  out = []
+  for i in range(0, len(tokens), batch):
+    part = tokens[i : i + batch]
+    if missing := batch - len(part):
+      part = np.pad(part, ((0, missing), (0, 0)), mode='edge')
+    taps = _capture.layer_taps(
+      params, jnp.asarray(part), model=probe, layer=layer
+    )
+    out.append(np.asarray(taps['residual']))
+  return np.concatenate(out)[: len(tokens)]
+
+
+@functools.lru_cache(maxsize=8)
+def _probe(model: gx_nn.Compressed) -> Any:
+  return _capture.probe(model)
+
+
+def iterate(
+  seed: tuple[int, ...], step: int, count: int, size: int
+) -> np.ndarray:
+  """Indices of the batch of a step: `[min(size, count)]`.
+
+  Epochs are permutations, so that a run that is resumed sees what one that
+  was not would have seen.
+  """
+  epoch, place = divmod(step, max(1, count // size))
+  order = np.random.default_rng((*seed, epoch)).permutation(count)
+  return order[place * size : (place + 1) * size]
+
+
+def changes(
+  model: gx_nn.Compressed,
+  old: dict[str, Any],
+  new: dict[str, Any],
+  unit: str,
+) -> dict[str, Any]:
+  """What happened to the ternary codes of a unit, by layer.
+
+  Returns:
+    {'layers': [{'layer', 'density_before', 'density_after', 'sign_flips',
+    'zero_to_nonzero', 'nonzero_to_zero'}, ...]}, fractions of all codes.
+  """
+  before, after = _branch.flatten(old), _branch.flatten(new)
+  sums: dict[str, np.ndarray] = {}
+  for path, (site, method) in gx_nn.methods_of(
+    model.model, model.recipe
+  ).items():
+    layer = path.split('/')[0]
+    if '/mlp/' not in path or unit not in (layer, 'model'):
+      continue
+    fmt = gx_nn.format_of(method, site.layout.cols)
+    a, b = (
+      fmt.unpack(tree[f'{path}/codes'], site.layout.cols)
+      for tree in (before, after)
+    )
+    counts = np.asarray(_count_changes(a, b), np.float64)
+    sums[layer] = sums.get(layer, 0) + counts
+  names = (
+    'density_before',
+    'density_after',
+    'sign_flips',
+    'zero_to_nonzero',
+    'nonzero_to_zero',
+  )
+  return {
+    'layers': [
+      {
+        'layer': int(layer.split('_')[1]),
+        **{k: float(v / s[0]) for k, v in zip(names, s[1:])},
+      }
+      for layer, s in sums.items()
+    ]
+  }
+
+
+@jax.jit
+def _count_changes(a: jax.Array, b: jax.Array) -> jax.Array:
+  was, now = a != 0, b != 0
+  values = (was | True, was, now, was & now & (a != b), ~was & now, was & ~now)
+  return jnp.stack([jnp.sum(v, dtype=jnp.int32) for v in values])
+
+
+def _check_positive(name: str, value: Any) -> None:
+  if type(value) is not int or value < 1:
+    raise errors.ConfigError(
+      f'{name} must be a positive integer, got {value!r}.'
+    )

@@ -1,0 +1,184 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The whole of healing on a tiny model: it heals, stops, resumes, refuses."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from gemma_ext import ckpts
+from gemma_ext import errors
+from gemma_ext import recipe as recipe_lib
+from gemma_ext import train
+from gemma_ext.train import _branch
+from gemma_ext.train import _stages
+from tests import tiny
+
+_RECIPE = recipe_lib.Recipe.of(
+  {r'layer_\d+/mlp': recipe_lib.Ternary(group=128)}
+)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp('heal')
+  model = tiny.model('gemma3')
+  ckpts.save(
+    path / 'dense',
+    model=model,
+    params=tiny.params(model),
+    tokenizer=tiny.tokenizer(3),
+  )
+  rng = np.random.default_rng(0)
+  words = 'the river flows city was founded in France capital of a set'.split()
+  for i in range(6):
+    text = ' '.join(rng.choice(words, 400))
+    (path / f'text_{i}.txt').write_text(text)
+  return path
+
+
+def _config(folder: pathlib.Path, output: str, **changes) -> train.Heal:
+  values = dict(
+    checkpoint=str(folder / 'dense'),
+    recipe=_RECIPE,
+    output=str(folder / output),
+    cache=str(folder / 'cache'),
+    text=str(folder / 'text_*.txt'),
+    tokens=2048,
+    window=64,
+    fit_tokens=512,
+    dtype='float32',
+    stages=(
+      train.Block(
+        optimizer=train.Gradient(steps=40, learning_rate=2e-2),
+        batch_tokens=256,
+      ),
+    ),
+  )
+  return train.Heal(**{**values, **changes})
+
+
+_DISTILL = train.Distill(
+  optimizer=train.Gradient(steps=20, learning_rate=2e-3),
+  batch_windows=4,
+  vocabulary=256,
+)
+
+
+def _leaves(path: pathlib.Path) -> dict[str, np.ndarray]:
+  flat = _branch.flatten(ckpts.load(path).params)
+  return {k: np.asarray(v) for k, v in flat.items()}
+
+
+def _assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype
+    np.testing.assert_array_equal(
+      a[name].view(np.uint8), b[name].view(np.uint8), err_msg=name
+    )
+
+
+def test_block_then_distill_lowers_every_held_out_loss(folder):
+  config = _config(folder, 'both')
+  stages = (*config.stages, _DISTILL)
+  run = train.heal(_config(folder, 'both', stages=stages))
+  units = [record['unit'] for record in run.log]
+  assert units == ['layer_0', 'layer_1', 'layer_2', 'model']
+  for record in run.log:
+    assert record['held_out_after'] < 0.99 * record['held_out_before']
+    assert record['kept']
+    assert np.isfinite(record['ratio'])
+  loaded = ckpts.load(folder / 'both')
+  assert loaded.recipe == _RECIPE
+  assert loaded.metadata['healing']['log'][0]['unit'] == 'layer_0'
+  moved = loaded.metadata['healing']['log'][0]['layers'][0]
+  assert moved['layer'] == 0
+  assert 0 < moved['zero_to_nonzero'] < 0.5
+
+
+def test_stopped_run_resumes_to_the_same_bits(folder):
+  stages = (*_config(folder, 'x').stages, _DISTILL)
+  train.heal(_config(folder, 'whole', stages=stages))
+  rng = np.random.default_rng(1)
+  config = _config(folder, 'parts', stages=stages)
+  stops = 0
+  while True:
+    left = int(rng.integers(5, 60))
+
+    def stop() -> bool:
+      nonlocal left
+      left -= 1
+      return left <= 0
+
+    if train.heal(config, stop=stop) is not None:
+      break
+    stops += 1
+  assert stops >= 3
+  _assert_equal(_leaves(folder / 'whole'), _leaves(folder / 'parts'))
+
+
+def test_state_of_another_config_is_refused(folder):
+  config = _config(folder, 'other')
+  assert train.heal(config, stop=lambda: True) is None
+  with pytest.raises(errors.StateError, match='another config'):
+    train.heal(_config(folder, 'other', seed=1))
+
+
+def test_existing_result_is_kept(folder):
+  train.heal(_config(folder, 'kept'))
+  with pytest.raises(errors.CheckpointExistsError):
+    train.heal(_config(folder, 'kept'))
+
+
+def test_nothing_to_heal(folder):
+  stages = (train.Block(optimizer=train.Gradient(), layers='layer_7'),)
+  with pytest.raises(errors.TrainError, match='nothing to heal'):
+    train.heal(_config(folder, 'none', stages=stages))
+
+
+def test_too_little_text(folder):
+  with pytest.raises(errors.DataError, match='held out'):
+    train.heal(_config(folder, 'short', held_out=1000))
+
+
+def test_compressed_checkpoint_is_refused(folder):
+  train.heal(_config(folder, 'again'))
+  with pytest.raises(errors.TrainError, match='compressed already'):
+    train.heal(_config(folder, 'twice', checkpoint=str(folder / 'again')))
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('stages', ('gradient',)),
+    ('dtype', 'float16'),
+    ('tokens', 3),
+    ('held_out', 0),
+    ('seed', -1),
+  ],
+)
+def test_bad_field(folder, field, value):
+  with pytest.raises(errors.ConfigError, match=field):
+    _config(folder, 'bad', **{field: value})
+
+
+def test_batches_of_an_epoch_are_disjoint_and_repeatable():
+  seed = (0, 1, 2)
+  batches = [_stages.iterate(seed, step, 10, 3) for step in range(3)]
+  assert len(np.unique(np.concatenate(batches))) == 9
+  np.testing.assert_array_equal(batches[1], _stages.iterate(seed, 1, 10, 3))
+  later = [_stages.iterate(seed, step, 10, 3) for step in range(3, 6)]
+  assert not np.array_equal(np.concatenate(batches), np.concatenate(later))
+
+
+def test_changes_counts_codes(folder):
+  train.heal(_config(folder, 'counted'))
+  loaded = ckpts.load(folder / 'counted')
+  same = _stages.changes(loaded.model, loaded.params, loaded.params, 'model')
+  assert [row['layer'] for row in same['layers']] == [0, 1, 2]
+  for row in same['layers']:
+    assert row['sign_flips'] == row['zero_to_nonzero'] == 0
+    assert row['density_before'] == row['density_after']
+    assert 0.3 < row['density_after'] < 0.9
