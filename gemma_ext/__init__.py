@@ -25,6 +25,7 @@ _MODULES = (
   'kernels',
   'nn',
   'recipe',
+  'train',
 )
 _NAMES = {
   'GemmaExtError': 'errors',
@@ -45,6 +46,7 @@ if _typing.TYPE_CHECKING:
   from gemma_ext import kernels
   from gemma_ext import nn
   from gemma_ext import recipe
+  from gemma_ext import train
   from gemma_ext.compress import Plan
   from gemma_ext.compress import plan
   from gemma_ext.errors import GemmaExtError

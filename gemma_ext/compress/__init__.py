@@ -11,6 +11,7 @@ import sys as _sys
 import types as _types
 
 from gemma_ext.compress._calibrate import second_moments
+from gemma_ext.compress._compensate import compensate
 from gemma_ext.compress._compress import check_params
 from gemma_ext.compress._compress import compress
 from gemma_ext.compress._compress import compress_weight

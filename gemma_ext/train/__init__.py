@@ -11,6 +11,7 @@ from gemma_ext.train._gradient import Gradient
 from gemma_ext.train._heal import Heal
 from gemma_ext.train._heal import heal
 from gemma_ext.train._heal import Run
+from gemma_ext.train._mezo import Mezo
 from gemma_ext.train._problem import Optimizer
 from gemma_ext.train._problem import Problem
 from gemma_ext.train._stages import Block

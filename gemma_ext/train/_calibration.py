@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 from absl import logging
 from flax import linen as nn
@@ -275,7 +275,9 @@ def _fingerprint(model, params, tokens, *more: Any) -> str:
   return digest.hexdigest()[:24]
 
 
-def _open(path: pathlib.Path, shape: Sequence[int], *, mode: str) -> np.ndarray:
+def _open(
+  path: pathlib.Path, shape: Sequence[int], *, mode: Literal['r', 'r+']
+) -> np.memmap:
   size = int(np.prod(shape)) * 2
   if mode == 'r+':
     with open(path, 'ab') as file:

@@ -114,7 +114,8 @@ def _tap(post_norm: bool):
     if module.name == 'mlp':
       _sow(module, 'inner', out)
     if module.name == last:
-      out = module.perturb('branch', out)
+      if module.has_variable(_SHIFTS, 'branch'):
+        out = module.perturb('branch', out)
       _sow(module, 'branch', out)
     return out
 

@@ -38,7 +38,6 @@ from gemma_ext.train import _gradient
 from gemma_ext.train import _stages
 from gemma_ext.train import _store
 
-
 _PAD = 0
 
 

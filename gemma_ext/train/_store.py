@@ -90,9 +90,7 @@ class Store:
     """
     target = self.path / f'step_{number:010d}'
     partial = self.path / f'.{target.name}.partial'
-    host = {
-      name: np.ascontiguousarray(np.asarray(x)) for name, x in arrays.items()
-    }
+    host = {k: np.asarray(v, order='C') for k, v in arrays.items()}
     try:
       shutil.rmtree(partial, ignore_errors=True)
       partial.mkdir()
@@ -161,11 +159,11 @@ class Store:
         f'{folder} is of a run with another config. Choose another output, or'
         f' remove {self.path} to start again.'
       )
-    file = folder / _ARRAYS
+    path = folder / _ARRAYS
     try:
-      if file.stat().st_size != size or _sha256(file) != digest:
+      if path.stat().st_size != size or _sha256(path) != digest:
         raise _TornError('the arrays are not those that were written')
-      arrays = safetensors.numpy.load_file(file)
+      arrays = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as e:
       raise _TornError(str(e)) from e
     return Saved(number, arrays, metadata)
@@ -198,7 +196,7 @@ def unflatten(like: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         f' {(leaf.dtype, leaf.shape)}. It is of another version.'
       )
     out.append(jax.numpy.asarray(value))
-  return structure.unflatten(out)
+  return jax.tree.unflatten(structure, out)
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -1,0 +1,43 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Heals Gemma 3 270M with all feed-forward layers in one ternary plane.
+
+First layer by layer against the dense model's activations, then end to end
+against its distribution.
+
+python -m gemma_ext.train --config=examples/enhancements/heal_tssn.py
+"""
+
+from kauldron import konfig
+
+with konfig.imports():
+  from gemma_ext import train
+
+
+def get_config():
+  """The preset `tssn`: ternary FFNs, the rest in 8 bits."""
+  return train.Heal(
+    checkpoint='gemma3-270m',
+    recipe='tssn',
+    output='out/healed-tssn',
+    text='sample',
+    tokens=49_152,
+    seed=0,
+    overwrite=False,
+    stages=(
+      train.Block(
+        weighting='fisher_full',
+        batch_tokens=2048,
+        optimizer=train.Gradient(
+          steps=60, learning_rate=8e-3, scale_rate=4e-3, norm_rate=2e-3
+        ),
+      ),
+      train.Distill(
+        batch_windows=2,
+        vocabulary=16_384,
+        optimizer=train.Gradient(
+          steps=200, learning_rate=2e-3, scale_rate=1e-3, norm_rate=5e-4
+        ),
+      ),
+    ),
+  )

@@ -1,0 +1,116 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Error compensation: what a group loses is pushed to later groups."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_ext import errors
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _fit_int
+from gemma_ext.compress import _groups
+from gemma_ext.compress import _planes
+from gemma_ext.compress import _registry
+
+
+def compensate(
+  w: jax.Array,
+  *,
+  method: recipe_lib.Ternary | recipe_lib.Int,
+  fmt: Any,
+  hessian: jax.Array,
+  damping: float = 0.01,
+) -> tuple[jax.Array, jax.Array]:
+  """Fits `w` column by column; no row ends worse than its diagonal fit.
+
+  Scales of a group are fitted to the weights as compensation has left them;
+  its columns are then rounded one after the other, each one's error moved to
+  the columns that are still to come.
+
+  Args:
+    w: Weights `[N, I]`.
+    method: `Ternary` with a free density, or `Int`.
+    fmt: Its packed format, with a group that divides I.
+    hessian: Second moments of the inputs, `[I, I]`.
+    damping: Share of the mean diagonal that is added to it.
+
+  Returns:
+    Codes and scales as `fit_ternary` and `fit_int` return them.
+
+  Reference: Frantar et al., "GPTQ: Accurate Post-Training Quantization for
+  Generative Pre-trained Transformers", arXiv 2210.17323.
+
+  Raises:
+    ShapeError: If `hessian` is not [I, I].
+    NonFiniteError: If an input is not finite.
+    RecipeError: If the method fixes a density or pattern.
+  """
+  group, cols = fmt.group, w.shape[-1]
+  if hessian.shape != (cols, cols):
+    raise errors.ShapeError(
+      f'Got hessian {hessian.shape}; expected {(cols, cols)}.'
+    )
+  ternary = isinstance(method, recipe_lib.Ternary)
+  if isinstance(method, recipe_lib.Ternary) and (
+    method.density is not None or method.pattern is not None
+  ):
+    raise errors.RecipeError(f'{method!r} fixes a density; expected free.')
+  diag = jnp.diagonal(hessian)
+  _groups.check(w, group, diag)
+  if not bool(jnp.all(jnp.isfinite(hessian))):
+    raise errors.NonFiniteError('The hessian holds NaN or infinity.')
+  ridge = damping * jnp.mean(diag) + 1e-12
+  inverse = jnp.linalg.inv(hessian + ridge * jnp.eye(cols))
+  upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+  rest = w.reshape(-1, cols).astype(jnp.float32)
+  fit = _registry.fit_of(method)
+  base_codes, base_scale = fit(rest, method, fmt, diag)
+  base = (
+    base_codes if ternary else base_codes[None],
+    base_scale if ternary else base_scale[None],
+  )
+  codes, scales = [], []
+  bits = method.bits if isinstance(method, recipe_lib.Int) else None
+  for a in range(0, cols, group):
+    b = a + group
+    part = rest[:, a:b]
+    u = upper[a:b, a:b]
+    _, s = fit(part, method, fmt, 1 / jnp.diagonal(u) ** 2)
+    s = s if ternary else s[None]
+    c, err = _columns(part, s[..., 0].astype(jnp.float32), u, bits)
+    rest = rest.at[:, b:].add(-err @ upper[a:b, b:])
+    codes.append(c)
+    scales.append(s)
+  new = jnp.concatenate(codes, -1), jnp.concatenate(scales, -1)
+  w = w.reshape(-1, cols).astype(jnp.float32)
+  won = _error(w, *new, hessian) < _error(w, *base, hessian)
+  c, s = (jnp.where(won[:, None], n, o) for n, o in zip(new, base, strict=True))
+  return (c, s) if ternary else (c[0], s[0])
+
+
+@functools.partial(jax.jit, static_argnames='bits')
+def _columns(w, scale, u, bits):
+  """Codes [P, N, group] and scaled errors [N, group] of one group."""
+
+  def body(w, i):
+    x = w[:, i]
+    if bits is None:
+      q = _planes.nearest(x[:, None], scale)[..., 0]
+    else:
+      q = _fit_int._round(x[:, None], scale[0], bits)[:, 0][None]
+    err = (x - jnp.sum(q * scale, axis=0)) / u[i, i]
+    return w - err[:, None] * u[i], (q.astype(jnp.int8), err)
+
+  _, (q, err) = jax.lax.scan(body, w, jnp.arange(w.shape[1]))
+  return jnp.moveaxis(q, 0, -1), err.T
+
+
+@jax.jit
+def _error(w, codes, scale, hessian):
+  """Row by row (w - q) H (w - q)^T, [N]."""
+  s = jnp.repeat(scale.astype(jnp.float32), w.shape[1] // scale.shape[-1], -1)
+  d = w - jnp.sum(codes * s, axis=0)
+  return jnp.sum((d @ hessian) * d, axis=-1)

@@ -1,0 +1,44 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of error compensation against the diagonal fit."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gemma_ext as gx
+from gemma_ext import errors
+from gemma_ext.compress import _compensate
+from gemma_ext.compress import _registry
+
+
+@pytest.mark.parametrize(
+  'method',
+  [gx.Ternary(group=32, planes=p) for p in (1, 2, 3)]
+  + [gx.Int(bits=4, group=32)],
+)
+def test_beats_the_diagonal_fit(method):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64))
+  h = jnp.asarray(x.T @ x / 500, jnp.float32)
+  w = jnp.asarray(rng.normal(size=(40, 64)), jnp.float32)
+  new = _compensate.compensate(w, method=method, fmt=method, hessian=h)
+  old = _registry.fit_of(method)(w, method, method, jnp.diagonal(h))
+
+  def error(codes, scale):
+    q = np.asarray(codes, np.float64).reshape(-1, 40, 2, 32)
+    s = np.asarray(scale, np.float64).reshape(-1, 40, 2, 1)
+    d = np.asarray(w, np.float64) - (q * s).sum(0).reshape(40, 64)
+    return np.einsum('ni,ij,nj->n', d, np.asarray(h, np.float64), d)
+
+  assert new[0].shape == old[0].shape and new[1].shape == old[1].shape
+  assert (error(*new) <= error(*old) * 1.001).all()
+  assert error(*new).sum() < 0.9 * error(*old).sum()
+
+
+def test_hessian_shape():
+  m = gx.Ternary(group=32)
+  with pytest.raises(errors.ShapeError, match='hessian'):
+    _compensate.compensate(
+      jnp.ones((2, 64)), method=m, fmt=m, hessian=jnp.eye(32)
+    )
