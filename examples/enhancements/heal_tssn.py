@@ -35,6 +35,7 @@ def get_config():
       train.Distill(
         batch_windows=2,
         vocabulary=16_384,
+        rest=2048,
         optimizer=train.Gradient(
           steps=200, learning_rate=2e-3, scale_rate=1e-3, norm_rate=5e-4
         ),

@@ -73,26 +73,46 @@ def _mass(table: jax.Array, hidden: jax.Array) -> jax.Array:
 
 
 def kl(
-  student: jax.Array, teacher: jax.Array, table: jax.Array, cap: float | None
+  student: jax.Array,
+  teacher: jax.Array,
+  table: jax.Array,
+  rest: jax.Array,
+  weight: jax.Array | float,
+  cap: float | None,
 ) -> jax.Array:
-  """KL(teacher || student) on a shortlist, in nats: float32 `[N]`.
+  """KL(teacher || student) over a shortlist and one bucket for the rest.
+
+  The mass of the bucket is estimated from a sample of its tokens, so that a
+  model which moves probability off the shortlist pays for it. Merging tokens
+  never raises the divergence: but for the sample, this is a lower bound of the
+  one over the whole vocabulary, and with nothing left out it is that.
 
   Args:
     student: Final hidden states `[N, D]`.
     teacher: The same of the dense model.
     table: Output embeddings of the shortlist, `[S, D]`.
+    rest: Those of a uniform sample of the other tokens, `[R, D]`; R may be 0.
+    weight: Tokens off the shortlist over R.
     cap: Soft cap of the final logits, if the model has one.
+
+  Returns:
+    Nats, float32 `[N]`.
   """
+  both = jnp.concatenate([table, rest])
 
   def log_p(hidden):
     logits = jnp.einsum(
       'nd,sd->ns',
-      hidden.astype(table.dtype),
-      table,
+      hidden.astype(both.dtype),
+      both,
       preferred_element_type=jnp.float32,
     )
     if cap is not None:
       logits = jnp.tanh(logits / cap) * cap
+    if len(rest):
+      head, tail = logits[:, : len(table)], logits[:, len(table) :]
+      bucket = jax.nn.logsumexp(tail, axis=-1) + jnp.log(weight)
+      logits = jnp.concatenate([head, bucket[:, None]], axis=-1)
     return jax.nn.log_softmax(logits, axis=-1)
 
   p, q = log_p(teacher), log_p(student)
@@ -163,8 +183,9 @@ def _part(tree: Mapping[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
 def problem(model: gx_nn.Compressed) -> _problem.Problem:
   """Makes the problem of the whole model.
 
-  Batches are dicts of 'tokens' `[B, L]`, 'teacher' `[B, L, D]`, 'table'
-  `[S, D]` and 'fixed': the leaves that do not move, by path.
+  Batches are dicts of 'tokens' `[B, L]`, 'teacher' `[B, L, D]`, the 'table',
+  'rest' and 'weight' of `kl`, and 'fixed': the leaves that do not move, by
+  path.
   """
   cap = model.model.config.final_logit_softcap
   dtype = model.model.dtype
@@ -186,6 +207,8 @@ def problem(model: gx_nn.Compressed) -> _problem.Problem:
       out.hidden_states.reshape(-1, width),
       batch['teacher'].reshape(-1, width),
       batch['table'],
+      batch['rest'],
+      batch['weight'],
       cap,
     )
     return jnp.sum(jnp.where(mask, nats, 0)) / jnp.maximum(jnp.sum(mask), 1)

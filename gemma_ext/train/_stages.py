@@ -150,14 +150,17 @@ class Distill(_Stage):
     optimizer: What minimises the divergence.
     batch_windows: Windows of a step.
     vocabulary: Tokens of the shortlist on which distributions are compared.
+    rest: Tokens off the shortlist that a step draws to estimate the others.
   """
 
   batch_windows: int = 2
   vocabulary: int = 16_384
+  rest: int = 2048
 
   def __post_init__(self):
     _check_positive('Distill.batch_windows', self.batch_windows)
     _check_positive('Distill.vocabulary', self.vocabulary)
+    _check_positive('Distill.rest', self.rest)
 
   def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
     """The whole model is one unit."""
@@ -179,22 +182,29 @@ class Distill(_Stage):
     final, tokens = calibration.final, calibration.tokens
     seen = run.seen
 
-    def take(windows: np.ndarray) -> dict[str, Any]:
+    others = np.setdiff1d(np.arange(len(full)), ids)
+    size = min(self.rest, len(others))
+
+    def take(windows: np.ndarray, seed: tuple[int, ...]) -> dict[str, Any]:
+      drawn = np.random.default_rng(seed).choice(others, size, replace=False)
       return {
         'tokens': jnp.asarray(tokens[windows]),
         'teacher': jnp.asarray(final[windows]),
         'table': table,
+        'rest': full[np.sort(drawn)],
+        'weight': jnp.float32(len(others) / max(size, 1)),
         'fixed': fixed,
       }
 
     def batch(step: int, seed: tuple[int, ...]) -> dict[str, Any]:
-      return take(seen[iterate(seed, step, len(seen), self.batch_windows)])
+      windows = seen[iterate(seed, step, len(seen), self.batch_windows)]
+      return take(windows, (*seed, step))
 
     loss = _compiled_model_loss(model)
 
     def held_out(moving: dict[str, jax.Array]) -> float:
       values = [
-        float(loss(moving, take(run.held_out[i : i + 1])))
+        float(loss(moving, take(run.held_out[i : i + 1], (i,))))
         for i in range(len(run.held_out))
       ]
       return float(np.mean(values))

@@ -1,0 +1,94 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The divergence on a shortlist against the whole one in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_ext import errors
+from gemma_ext.train import _distill
+
+_V, _D, _N = 400, 16, 32
+
+
+def _draw(seed: int = 0):
+  rng = np.random.default_rng(seed)
+  table = rng.standard_normal((_V, _D)).astype(np.float32)
+  teacher = rng.standard_normal((_N, _D)).astype(np.float32)
+  student = teacher + 0.3 * rng.standard_normal((_N, _D)).astype(np.float32)
+  return table, teacher, student
+
+
+def _whole(table, teacher, student, cap=None):
+  def log_p(hidden):
+    z = hidden.astype(np.float64) @ table.T.astype(np.float64)
+    if cap is not None:
+      z = np.tanh(z / cap) * cap
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+  p, q = log_p(teacher), log_p(student)
+  return (np.exp(p) * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize('cap', [None, 3.0])
+def test_whole_vocabulary_is_exact(cap):
+  table, teacher, student = _draw()
+  found = _distill.kl(student, teacher, table, table[:0], 1.0, cap)
+  np.testing.assert_allclose(
+    found, _whole(table, teacher, student, cap), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_bucket_is_a_lower_bound_and_tight_for_a_good_shortlist():
+  table, teacher, student = _draw()
+  mass = np.exp(teacher @ table.T)
+  mass /= mass.sum(-1, keepdims=True)
+  order = np.argsort(-mass.sum(0))
+  whole = _whole(table, teacher, student)
+  means = []
+  for size in (20, 100, 300):
+    head, rest = table[order[:size]], table[order[size:]]
+    found = np.asarray(_distill.kl(student, teacher, head, rest, 1.0, None))
+    assert np.all(found <= whole + 1e-4)
+    means.append(found.mean())
+  assert means[0] < means[1] < means[2]
+  assert means[2] > 0.95 * whole.mean()
+
+
+def test_mass_that_leaves_the_shortlist_is_paid_for():
+  rng = np.random.default_rng(0)
+  table = np.zeros((_V, 2), np.float32)
+  table[:50, 0] = rng.standard_normal(50)
+  table[50:, 1] = 1.0  # Off the shortlist.
+  teacher = np.array([[1.0, -5.0]], np.float32)
+  student = np.array([[1.0, 5.0]], np.float32)
+  draw = rng.choice(np.arange(50, _V), 64, replace=False)
+  found = _distill.kl(
+    student, teacher, table[:50], table[draw], (_V - 50) / 64, None
+  )
+  whole = _whole(table, teacher, student)
+  np.testing.assert_allclose(found, whole, rtol=1e-3)
+  assert whole[0] > 5
+  blind = _distill.kl(student, teacher, table[:50], table[:0], 1.0, None)
+  assert float(blind[0]) < 1e-5
+
+
+def test_sampled_mass_is_near_the_real_one():
+  table, teacher, student = _draw()
+  order = np.argsort(-np.exp(teacher @ table.T).sum(0))
+  head, tail = table[order[:100]], table[order[100:]]
+  whole = np.mean(_distill.kl(student, teacher, head, tail, 1.0, None))
+  blind = np.mean(_distill.kl(student, teacher, head, tail[:0], 1.0, None))
+  rng = np.random.default_rng(1)
+  found = []
+  for _ in range(30):
+    draw = tail[rng.choice(len(tail), 100, replace=False)]
+    found.append(np.mean(_distill.kl(student, teacher, head, draw, 3.0, None)))
+  assert abs(np.mean(found) / whole - 1) < 0.05
+  assert abs(np.mean(found) - whole) < 0.5 * abs(blind - whole)
+
+
+def test_shortlist_too_small():
+  with pytest.raises(errors.ConfigError, match='at least 2'):
+    _distill.shortlist(jnp.zeros((4, 2)), None, size=1)  # type: ignore
