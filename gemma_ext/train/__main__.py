@@ -7,18 +7,18 @@
 
 The config is a Python file with `get_config()`, and every field that it names
 can be changed on the command line. The result is a directory that
-`gemma_ext.evaluate` and `gemma_ext.generate` take, with `healing.json` and, if
-matplotlib is there, `report.html` beside it.
+`gemma_ext.evaluate` and `gemma_ext.generate` take. Beside it are
+`OUTPUT.healing.json` and, if matplotlib is there, `OUTPUT.report/report.html`.
 
 A run that is killed goes on with the same command and ends in the same bits.
-SIGTERM saves the state and exits with 0.
+SIGTERM saves the state and exits with 0, and so does Ctrl-C; twice, it ends
+the run at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 import pathlib
-import signal
 import sys
 import time
 from typing import Any
@@ -29,6 +29,8 @@ from gemma_ext import _cli
 from gemma_ext import errors
 from gemma_ext.train import _config
 from gemma_ext.train import _heal
+from gemma_ext.train import _report
+from gemma_ext.train import _signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,19 +55,15 @@ def _run(args: Any, changes: Sequence[str]) -> None:
       f'{args.config!r} describes a {type(config.value).__name__}; expected a'
       ' gemma_ext.train.Heal.'
     )
-  stopped: list[int] = []
-  old = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
   begun = time.monotonic()
-  try:
+  with _signals.graceful() as stop:
     run = _heal.heal(
       config.value,
       progress=True,
-      stop=lambda: bool(stopped),
+      stop=lambda: stop.requested,
       fingerprint=config.fingerprint,
       report=_Line(begun),
     )
-  finally:
-    signal.signal(signal.SIGTERM, old)
   output = pathlib.Path(config.value.output).expanduser()
   if run is None:
     _cli.note(
@@ -78,6 +76,14 @@ def _run(args: Any, changes: Sequence[str]) -> None:
     'log': run.log,
   }
   _cli.write_json(str(output.with_name(f'{output.name}.healing.json')), record)
+  try:
+    page = _report.write(
+      output.with_name(f'{output.name}.report'),
+      _report.record_of(run, config.snapshot),
+    )
+    _cli.note(f'Wrote {page}.')
+  except errors.OptionalDependencyError as e:
+    _cli.note(f'No report: {e}')
   _cli.print_table(
     f'Healed {output}',
     ('unit', 'held-out loss', 'after', 'perplexity ratio', 'seconds'),

@@ -75,7 +75,8 @@ def load(path: str | os.PathLike[str], changes: Sequence[str] = ()) -> Config:
     config = make()
   except errors.GemmaExtError:
     raise
-  except Exception as e:  # The file may raise anything.
+  # The file may raise anything, and an exit would look like a run well done.
+  except (Exception, SystemExit) as e:
     raise errors.ConfigError(
       f'{str(path)!r} fails: {type(e).__name__}: {e}'
     ) from e
@@ -116,7 +117,7 @@ def _apply(config: Any, change: str) -> None:
       f'{change!r} is no change; write {_PREFIX}FIELD=VALUE.'
     )
   keys = [
-    int(k) if k.isdigit() else k
+    int(k) if k.isdecimal() else k
     for k in target.replace('[', '.').replace(']', '').split('.')
   ]
   node = config
@@ -145,7 +146,9 @@ def _get(node: Any, key: str | int, change: str) -> Any:
   )
   if is_sequence and isinstance(key, int) and key < len(node):
     return node[key]
-  if hasattr(node, 'keys') and isinstance(key, str) and key in node:
+  # `__qualname__` says what is made; that is the file's to say.
+  named = isinstance(key, str) and not key.startswith('__')
+  if hasattr(node, 'keys') and named and key in node:
     return node[key]
   fields = (
     [k for k in node.keys() if not k.startswith('__')]

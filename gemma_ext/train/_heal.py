@@ -176,10 +176,16 @@ def heal(
     StateError: If the state cannot be saved, or is of another config.
     CheckpointExistsError: If there is a result already.
   """
-  output = ckpts.check_target(config.output, overwrite=config.overwrite)
+  output = pathlib.Path(config.output).expanduser().absolute()
+  state = output.with_name(f'{output.name}.state')
+  # What a run finds there beside its own state it has put there itself, just
+  # before a kill kept it from clearing the state.
+  overwrite = config.overwrite or any(state.glob('step_*'))
+  ckpts.check_target(output, overwrite=overwrite)
   store = _store.Store(
-    output.with_name(f'{output.name}.state'),
+    state,
     fingerprint=fingerprint or repr(config.to_json()),
+    config=config.to_json(),
   )
   saved = store.latest()
   run = _start(config, output, saved, progress)
@@ -195,7 +201,7 @@ def heal(
         continue
       resume = None
       if saved and (number, index) == (position.stage, position.unit):
-        resume = (position.step, saved.arrays) if position.step else None
+        resume = (position, saved) if position.step else None
       record = _unit(
         run, stage, unit, (number, index), saver, resume, stop, progress
       )
@@ -213,7 +219,7 @@ def heal(
     tokenizer=run.dense.tokenizer,
     source=run.dense.source,
     metadata={'healing': {'config': config.to_json(), 'log': run.log}},
-    overwrite=config.overwrite,
+    overwrite=overwrite,
   )
   logging.info('Wrote %s.', path)
   store.clear()
@@ -342,7 +348,12 @@ class _Saver:
   def due(self) -> bool:
     return time.monotonic() - self._last > self._run.config.save_seconds
 
-  def save(self, position: _Position, training: Any = None) -> None:
+  def save(
+    self,
+    position: _Position,
+    training: Any = None,
+    curve: list[list[float]] | None = None,
+  ) -> None:
     arrays = {f'params/{k}': v for k, v in _packed_leaves(self._run).items()}
     if training is not None:
       arrays |= {f'train/{k}': v for k, v in _store.flatten(training).items()}
@@ -350,7 +361,11 @@ class _Saver:
     self._store.save(
       self._number,
       arrays,
-      {'position': dataclasses.asdict(position), 'log': self._run.log},
+      {
+        'position': dataclasses.asdict(position),
+        'log': self._run.log,
+        'curve': curve or [],
+      },
     )
     self._last = time.monotonic()
 
@@ -382,7 +397,7 @@ def _unit(
   unit: str,
   place: tuple[int, int],
   saver: _Saver,
-  resume: tuple[int, Mapping[str, np.ndarray]] | None,
+  resume: tuple[_Position, _store.Saved] | None,
   stop: Callable[[], bool],
   progress: bool,
 ) -> dict[str, Any] | None:
@@ -396,16 +411,17 @@ def _unit(
   state = optimizer.init(moving, base)
   before = task.held_out(moving)
   first = 0
+  curve: list[list[float]] = []
   if resume is not None:
-    first = resume[0]
+    first = resume[0].step
+    curve = list(resume[1].metadata['curve'])
     prefix = 'train/'
     arrays = {
       k.removeprefix(prefix): v
-      for k, v in resume[1].items()
+      for k, v in resume[1].arrays.items()
       if k.startswith(prefix)
     }
     moving, state = _store.unflatten((moving, state), arrays)
-  curve: list[list[float]] = []
   steps = _progress(range(first, optimizer.steps), unit, first, progress)
   for step in steps:
     moving, state, metrics = task.step(
@@ -421,10 +437,10 @@ def _unit(
         )
     position = _Position(stage=place[0], unit=place[1], step=step + 1)
     if stop():
-      saver.save(position, (moving, state))
+      saver.save(position, (moving, state), curve)
       return None
     if saver.due() and step + 1 < optimizer.steps:
-      saver.save(position, (moving, state))
+      saver.save(position, (moving, state), curve)
   after = task.held_out(moving)
   record = {
     'held_out_before': before,

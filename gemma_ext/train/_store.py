@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Store`: the state of a run on disk, whole or not at all.
 
-A step is a folder of one safetensors file and a manifest with its hash. It is
-written under another name, flushed to disk and renamed; what a kill leaves
-half-written never has the name of a step. Older steps stay until the new one
-is there, so that a torn one costs the last minutes and not the run.
+A step is a folder of one safetensors file and a manifest with the hashes of
+that file and of itself. It is written under another name, flushed to disk and
+renamed; what a kill leaves half-written never has the name of a step. Older
+steps stay until the new one is there, so that a torn one costs the last minutes
+and not the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import hashlib
 import json
@@ -31,8 +32,9 @@ from gemma_ext import errors
 _ARRAYS = 'arrays.safetensors'
 _MANIFEST = 'manifest.json'
 _STEP = re.compile(r'step_(\d{10})')
-_VERSION = 1
+_VERSION = 2
 _MAX_MANIFEST = 16 << 20
+_MAX_DIFFERENCES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +56,24 @@ class Store:
   """Steps of one run in a directory."""
 
   def __init__(
-    self, directory: str | os.PathLike[str], *, fingerprint: str, keep: int = 2
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    fingerprint: str,
+    config: Mapping[str, Any] | None = None,
+    keep: int = 2,
   ):
     """Opens or makes the directory.
 
     Args:
       directory: Where steps are kept.
       fingerprint: Of the config; steps of another one are refused.
+      config: JSON values, kept so that a refusal can name what differs.
       keep: Steps to keep.
     """
     self.path = pathlib.Path(directory).expanduser().absolute()
     self._fingerprint = fingerprint
+    self._config = _plain(config)
     self._keep = max(1, keep)
     try:
       self.path.mkdir(parents=True, exist_ok=True)
@@ -85,31 +94,40 @@ class Store:
       metadata: JSON values.
 
     Raises:
-      StateError: If the disk is full or cannot be written. Earlier steps are
-        as they were.
+      StateError: If the disk is full or cannot be written, or the metadata is
+        no JSON. Earlier steps are as they were.
     """
     target = self.path / f'step_{number:010d}'
     partial = self.path / f'.{target.name}.partial'
     host = {k: np.asarray(v, order='C') for k, v in arrays.items()}
     try:
-      shutil.rmtree(partial, ignore_errors=True)
+      self._clear_partials()
       partial.mkdir()
       safetensors.numpy.save_file(host, partial / _ARRAYS)
-      manifest = {
+      body = {
         'version': _VERSION,
         'number': number,
         'fingerprint': self._fingerprint,
+        'config': self._config,
         'bytes': (partial / _ARRAYS).stat().st_size,
         'sha256': _sha256(partial / _ARRAYS),
-        'metadata': dict(metadata),
+        'metadata': _plain(metadata),
       }
-      (partial / _MANIFEST).write_text(json.dumps(manifest, allow_nan=False))
+      text = json.dumps({'body': body, 'sha256': _sha256_of(body)})
+      if len(text) > _MAX_MANIFEST:  # It would be refused when read.
+        raise ValueError(f'its metadata takes {len(text):,} bytes')
+      (partial / _MANIFEST).write_text(text)
       for name in (_ARRAYS, _MANIFEST):
         _sync(partial / name)
       _sync(partial)
       shutil.rmtree(target, ignore_errors=True)  # Torn, if it is there at all.
       os.rename(partial, target)
       _sync(self.path)
+    except (TypeError, ValueError) as e:
+      shutil.rmtree(partial, ignore_errors=True)
+      raise errors.StateError(
+        f'Cannot save the state of the run in {self.path}: {e}.'
+      ) from e
     except (OSError, safetensors.SafetensorError) as e:
       shutil.rmtree(partial, ignore_errors=True)
       free = shutil.disk_usage(self.path).free
@@ -118,7 +136,10 @@ class Store:
         f' {free / 1e6:,.0f} MB are free. The states before it are intact;'
         ' free some space and start the same command again.'
       ) from e
-    for old in self._numbers()[: -self._keep]:
+    numbers = self._numbers()
+    # Later ones were torn, or the run would have gone on from them.
+    whole = [n for n in numbers if n <= number]
+    for old in sorted(set(numbers) - set(whole[-self._keep :])):
       shutil.rmtree(self.path / f'step_{old:010d}', ignore_errors=True)
 
   def latest(self) -> Saved | None:
@@ -136,9 +157,15 @@ class Store:
     return None
 
   def clear(self) -> None:
-    """Removes all steps."""
+    """Removes all steps, and what a killed write left."""
+    self._clear_partials()
     for number in self._numbers():
       shutil.rmtree(self.path / f'step_{number:010d}', ignore_errors=True)
+
+  def _clear_partials(self) -> None:
+    """Done by the writer alone: to a reader they may be under way."""
+    for partial in self.path.glob('.step_*.partial'):
+      shutil.rmtree(partial, ignore_errors=True)
 
   def _numbers(self) -> list[int]:
     found = (_STEP.fullmatch(p.name) for p in self.path.iterdir())
@@ -149,24 +176,34 @@ class Store:
       with open(folder / _MANIFEST, 'rb') as file:
         text = file.read(_MAX_MANIFEST + 1)
       manifest = json.loads(text)
-      size, digest = int(manifest['bytes']), str(manifest['sha256'])
-      fingerprint, metadata = manifest['fingerprint'], manifest['metadata']
-      version = manifest['version']
-    except (OSError, ValueError, KeyError, TypeError) as e:
+      body = manifest['body']
+      if manifest['sha256'] != _sha256_of(body) or body['number'] != number:
+        raise _TornError('the manifest is not the one that was written')
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
       raise _TornError(f'manifest: {e}') from e
-    if fingerprint != self._fingerprint or version != _VERSION:
+    if body['version'] != _VERSION:
       raise errors.StateError(
-        f'{folder} is of a run with another config. Choose another output, or'
-        f' remove {self.path} to start again.'
+        f'{folder} was written by another version of gemma_ext. Remove'
+        f' {self.path} to start again.'
+      )
+    if body['fingerprint'] != self._fingerprint:
+      differences = list(_differences(body['config'], self._config))
+      raise errors.StateError(
+        f'{folder} is of a run with another config'
+        + _listed(differences)
+        + f'. Choose another output, or remove {self.path} to start again.'
       )
     path = folder / _ARRAYS
     try:
-      if path.stat().st_size != size or _sha256(path) != digest:
+      # The size first: what is there may be larger than is worth hashing.
+      if (
+        path.stat().st_size != body['bytes'] or _sha256(path) != body['sha256']
+      ):
         raise _TornError('the arrays are not those that were written')
       arrays = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as e:
       raise _TornError(str(e)) from e
-    return Saved(number, arrays, metadata)
+    return Saved(number, arrays, body['metadata'])
 
 
 class _TornError(Exception):
@@ -197,6 +234,44 @@ def unflatten(like: Any, arrays: Mapping[str, np.ndarray]) -> Any:
       )
     out.append(jax.numpy.asarray(value))
   return jax.tree.unflatten(structure, out)
+
+
+def _plain(value: Any) -> Any:
+  """The value as it comes back from JSON, so that both compare equal."""
+  return json.loads(json.dumps(value, default=_mapping, allow_nan=False))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+  if isinstance(value, Mapping):
+    return dict(value)
+  raise TypeError(f'{value!r} is no JSON value')
+
+
+def _differences(old: Any, new: Any, at: str = '') -> Iterator[str]:
+  """Names the fields in which two JSON values differ."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted(old.keys() | new.keys()):
+      inner = f'{at}.{key}' if at else key
+      yield from _differences(old.get(key), new.get(key), inner)
+  elif isinstance(old, list) and isinstance(new, list):
+    for i in range(max(len(old), len(new))):
+      a, b = (x[i] if i < len(x) else None for x in (old, new))
+      yield from _differences(a, b, f'{at}[{i}]')
+  elif (type(old), old) != (type(new), new):
+    yield f'{at or "config"} was {old!r}, is {new!r}'
+
+
+def _listed(differences: list[str]) -> str:
+  if not differences:
+    return ''
+  shown = '; '.join(differences[:_MAX_DIFFERENCES])
+  more = len(differences) - _MAX_DIFFERENCES
+  return f': {shown}' + (f'; and {more} more' if more > 0 else '')
+
+
+def _sha256_of(body: Any) -> str:
+  text = json.dumps(body, sort_keys=True, allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: pathlib.Path) -> str:

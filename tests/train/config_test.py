@@ -36,6 +36,8 @@ def test_shipped_configs_resolve(name):
     ('--config.stages[0].optimizer.step=1', "'steps'"),
     ('--config.stages[7].weighting=mse', 'no field 7'),
     ('--config.seed', 'write --config'),
+    ('--config.stages[\u00b2].weighting=mse', 'no field'),
+    ('--config.stages[0].optimizer.__qualname__=os:abort', 'no field'),
     ('--config.stages[0].weighting=foo', 'Block.weighting'),
   ],
 )
@@ -58,6 +60,7 @@ def test_int_for_a_float_field():
     ('def get_config(): return 3', 'konfig.ConfigDict'),
     ('def get_config(): raise KeyError("gone")', 'gone'),
     ('def get_config(:', 'SyntaxError'),
+    ('raise SystemExit(0)', 'SystemExit'),
   ],
 )
 def test_bad_file(tmp_path, text, message):

@@ -13,6 +13,7 @@ from gemma_ext import recipe as recipe_lib
 from gemma_ext import train
 from gemma_ext.train import _branch
 from gemma_ext.train import _stages
+from gemma_ext.train import _store
 from tests import tiny
 
 _RECIPE = recipe_lib.Recipe.of(
@@ -123,6 +124,26 @@ def test_stopped_run_resumes_to_the_same_bits(folder):
     stops += 1
   assert stops >= 3
   _assert_equal(_leaves(folder / 'whole'), _leaves(folder / 'parts'))
+  curves = [
+    [r['curve'] for r in ckpts.load(folder / name).metadata['healing']['log']]
+    for name in ('whole', 'parts')
+  ]
+  assert curves[0] == curves[1]
+
+
+def test_kill_between_result_and_clearing_the_state(folder, monkeypatch):
+  config = _config(folder, 'late')
+
+  def kill(store):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(_store.Store, 'clear', kill)
+    with pytest.raises(KeyboardInterrupt):
+      train.heal(config)
+  want = _leaves(folder / 'late')
+  assert train.heal(config) is not None
+  _assert_equal(_leaves(folder / 'late'), want)
 
 
 def test_state_of_another_config_is_refused(folder):

@@ -93,6 +93,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(config, capsys):
   record = json.loads((folder / 'whole.healing.json').read_text())
   assert record['config']['stages'][0]['optimizer']['steps'] == 400
   assert [r['unit'] for r in record['log']] == ['layer_0', 'layer_1']
+  page = (folder / 'whole.report' / 'report.html').read_text()
+  assert page.count('data:image/png') == 4
+  assert '&quot;steps&quot;: 400' in page
 
   # Should a signal come too late, it must not end the tests.
   harmless = lambda *_: None

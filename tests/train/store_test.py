@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """States are whole or not there: torn files, full disks, kills."""
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,10 +95,90 @@ def test_flipped_bit_falls_back(tmp_path):
   assert saved is not None and saved.number == 2
 
 
+def test_any_flipped_bit_of_the_manifest_is_harmless_or_falls_back(tmp_path):
+  store = _filled(tmp_path)
+  file = tmp_path / 'step_0000000003' / 'manifest.json'
+  good = file.read_bytes()
+  numbers = []
+  for i in range(8 * len(good)):
+    data = bytearray(good)
+    data[i // 8] ^= 1 << i % 8
+    file.write_bytes(data)
+    saved = store.latest()
+    assert saved is not None
+    assert saved.metadata == {'n': saved.number}
+    numbers.append(saved.number)
+  assert set(numbers) <= {2, 3}
+  assert numbers.count(2) > 0.9 * len(numbers)
+
+
+def test_manifest_of_another_step_falls_back(tmp_path):
+  store = _filled(tmp_path)
+  old, new = (tmp_path / f'step_000000000{n}' for n in (2, 3))
+  for name in ('manifest.json', 'arrays.safetensors'):
+    (new / name).write_bytes((old / name).read_bytes())
+  saved = store.latest()
+  assert saved is not None and saved.number == 2
+
+
+def test_new_steps_outlive_later_ones_that_are_torn(tmp_path):
+  store = _filled(tmp_path, (4, 5))
+  for n in (4, 5):
+    _flip(tmp_path / f'step_000000000{n}' / 'arrays.safetensors')
+  assert store.latest() is None
+  store.save(1, _arrays(1), {'n': 1})
+  saved = store.latest()
+  assert saved is not None and saved.number == 1
+  _check(saved)
+  assert [p.name for p in tmp_path.iterdir()] == ['step_0000000001']
+
+
+def test_leftovers_of_a_kill_go_when_the_next_step_is_written(tmp_path):
+  store = _filled(tmp_path)
+  left = tmp_path / '.step_0000000009.partial'
+  left.mkdir()
+  assert store.latest() is not None
+  assert left.exists()
+  store.save(4, _arrays(4), {'n': 4})
+  assert not left.exists()
+  left.mkdir()
+  store.clear()
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('metadata', 'message'),
+  [
+    ({'ratio': float('nan')}, 'JSON'),
+    ({'x': object()}, 'JSON'),
+    ({'x': 'y' * (16 << 20)}, 'metadata takes'),
+  ],
+  ids=['nan', 'object', 'large'],
+)
+def test_metadata_that_could_not_be_read_again(tmp_path, metadata, message):
+  store = _filled(tmp_path)
+  with pytest.raises(errors.StateError, match=message):
+    store.save(4, _arrays(4), metadata)
+  saved = store.latest()
+  assert saved is not None and saved.number == 3
+  assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_other_fingerprint(tmp_path):
   _filled(tmp_path)
   with pytest.raises(errors.StateError, match='another config'):
     _store.Store(tmp_path, fingerprint='g').latest()
+
+
+def test_refusal_names_what_differs(tmp_path):
+  old = {'seed': 0, 'stages': [{'steps': 60, 'rate': 0.1}], 'text': 'sample'}
+  new = {'seed': 0, 'stages': [{'steps': 90, 'rate': 0.1}], 'text': 'other'}
+  _store.Store(tmp_path, fingerprint='f', config=old).save(1, {}, {})
+  with pytest.raises(errors.StateError) as e:
+    _store.Store(tmp_path, fingerprint='g', config=new).latest()
+  assert 'stages[0].steps was 60, is 90' in str(e.value)
+  assert "text was 'sample', is 'other'" in str(e.value)
+  assert 'seed' not in str(e.value)
 
 
 def test_disk_full(tmp_path):
@@ -120,6 +203,39 @@ def test_disk_full(tmp_path):
   assert out.stdout.strip() == 'refused 1', out.stderr[-2000:]
   assert [p.name for p in tmp_path.iterdir()] == ['step_0000000001']
   assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+
+
+@contextlib.contextmanager
+def _tiny_disk(path: pathlib.Path) -> Iterator[bool]:
+  """Mounts 1 MB at a path; whether that was allowed."""
+  path.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(path)]
+  allowed = (
+    shutil.which('mount') is not None
+    and subprocess.run(mount, capture_output=True).returncode == 0
+  )
+  try:
+    yield allowed
+  finally:
+    if allowed:
+      subprocess.run(['umount', str(path)], check=True)
+
+
+def test_disk_really_full(tmp_path):
+  disk = tmp_path / 'disk'
+  with _tiny_disk(disk) as allowed:
+    if not allowed:  # Then a limit on the size of files stands in for it.
+      test_disk_full(disk)
+      return
+    store = _filled(disk, (1,))
+    with pytest.raises(errors.StateError, match='MB are free') as e:
+      store.save(2, {'a': np.zeros(10**6, np.float32)}, {})
+    assert str(disk) in str(e.value)
+    assert [p.name for p in disk.iterdir()] == ['step_0000000001']
+    saved = store.latest()
+    assert saved is not None
+    _check(saved)
+    store.save(2, _arrays(2), {'n': 2})
 
 
 def test_killed_at_random_moments(tmp_path):
