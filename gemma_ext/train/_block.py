@@ -77,10 +77,17 @@ def problem(branch: _branch.Branch, *, dtype: Any) -> _problem.Problem:
     Its loss is the weighted squared error over that of leaving the branch out.
     Batches are dicts of 'residual' and 'target' `[N, D]`, 'weight' `[N]`,
     'scale' (see `scale_of`), 'root' (see `metric`) and 'fixed': the leaves that
-    do not move, by path.
+    do not move, by path; for the loss by units also 'hidden', the activations
+    of the dense branch on the same inputs, `[N, F]`.
+
+    By units: a row of 'linear' makes one dimension of the output, and counts
+    the weighted error of that; the gate and up rows of a hidden unit make one
+    activation, and count its error against the dense one. Rows of 'linear'
+    read the activations as they are, so that they correct what is wrong with
+    them; heal 'gating_einsum' first, in a stage of its own.
   """
 
-  def loss(moving: _problem.Params, batch: Any) -> jax.Array:
+  def apply(moving: _problem.Params, batch: Any):
     params = _latents.join(moving, batch['fixed'], dtype=dtype)
     out = branch.apply(params, batch['residual'].astype(dtype))
     error = (
@@ -88,12 +95,32 @@ def problem(branch: _branch.Branch, *, dtype: Any) -> _problem.Problem:
       + out['branch'].astype(jnp.float32)
       - batch['target'].astype(jnp.float32)
     )
+    return out, error
+
+  def loss(moving: _problem.Params, batch: Any) -> jax.Array:
+    _, error = apply(moving, batch)
     root = batch['root']
     error = error * root if root.ndim == 1 else error @ root
     square = jnp.sum(jnp.square(error), axis=-1)
     return jnp.mean(batch['weight'] * square) / batch['scale']
 
-  return _problem.Problem(loss=loss)
+  def unit_loss(moving: _problem.Params, batch: Any) -> dict[str, jax.Array]:
+    out, error = apply(moving, batch)
+    weight = batch['weight'][:, None] / batch['scale']
+    found = {}
+    if 'mlp/linear/codes' in moving:
+      root = batch['root']
+      if root.ndim == 2:
+        root = jnp.sqrt(jnp.sum(jnp.square(root), axis=1))
+      found['linear'] = jnp.mean(weight * jnp.square(error * root), axis=0)
+    if 'mlp/gating_einsum/codes' in moving:
+      away = out['hidden'].astype(jnp.float32) - batch['hidden'].astype(
+        jnp.float32
+      )
+      found['gating_einsum'] = jnp.mean(weight * jnp.square(away), axis=0)
+    return found
+
+  return _problem.Problem(loss=loss, unit_loss=unit_loss)
 
 
 def scale_of(

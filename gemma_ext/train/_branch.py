@@ -71,8 +71,9 @@ class Branch:
         out['hidden'] = args[1]
       return next_fun(*args, **kwargs)
 
-    with gx_nn.packed_weights(dict(self.methods), dtype=self.dtype):
-      with nn.intercept_methods(record):
+    # Flax asks the interceptor that came first, and this one always goes on.
+    with nn.intercept_methods(record):
+      with gx_nn.packed_weights(dict(self.methods), dtype=self.dtype):
         y = modules['mlp'].apply({'params': params['mlp']}, u)
     out['inner'] = y
     if 'post_ffw_norm' in modules:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_ext import _patterns
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext.train import _branch
@@ -35,6 +36,7 @@ def open_params(
   *,
   form: str,
   dense: Mapping[str, Any] | None = None,
+  weights: str = '.*',
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Splits a branch's parameters into what moves and what does not.
 
@@ -44,6 +46,8 @@ def open_params(
     form: One of `FORMS`.
     dense: The dense parameters; latents then start at the dense weight, in
       units of the scale, as near as the code allows.
+    weights: Regular expression on the packed weights that move, such as
+      'linear'; the others are fixed.
 
   Returns:
     Trainable and fixed leaves by path, floats in float32.
@@ -66,6 +70,9 @@ def open_params(
       raise errors.ParamsMismatchError(
         f'{path!r} is not packed. Compress the parameters first.'
       )
+    if not _patterns.matches(weights, site.path):
+      fixed[f'{path}/codes'], fixed[f'{path}/scale'] = codes, scale
+      continue
     cols = site.layout.cols
     fmt = gx_nn.format_of(method, cols)
     # Copies: steps donate what moves, and the checkpoint must stay.

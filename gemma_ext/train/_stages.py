@@ -70,11 +70,14 @@ class Block(_Stage):
     layers: Regular expression on names such as 'layer_8'.
     weighting: How errors are weighted: 'fisher', 'fisher_full', 'norm', 'mse'.
     batch_tokens: Tokens of a step.
+    weights: Regular expression on the weights that move: 'gating_einsum',
+      'linear' or both.
   """
 
   layers: str = '.*'
   weighting: str = 'fisher'
   batch_tokens: int = 2048
+  weights: str = '.*'
 
   def __post_init__(self):
     if self.weighting not in _block.WEIGHTINGS:
@@ -84,6 +87,7 @@ class Block(_Stage):
       )
     _check_positive('Block.batch_tokens', self.batch_tokens)
     _patterns.check(self.layers)
+    _patterns.check(self.weights)
 
   def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
     """Names of the layers to heal, in order."""
@@ -111,7 +115,19 @@ class Block(_Stage):
       _branch.params_of(run.params, unit),
       form=self.optimizer.codes,
       dense=_branch.params_of(run.dense.params, unit),
+      weights=self.weights,
     )
+    if not any(f'mlp/{path}/scale' in moving for path, _ in branch.methods):
+      raise errors.TrainError(
+        f'Block.weights={self.weights!r} matches none of the compressed weights'
+        f' {[path for path, _ in branch.methods]} of {unit}.'
+      )
+    dense = None
+    if getattr(self.optimizer, 'fitness', '') == 'unit':
+      dense = functools.partial(
+        _dense_hidden(_branch.of_layer(run.dense.model, unit)),
+        _branch.params_of(run.dense.params, unit),
+      )
     # Whole windows would repeat the same documents in a batch.
     tokens = _Tokens(residual, target, weight, calibration.mask)
     common = {
@@ -123,7 +139,10 @@ class Block(_Stage):
     def batch(step: int, seed: tuple[int, ...]) -> dict[str, Any]:
       rows = tokens.rows(seen)
       chosen = rows[iterate(seed, step, len(rows), self.batch_tokens)]
-      return tokens.take(np.sort(chosen)) | common
+      found = tokens.take(np.sort(chosen)) | common
+      if dense is not None:
+        found['hidden'] = dense(found['residual'])
+      return found
 
     held_rows = tokens.rows(run.held_out)[: 4 * self.batch_tokens]
     held = tokens.take(held_rows) | common
@@ -224,6 +243,11 @@ def _compiled_step(branch: _branch.Branch, dtype: Any, optimizer: Any):
   return jax.jit(
     functools.partial(optimizer.update, problem), donate_argnums=(0, 1)
   )
+
+
+@functools.lru_cache(maxsize=8)
+def _dense_hidden(branch: _branch.Branch):
+  return jax.jit(lambda params, x: branch.apply(params, x)['hidden'])
 
 
 @functools.lru_cache(maxsize=8)
