@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
 
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
@@ -14,6 +16,9 @@ from gemma_ext.compress import _fit_int
 from gemma_ext.compress import _groups
 from gemma_ext.compress import _planes
 from gemma_ext.compress import _registry
+
+# Numbers that a refit of scales holds at a time: 64 MiB of float32.
+_REFIT = 1 << 24
 
 
 def compensate(
@@ -62,9 +67,7 @@ def compensate(
   _groups.check(w, group, diag)
   if not bool(jnp.all(jnp.isfinite(hessian))):
     raise errors.NonFiniteError('The hessian holds NaN or infinity.')
-  ridge = damping * jnp.mean(diag) + 1e-12
-  inverse = jnp.linalg.inv(hessian + ridge * jnp.eye(cols))
-  upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+  upper = jnp.asarray(_factor(hessian, damping))
   rest = w.reshape(-1, cols).astype(jnp.float32)
   fit = _registry.fit_of(method)
   base_codes, base_scale = fit(rest, method, fmt, diag)
@@ -84,11 +87,68 @@ def compensate(
     rest = rest.at[:, b:].add(-err @ upper[a:b, b:])
     codes.append(c)
     scales.append(s)
-  new = jnp.concatenate(codes, -1), jnp.concatenate(scales, -1)
   w = w.reshape(-1, cols).astype(jnp.float32)
-  won = _error(w, *new, hessian) < _error(w, *base, hessian)
-  c, s = (jnp.where(won[:, None], n, o) for n, o in zip(new, base, strict=True))
+  new = jnp.concatenate(codes, -1), jnp.concatenate(scales, -1)
+  best: tuple[jax.Array, ...] = base
+  for found in (new, (new[0], _refit_rows(w, *new, hessian))):
+    won = _error(w, *found, hessian) < _error(w, *best, hessian)
+    won = won[:, None]
+    best = tuple(jnp.where(won, n, o) for n, o in zip(found, best, strict=True))
+  c, s = best
   return (c, s) if ternary else (c[0], s[0])
+
+
+def _factor(hessian: jax.Array, damping: float) -> np.ndarray:
+  """Upper Cholesky factor of the damped inverse, made in float64."""
+  h = np.asarray(hessian, np.float64)
+  h = (h + h.T) / 2
+  # Inputs that never fired, and directions that none took, stay solvable.
+  ridge = damping * np.mean(np.diag(h)) + 1e-12
+  inverse = scipy.linalg.cho_solve(
+    scipy.linalg.cho_factor(h + ridge * np.eye(len(h))), np.eye(len(h))
+  )
+  return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+
+
+def _refit_rows(w, codes, scale, hessian):
+  """`_refit`, some rows at a time, so that memory stays bounded."""
+  planes, rows, cols = codes.shape
+  step = max(1, _REFIT // (planes * scale.shape[-1] * cols))
+  parts = [
+    _refit(
+      w[i : i + step], codes[:, i : i + step], scale[:, i : i + step], hessian
+    )
+    for i in range(0, rows, step)
+  ]
+  return jnp.concatenate(parts, axis=1)
+
+
+@jax.jit
+def _refit(w, codes, scale, hessian):
+  """Scales of least squares under the whole Hessian, given codes: [P, N, G]."""
+  planes, rows, cols = codes.shape
+  groups = scale.shape[-1]
+  size = cols // groups
+  # One basis vector for each plane and group: its codes, zero elsewhere.
+  split = codes.astype(jnp.float32).reshape(planes, rows, groups, size)
+  split = jnp.moveaxis(split, 1, 0)  # [N, P, G, size]
+  h = hessian.reshape(groups, size, cols)
+  # Basis vector (p, g) times H: [N, P, G, cols]
+  through = jnp.einsum('npgs,gsc->npgc', split, h)
+  per_group = through.reshape(rows, planes, groups, groups, size)
+  a = jnp.einsum('npgks,nqks->npgqk', per_group, split)
+  count = planes * groups
+  a = a.reshape(rows, count, count)
+  d = w - jnp.einsum('npgs,png->ngs', split, scale.astype(jnp.float32)).reshape(
+    rows, cols
+  )
+  b = jnp.einsum('npgc,nc->npg', through, d).reshape(rows, count)
+  ridge = 1e-4 * jnp.trace(a, axis1=1, axis2=2) / count + 1e-20
+  a = a + ridge[:, None, None] * jnp.eye(count)
+  step = jnp.linalg.solve(a, b[..., None])[..., 0]
+  step = step.reshape(rows, planes, groups)
+  found = scale.astype(jnp.float32) + jnp.moveaxis(step, 0, 1)
+  return _groups.round_bf16(found).astype(scale.dtype)
 
 
 @functools.partial(jax.jit, static_argnames='bits')
@@ -100,7 +160,7 @@ def _columns(w, scale, u, bits):
     if bits is None:
       q = _planes.nearest(x[:, None], scale)[..., 0]
     else:
-      q = _fit_int._round(x[:, None], scale[0], bits)[:, 0][None]
+      q = _fit_int.round_codes(x[:, None], scale[0], bits)[:, 0][None]
     err = (x - jnp.sum(q * scale, axis=0)) / u[i, i]
     return w - err[:, None] * u[i], (q.astype(jnp.int8), err)
 

@@ -66,7 +66,7 @@ def fit_int(
   return _groups.fit_chunks(fit, w, group, h)
 
 
-def _round(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+def round_codes(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
   """Nearest codes, [N, group] float32."""
   inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
   half = float(1 << (bits - 1))
@@ -95,7 +95,7 @@ def _fit_chunk(
   sign = jnp.where(top > -bottom, -1.0, 1.0)
 
   def error(scale):
-    q = _round(w, scale, bits)
+    q = round_codes(w, scale, bits)
     return jnp.sum(weigh((w - q * scale[:, None]) ** 2), axis=-1)
 
   def better(best, scale):
@@ -122,10 +122,12 @@ def _fit_chunk(
     )
 
   def least_squares(_, best):
-    q = _round(w, best[0], bits)
+    q = round_codes(w, best[0], bits)
     qq = jnp.sum(weigh(q * q), axis=-1)
     qw = jnp.sum(weigh(q * w), axis=-1)
     return better(best, jnp.where(qq > 0, qw / jnp.where(qq > 0, qq, 1), 0))
 
   scale, _ = jax.lax.fori_loop(0, refine, least_squares, best)
-  return _round(w, scale, bits).astype(jnp.int8), scale.astype(jnp.bfloat16)
+  return round_codes(w, scale, bits).astype(jnp.int8), scale.astype(
+    jnp.bfloat16
+  )

@@ -7,6 +7,7 @@ run = gx.train.heal(gx.train.Heal(recipe='tssn', output='out/healed'))
 
 from gemma_ext.train._calibration import calibrate
 from gemma_ext.train._calibration import Calibration
+from gemma_ext.train._closed_form import ClosedForm
 from gemma_ext.train._gradient import Gradient
 from gemma_ext.train._heal import Heal
 from gemma_ext.train._heal import heal

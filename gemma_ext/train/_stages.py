@@ -9,7 +9,7 @@ how to put the result back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 from typing import Any
@@ -24,6 +24,7 @@ from gemma_ext import nn as gx_nn
 from gemma_ext.train import _block
 from gemma_ext.train import _branch
 from gemma_ext.train import _capture
+from gemma_ext.train import _closed_form
 from gemma_ext.train import _distill
 from gemma_ext.train import _latents
 
@@ -152,10 +153,33 @@ class Block(_Stage):
       closed = _latents.close_params(branch, moving, fixed, dtype=dtype)
       return _branch.with_params(run.params, unit, closed)
 
+    step = _compiled_step(branch, dtype, self.optimizer)
+    if isinstance(self.optimizer, _closed_form.ClosedForm):
+
+      def every() -> Iterator[dict[str, Any]]:
+        rows = tokens.rows(seen)
+        for i in range(0, len(rows), self.batch_tokens):
+          yield tokens.take(rows[i : i + self.batch_tokens])
+
+      def fit(moving, state, batch, key):
+        del key
+        fitted = self.optimizer.fit(
+          branch,
+          _branch.of_layer(run.dense.model, unit),
+          _branch.params_of(run.dense.params, unit),
+          moving,
+          fixed,
+          every,
+          dtype,
+        )
+        return fitted, state, {'loss': loss(fitted, batch)}
+
+      step = fit
+
     return Task(
       moving=moving,
       batch=batch,
-      step=_compiled_step(branch, dtype, self.optimizer),
+      step=step,
       held_out=lambda moving: float(loss(moving, held)),
       close=close,
     )
@@ -177,6 +201,10 @@ class Distill(_Stage):
   rest: int = 2048
 
   def __post_init__(self):
+    if isinstance(self.optimizer, _closed_form.ClosedForm):
+      raise errors.ConfigError(
+        'ClosedForm fits branches one by one; use it in a Block.'
+      )
     _check_positive('Distill.batch_windows', self.batch_windows)
     _check_positive('Distill.vocabulary', self.vocabulary)
     _check_positive('Distill.rest', self.rest)
@@ -239,6 +267,8 @@ class Distill(_Stage):
 
 @functools.lru_cache(maxsize=8)
 def _compiled_step(branch: _branch.Branch, dtype: Any, optimizer: Any):
+  if not hasattr(optimizer, 'update'):
+    return None
   problem = _block.problem(branch, dtype=dtype)
   return jax.jit(
     functools.partial(optimizer.update, problem), donate_argnums=(0, 1)
