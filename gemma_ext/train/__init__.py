@@ -8,12 +8,16 @@ run = gx.train.heal(gx.train.Heal(recipe='tssn', output='out/healed'))
 from gemma_ext.train._calibration import calibrate
 from gemma_ext.train._calibration import Calibration
 from gemma_ext.train._closed_form import ClosedForm
+from gemma_ext.train._evolution import Evolution
 from gemma_ext.train._gradient import Gradient
 from gemma_ext.train._heal import Heal
 from gemma_ext.train._heal import heal
 from gemma_ext.train._heal import Run
 from gemma_ext.train._mezo import Mezo
+from gemma_ext.train._noise import LowRank
+from gemma_ext.train._noise import matmul
 from gemma_ext.train._problem import Optimizer
 from gemma_ext.train._problem import Problem
+from gemma_ext.train._sharded import sharded_update
 from gemma_ext.train._stages import Block
 from gemma_ext.train._stages import Distill
