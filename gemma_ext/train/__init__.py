@@ -18,6 +18,7 @@ from gemma_ext.train._noise import LowRank
 from gemma_ext.train._noise import matmul
 from gemma_ext.train._problem import Optimizer
 from gemma_ext.train._problem import Problem
+from gemma_ext.train._rows import EvolveRows
 from gemma_ext.train._sharded import sharded_update
 from gemma_ext.train._stages import Block
 from gemma_ext.train._stages import Distill

@@ -52,7 +52,8 @@ class Branch:
       residual: Residual stream before the branch, `[..., D]`.
 
     Returns:
-      'input' of `mlp` `[..., D]`, 'hidden' activations `[..., F]`, 'inner'
+      'input' of `mlp` `[..., D]`, 'gates' `[..., 2, F]` (gate and up, before
+      the activation), 'hidden' activations `[..., F]`, 'inner'
       before the post norm and 'branch', `[..., D]`.
     """
     modules = dict(self.modules)
@@ -69,6 +70,9 @@ class Branch:
       ):
         # The last einsum of the layer is the one that leaves the hidden space.
         out['hidden'] = args[1]
+        value = next_fun(*args, **kwargs)
+        out.setdefault('gates', value)
+        return value
       return next_fun(*args, **kwargs)
 
     # Flax asks the interceptor that came first, and this one always goes on.

@@ -27,6 +27,7 @@ from gemma_ext.train import _capture
 from gemma_ext.train import _closed_form
 from gemma_ext.train import _distill
 from gemma_ext.train import _latents
+from gemma_ext.train import _rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,8 @@ class Block(_Stage):
         f' {[path for path, _ in branch.methods]} of {unit}.'
       )
     dense = None
-    if getattr(self.optimizer, 'fitness', '') == 'unit':
+    by_rows = isinstance(self.optimizer, _rows.EvolveRows)
+    if by_rows or getattr(self.optimizer, 'fitness', '') == 'unit':
       dense = functools.partial(
         _dense_hidden(_branch.of_layer(run.dense.model, unit)),
         _branch.params_of(run.dense.params, unit),
@@ -175,6 +177,16 @@ class Block(_Stage):
         return fitted, state, {'loss': loss(fitted, batch)}
 
       step = fit
+
+    if by_rows:
+      _rows.check(branch, moving, fixed, jnp.asarray(residual[seen[0]]), dtype)
+      evolve = self.optimizer.compile(branch, dtype)
+
+      def generations(moving, state, batch, key):
+        moving, state, metrics = evolve(moving, state, batch, key)
+        return moving, state, metrics | {'loss': loss(moving, batch)}
+
+      step = generations
 
     return Task(
       moving=moving,
