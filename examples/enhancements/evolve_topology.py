@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evolves the codes of one ternary layer of Gemma 3 270M, without gradients.
 
-Every row of a weight is a population of its own: each forward pass tries a
-mutant of all of them, and each row keeps what lowers its own error. First the
-gate and up rows, against the dense activations; then the rows of the down
-projection, against the dense output; then norms and scales, by low-rank noise.
+Every row of a weight is a population of its own, and a mutant of it is judged
+by the one column that it changes: first the gate and up rows, against the dense
+activations, then the rows of the down projection, against the dense output.
+Scales mutate along. Norms and scales follow, by low-rank noise on the whole.
 
 python -m gemma_ext.train --config=examples/enhancements/evolve_topology.py
 """
@@ -31,8 +31,18 @@ def get_config():
     seed=0,
     overwrite=False,
     stages=(
-      _rows('gating_einsum', steps=100),
-      _rows('linear', steps=100),
+      train.Block(
+        weights='gating_einsum',
+        weighting='fisher',
+        batch_tokens=2048,
+        optimizer=train.EvolveRows(steps=10, generations=150, population=2),
+      ),
+      train.Block(
+        weights='linear',
+        weighting='fisher',
+        batch_tokens=4096,
+        optimizer=train.EvolveRows(steps=10, generations=500, population=2),
+      ),
       train.Block(
         weighting='fisher',
         batch_tokens=1024,
@@ -45,23 +55,5 @@ def get_config():
           learning_rate=0.002,
         ),
       ),
-    ),
-  )
-
-
-def _rows(weights: str, *, steps: int):
-  return train.Block(
-    weights=weights,
-    weighting='fisher',
-    batch_tokens=2048,
-    optimizer=train.Evolution(
-      steps=steps,
-      population=8,
-      chunk=2,
-      form='integer',
-      discrete='select',
-      fitness='unit',
-      changes=4,
-      sigma=0.02,
     ),
   )
