@@ -34,20 +34,20 @@ def get_config():
       train.Block(
         weights='gating_einsum',
         weighting='fisher',
-        batch_tokens=2048,
-        optimizer=train.EvolveRows(steps=10, generations=150, population=2),
+        batch_tokens=8192,
+        optimizer=train.EvolveRows(steps=4, generations=300, population=2),
       ),
       train.Block(
         weights='linear',
         weighting='fisher',
-        batch_tokens=4096,
-        optimizer=train.EvolveRows(steps=10, generations=500, population=2),
+        batch_tokens=16_384,
+        optimizer=train.EvolveRows(steps=4, generations=2000, population=2),
       ),
       train.Block(
         weighting='fisher',
         batch_tokens=1024,
         optimizer=train.Evolution(
-          steps=60,
+          steps=40,
           population=16,
           chunk=2,
           form='fixed',

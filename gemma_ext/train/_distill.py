@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
+from gemma_ext.nn import _config
 from gemma_ext.train import _branch
 from gemma_ext.train import _calibration
 from gemma_ext.train import _latents
@@ -180,23 +182,54 @@ def _part(tree: Mapping[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
   }
 
 
+@functools.partial(jax.jit, static_argnames='model')
+def unpack(
+  flat: Mapping[str, jax.Array], *, model: gx_nn.Compressed
+) -> dict[str, jax.Array]:
+  """Replaces packed and latent weights by dense ones; differentiable.
+
+  Args:
+    flat: Leaves by path; weights of which there is no code are left out.
+    model: The compressed model.
+  """
+  out = dict(flat)
+  methods = gx_nn.methods_of(model.model, model.recipe)
+  for path, (site, method) in methods.items():
+    if f'{path}/codes' not in out:
+      continue
+    codes, scale = out.pop(f'{path}/codes'), out.pop(f'{path}/scale')
+    if codes.dtype == jnp.int8 and '/mlp/' in path:
+      codes = codes.astype(jnp.float32)
+    rows = kernels.dequantize(
+      {'codes': codes, 'scale': scale},
+      gx_nn.format_of(method, site.layout.cols),
+      site.layout.cols,
+      dtype=model.model.dtype,
+    )
+    out[path] = site.layout.from_rows(rows)
+  return out
+
+
 def problem(model: gx_nn.Compressed) -> _problem.Problem:
   """Makes the problem of the whole model.
 
   Batches are dicts of 'tokens' `[B, L]`, 'teacher' `[B, L, D]`, the 'table',
   'rest' and 'weight' of `kl`, and 'fixed': the leaves that do not move, by
-  path.
+  path, unpacked. The dense model is what runs, on weights that are unpacked
+  once a step, in place of the packed one that unpacks them again for the
+  backward pass.
   """
+  dense = _config.strip(model.model)
   cap = model.model.config.final_logit_softcap
   dtype = model.model.dtype
 
   def loss(moving: _problem.Params, batch: Any) -> jax.Array:
-    flat = dict(batch['fixed'])
-    for path, leaf in moving.items():
-      if leaf.dtype == jnp.int8:
-        leaf = leaf.astype(jnp.float32)
-      flat[path] = leaf if _is_packed(path) else leaf.astype(dtype)
-    out = model.apply(
+    flat = {
+      path: leaf if _is_packed(path) else leaf.astype(dtype)
+      for path, leaf in moving.items()
+    }
+    flat = dict(batch['fixed']) | unpack(flat, model=model)
+    out = dense.apply(
       {'params': _branch.unflatten(flat)},
       batch['tokens'],
       return_hidden_states=True,

@@ -39,8 +39,10 @@ class EvolveRows:
     generations: Generations on one batch.
     population: Mutants of every row in a generation; the best of them takes
       the place of the row if it is better.
-    margin: Relative fall of a row's loss from which on a mutant is better.
-      Guards against fitting the batch.
+    z: How many standard errors, over the tokens of the batch, the loss of a
+      row must fall by for its mutant to be better. One code in a thousand
+      moves a loss by less than a batch of tokens can tell; without this, rows
+      would fit the batch.
     scale_trials: Mutants of every scale on one batch.
     scale_sigma: Their relative size.
 
@@ -51,7 +53,7 @@ class EvolveRows:
   steps: int = 10
   generations: int = 500
   population: int = 2
-  margin: float = 1e-4
+  z: float = 2.5
   scale_trials: int = 4
   scale_sigma: float = 0.03
 
@@ -68,11 +70,11 @@ class EvolveRows:
           f'EvolveRows.{name} must be an integer of at least {least}, got'
           f' {value!r}.'
         )
-    for name in ('margin', 'scale_sigma'):
+    for name, most in (('z', 100), ('scale_sigma', 1)):
       value = getattr(self, name)
-      if not isinstance(value, (int, float)) or not 0 <= value < 1:
+      if not isinstance(value, (int, float)) or not 0 <= value < most:
         raise errors.ConfigError(
-          f'EvolveRows.{name} must be a number in [0, 1), got {value!r}.'
+          f'EvolveRows.{name} must be a number in [0, {most}), got {value!r}.'
         )
 
   @property
@@ -173,7 +175,7 @@ def _compiled(config: EvolveRows, branch: _branch.Branch, dtype: Any):
 
 
 def _linear_rows(branch, found, batch):
-  """Columns `[F, N]`, outputs `[D, N]`, and the loss of each row.
+  """Columns `[F, N]`, outputs `[D, N]`, and the losses of each row by token.
 
   The norm after the projection divides by the size of the whole output, which
   one code does not change; so a row's error moves with its own output alone.
@@ -199,13 +201,13 @@ def _linear_rows(branch, found, batch):
   ).T
 
   def judge(row_output: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(row_output), axis=-1)
+    return jnp.square(row_output)
 
   return columns, away, judge
 
 
 def _gating_rows(branch, found, batch):
-  """Columns `[D, N]`, outputs `[2 F, N]`, and the loss of each hidden unit."""
+  """Columns `[D, N]`, outputs `[2 F, N]`, and the losses of hidden units."""
   del branch
   gates = found['gates'].astype(jnp.float32)  # [N, 2, F]
   size = jax.lax.rsqrt(
@@ -219,7 +221,7 @@ def _gating_rows(branch, found, batch):
   def judge(outputs: jax.Array) -> jax.Array:
     gate, up = jnp.split(outputs, 2)
     away = jax.nn.gelu(gate) * up - want
-    return jnp.sum(weight * jnp.square(away), axis=-1)
+    return weight * jnp.square(away)
 
   return columns, outputs, judge
 
@@ -234,7 +236,7 @@ def _evolve(config, codes, scale, cols, columns, outputs, judge, key):
     cols: Of the weight.
     columns: What a unit of weight in a column adds to an output, `[cols, N]`.
     outputs: Of all rows, up to what does not depend on the weight, `[R, N]`.
-    judge: Outputs to losses of units `[U]`; rows u, U + u, ... make unit u.
+    judge: Outputs to losses `[U, N]`; rows u, U + u, ... make unit u.
     key: Of the noise.
 
   Returns:
@@ -247,7 +249,7 @@ def _evolve(config, codes, scale, cols, columns, outputs, judge, key):
   row = jnp.arange(units)
 
   def mutant(key, codes, scale, outputs):
-    """Losses `[U]` of a mutant, and what it is."""
+    """Losses `[U, N]` of a mutant, and what it is."""
     k1, k2, k3 = jax.random.split(key, 3)
     which = row + units * jax.random.randint(k1, (units,), 0, parts)
     place = jax.random.randint(k2, (units,), 0, wide)
@@ -268,17 +270,25 @@ def _evolve(config, codes, scale, cols, columns, outputs, judge, key):
       moved = jnp.concatenate(pieces)
     return judge(moved), (which, place, new.astype(codes.dtype), step)
 
+  def fall(loss, found):
+    """By how much losses fall, `[U]`; 0 where that may be chance."""
+    gain = loss - found
+    mean = jnp.mean(gain, axis=-1)
+    error = jnp.std(gain, axis=-1) / gain.shape[-1] ** 0.5
+    return jnp.where(mean > config.z * error, jnp.maximum(mean, 0), 0)
+
   def generation(i, carry):
     codes, outputs, loss, taken = carry
-    best = loss * (1 - config.margin)
+    best = jnp.zeros(units, jnp.float32)
     # No change: the first code of each unit's first row, as it is.
     still = jnp.zeros(units, jnp.int32)
     choice = (row, still, codes[row, 0], jnp.zeros(units, scale.dtype))
     for p in range(config.population):
       k = jax.random.fold_in(jax.random.fold_in(key, i), p)
       found, what = mutant(k, codes, scale, outputs)
-      better = found < best
-      best = jnp.where(better, found, best)
+      gain = fall(loss, found)
+      better = gain > best
+      best = jnp.where(better, gain, best)
       which, place, new, step = (
         jnp.where(better, a, b) for a, b in zip(what, choice, strict=True)
       )
@@ -287,8 +297,7 @@ def _evolve(config, codes, scale, cols, columns, outputs, judge, key):
     codes = codes.at[which, place].set(new)
     outputs = outputs.at[which].add(step[:, None] * columns[place % cols])
     changed = jnp.mean((step != 0).astype(jnp.float32))
-    loss = jnp.where(step != 0, best, loss)
-    return codes, outputs, loss, taken + changed
+    return codes, outputs, judge(outputs), taken + changed
 
   carry = (codes, outputs, judge(outputs), jnp.float32(0))
   codes, outputs, loss, taken = jax.lax.fori_loop(
@@ -309,13 +318,12 @@ def _evolve(config, codes, scale, cols, columns, outputs, judge, key):
         mine = (jnp.arange(rows) // units == p) * jnp.tile(z, parts)
         step = scale[:, g] * mine
         moved = outputs + step[:, None] * gives
-        found = judge(moved)
-        better = found < loss * (1 - config.margin)
-        loss = jnp.where(better, found, loss)
+        better = fall(loss, judge(moved)) > 0
         accept = jnp.tile(better, parts)
         step = jnp.where(accept, step, 0)
         scale = scale.at[:, g].add(step)
         outputs = outputs + step[:, None] * gives
+        loss = judge(outputs)
     return scale, outputs, loss
 
   if config.scale_trials:

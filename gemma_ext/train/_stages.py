@@ -238,6 +238,7 @@ class Distill(_Stage):
       dense=run.dense.params,
     )
     table = full[ids]
+    unpacked = _distill.unpack(fixed, model=model)
     final, tokens = calibration.final, calibration.tokens
     seen = run.seen
 
@@ -252,7 +253,7 @@ class Distill(_Stage):
         'table': table,
         'rest': full[np.sort(drawn)],
         'weight': jnp.float32(len(others) / max(size, 1)),
-        'fixed': fixed,
+        'fixed': unpacked,
       }
 
     def batch(step: int, seed: tuple[int, ...]) -> dict[str, Any]:

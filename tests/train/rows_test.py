@@ -67,7 +67,7 @@ def _copy(tree):
 @pytest.mark.parametrize('weights', _rows.WEIGHTS)
 def test_units_get_better_and_no_other_leaf_moves(family, weights):
   branch, moving, batch = _made(family, weights)
-  evolve = train.EvolveRows(steps=1, generations=150)
+  evolve = train.EvolveRows(steps=1, generations=150, z=1.0)
   _rows.check(branch, moving, batch['fixed'], batch['residual'], jnp.float32)
   problem = _block.problem(branch, dtype=jnp.float32)
   before = problem.unit_loss(moving, batch)[weights]
@@ -111,7 +111,7 @@ def test_outputs_that_are_kept_are_those_of_the_codes():
     columns, np.float64
   )
   real = np.sum((np.asarray(outputs, np.float64) + shift) ** 2, axis=1)
-  start = np.asarray(judge(outputs), np.float64)
+  start = np.sum(np.asarray(judge(outputs), np.float64), axis=1)
   assert np.all(real <= start * (1 + 1e-5))
   assert real.sum() < 0.95 * start.sum()
 
@@ -123,10 +123,8 @@ def test_recovers_rows_that_are_ternary():
   scale = jnp.ones((16, 1), jnp.float32)
   columns = jnp.asarray(rng.standard_normal((24, 200)), jnp.float32)
   outputs = jnp.asarray(start - want, jnp.float32) @ columns
-  config = train.EvolveRows(
-    steps=1, generations=1500, margin=0.0, scale_trials=0
-  )
-  judge = lambda x: jnp.sum(jnp.square(x), axis=-1)
+  config = train.EvolveRows(steps=1, generations=1500, z=0.0, scale_trials=0)
+  judge = jnp.square
   found, _, _ = jax.jit(
     lambda codes: _rows._evolve(
       config, codes, scale, 24, columns, outputs, judge, jax.random.key(0)
@@ -173,7 +171,7 @@ def test_sparse_activations_are_refused():
 
 @pytest.mark.parametrize(
   'bad',
-  [{'steps': 0}, {'generations': 0}, {'population': 0}, {'margin': 1.0}],
+  [{'steps': 0}, {'generations': 0}, {'population': 0}, {'z': -1}],
 )
 def test_bad_field(bad):
   with pytest.raises(errors.ConfigError, match=next(iter(bad))):
