@@ -12,7 +12,9 @@ and not the run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ from gemma_ext import errors
 
 _ARRAYS = 'arrays.safetensors'
 _MANIFEST = 'manifest.json'
+_LOCK = '.lock'
 _STEP = re.compile(r'step_(\d{10})')
 _VERSION = 2
 _MAX_MANIFEST = 16 << 20
@@ -79,6 +82,40 @@ class Store:
       self.path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
       raise errors.StateError(f'Cannot make {self.path}: {e.strerror}.') from e
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[None]:
+    """Keeps other runs out; the system lets go of it when a process dies.
+
+    Raises:
+      StateError: If another run holds it.
+    """
+    path = self.path / _LOCK
+    try:
+      handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+      raise errors.StateError(f'Cannot open {path}: {e.strerror}.') from e
+    try:
+      try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as e:
+        holder = os.read(handle, 300).decode(errors='replace').strip()
+        raise errors.StateError(
+          f'Another run is at work on {self.path}: {holder or "unknown"}. Wait'
+          ' for it, stop it, or choose another output.'
+        ) from e
+      except OSError as e:
+        raise errors.StateError(
+          f'{path} cannot be locked ({e.strerror}), so that two runs could'
+          ' write at once. Choose an output on another file system.'
+        ) from e
+      # For the message alone: a full disk must not keep a run from going on.
+      with contextlib.suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f'pid {os.getpid()} on {os.uname()[1]}'.encode(), 0)
+      yield
+    finally:
+      os.close(handle)
 
   def save(
     self,
