@@ -121,3 +121,7 @@ class ConfigError(TrainError):
 
 class StateError(TrainError):
   """The state of an earlier run is damaged or belongs to another config."""
+
+
+class ProcessError(TrainError):
+  """The processes of one run do not go together, or one of them is gone."""

@@ -134,10 +134,15 @@ def check_params(
   _check_spec(tree_spec(params), _assemble.expected_params(model), what)
 
 
-def handler() -> ocp.PyTreeCheckpointHandler:
+def handler(
+  processes: ocp.options.MultiprocessingOptions | None = None,
+) -> ocp.PyTreeCheckpointHandler:
   """The orbax handler of our directories: one store, chunks as they are."""
   return ocp.PyTreeCheckpointHandler(
-    use_ocdbt=True, use_zarr3=False, use_compression=False
+    use_ocdbt=True,
+    use_zarr3=False,
+    use_compression=False,
+    multiprocessing_options=processes or ocp.options.MultiprocessingOptions(),
   )
 
 

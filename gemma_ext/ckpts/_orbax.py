@@ -74,7 +74,7 @@ def load(
   else:
     check_tree(tree, _assemble.expected_params(model), source=str(path))
   # Without a device orbax would give numpy arrays.
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   wanted = _assemble.expected_params(model)
   has_vision = 'vision_encoder' in wanted
   # gm leaves vision out by itself; what only audio needs is read and dropped.

@@ -18,7 +18,9 @@ from etils import epath
 from flax import linen as nn
 from gemma import gm
 from gemma.gm.utils import _file_cache
+import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax import checkpoint as ocp
 
 from gemma_ext import errors
@@ -47,7 +49,8 @@ def save(
   """Saves a checkpoint as a directory that `load` reads.
 
   It is written beside its place under another name and renamed when it is
-  complete, so that a directory is never half of one.
+  complete, so that a directory is never half of one. Under `jax.distributed`
+  one process alone calls this.
 
   Args:
     path: The directory, local.
@@ -109,15 +112,30 @@ def save(
   try:
     partial.mkdir()
     manifest['tokenizer'] = _save_tokenizer(partial, tokenizer)
-    with ocp.Checkpointer(_compressed.handler()) as checkpointer:
-      checkpointer.save(
-        partial / _compressed.PARAMS_NAME, ocp.args.PyTreeSave(params)
-      )
+    _save_params(partial / _compressed.PARAMS_NAME, params)
     _manifest.write(partial / _manifest.NAME, manifest)
     _move(partial, target, unique)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return target
+
+
+def _save_params(path: pathlib.Path, params: dict[str, Any]) -> None:
+  options = ocp.options.MultiprocessingOptions()
+  if jax.process_count() > 1:
+    # Orbax would wait for the other processes, which save nothing.
+    options = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=uuid.uuid4().hex,
+    )
+    # Nor would it write the arrays of one process.
+    params = jax.tree.map(np.asarray, params)
+  handler = _compressed.handler(options)
+  with ocp.Checkpointer(
+    handler, multiprocessing_options=options
+  ) as checkpointer:
+    checkpointer.save(path, ocp.args.PyTreeSave(params))
 
 
 def directory_bytes(path: os.PathLike | str) -> dict[str, int]:

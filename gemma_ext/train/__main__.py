@@ -13,17 +13,26 @@ can be changed on the command line. The result is a directory that
 A run that is killed goes on with the same command and ends in the same bits.
 SIGTERM saves the state and exits with 0, and so does Ctrl-C; twice, it ends
 the run at once.
+
+Several processes share a run, and a population, if each is started with
+
+  --coordinator=HOST:PORT --num_processes=2 --process_id=0  # and 1
+
+on a file system that all of them see. A signal to one stops all. If one dies,
+the others end with an error, and the same commands go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import os
 import pathlib
 import sys
 import time
 from typing import Any
 
 from absl import flags
+import jax
 
 from gemma_ext import _cli
 from gemma_ext import errors
@@ -37,15 +46,74 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   argv = sys.argv[1:] if argv is None else list(argv)
   changes, rest = _config.split_argv(argv)
-  return _cli.run(
+  status = _cli.run(
     __doc__, _define_flags, lambda args: _run(args, changes), rest
   )
+  if status and jax.distributed.is_initialized():
+    # An orderly exit waits for the others, and they for this one.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  return status
 
 
 def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'config', None, 'The config file.', required=True, flag_values=values
   )
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT that process 0 serves and all of them reach.',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'num_processes', None, 'Processes of the run.', 1, flag_values=values
+  )
+  flags.DEFINE_integer(
+    'process_id',
+    None,
+    'Of this process, from 0.',
+    0,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'heartbeat_seconds',
+    60,
+    'Silence after which another process counts as dead.',
+    5,
+    flag_values=values,
+  )
+
+
+def _join(args: Any) -> None:
+  """Meets the other processes, if there are any."""
+  given = (args.coordinator, args.num_processes, args.process_id)
+  if given == (None, None, None):
+    return
+  if None in given:
+    raise errors.ConfigError(
+      '--coordinator, --num_processes and --process_id go together.'
+    )
+  if args.process_id >= args.num_processes:
+    raise errors.ConfigError(
+      f'--process_id={args.process_id} must be below'
+      f' --num_processes={args.num_processes}.'
+    )
+  # It would take SIGTERM for itself.
+  jax.config.update('jax_enable_preemption_service', False)
+  try:
+    jax.distributed.initialize(
+      *given,
+      cluster_detection_method='deactivate',
+      heartbeat_timeout_seconds=args.heartbeat_seconds,
+      shutdown_timeout_seconds=args.heartbeat_seconds,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise errors.ProcessError(
+      f'Process {args.process_id} of {args.num_processes} did not meet the'
+      f' others at {args.coordinator}: {e!s:.300}'
+    ) from e
 
 
 def _run(args: Any, changes: Sequence[str]) -> None:
@@ -55,21 +123,35 @@ def _run(args: Any, changes: Sequence[str]) -> None:
       f'{args.config!r} describes a {type(config.value).__name__}; expected a'
       ' gemma_ext.train.Heal.'
     )
+  _join(args)
+  leads = jax.process_index() == 0
   begun = time.monotonic()
   with _signals.graceful() as stop:
-    run = _heal.heal(
-      config.value,
-      progress=True,
-      stop=lambda: stop.requested,
-      fingerprint=config.fingerprint,
-      report=_Line(begun),
-    )
-  output = pathlib.Path(config.value.output).expanduser()
-  if run is None:
+    try:
+      run = _heal.heal(
+        config.value,
+        progress=leads,
+        stop=lambda: stop.requested,
+        report=_Line(begun) if leads else None,
+        finish=lambda run: _write(run, config, begun),
+      )
+    except errors.CheckpointExistsError:
+      if not _heal.is_result(config.value):
+        raise
+      _cli.note(
+        f'{config.value.output} is the result of this config already.'
+        ' Give it overwrite=True to make it again.'
+      )
+      return
+  if run is None and leads:
     _cli.note(
       'Stopped; the state is saved. The same command goes on from here.'
     )
-    return
+
+
+def _write(run: _heal.Run, config: _config.Config, begun: float) -> None:
+  """Writes what belongs to a result, and prints it."""
+  output = pathlib.Path(config.value.output).expanduser()
   record = {
     'config': config.snapshot,
     'seconds': time.monotonic() - begun,

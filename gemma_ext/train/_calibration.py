@@ -11,13 +11,16 @@ named by a hash of model, parameters and tokens, so that it is made once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import shutil
+import time
 from typing import Any, Literal
 
 from absl import logging
@@ -31,10 +34,12 @@ import tqdm
 
 from gemma_ext import errors
 from gemma_ext.train import _capture
+from gemma_ext.train import _processes
 
 _VERSION = 1
 _PAD, _BOS = 0, 2
 _FLUSH = 16  # Windows between two entries in the journal.
+_SECONDS = 60  # Between two copies of unfinished sums.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,41 @@ def calibrate(
     TrainError: If the tokens are no integer matrix, the model cannot be healed
       by layers, or more than `max_bytes` would be needed.
     NonFiniteError: If the model gives NaN or infinity.
+    StateError: If the disk is full or cannot be written.
+  """
+  found = attempt(
+    model,
+    params,
+    tokens,
+    directory=directory,
+    fisher_windows=fisher_windows,
+    max_bytes=max_bytes,
+    seed=seed,
+    progress=progress,
+  )
+  assert found is not None
+  return found
+
+
+def attempt(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  tokens: Any,
+  *,
+  directory: str | os.PathLike[str],
+  fisher_windows: int = 16,
+  max_bytes: int = 16 << 30,
+  seed: int = 0,
+  progress: bool = False,
+  stop: Callable[[], bool] = lambda: False,
+) -> Calibration | None:
+  """`calibrate`, which `stop` may end; the next call goes on from there.
+
+  `stop` is asked before every window. Under `jax.distributed` the first process
+  does the work and all return together.
+
+  Returns:
+    The calibration; `None` if it was stopped.
   """
   _capture.check(model)
   tokens = np.asarray(tokens)
@@ -144,53 +184,135 @@ def calibrate(
       ' tokens, or a larger max_bytes.'
     )
   key = _fingerprint(model, params, tokens, fisher_windows, seed)
+  group = _processes.Group()
+  group.check_same('Checkpoint and calibration text', key.encode())
   path = pathlib.Path(directory).expanduser().absolute() / key
-  path.mkdir(parents=True, exist_ok=True)
   out = Calibration(
     path=path,
     tokens=tokens,
     layers=tuple(f'layer_{i}' for i in range(model.config.num_layers)),
     width=model.config.embed_dim,
   )
-  probe = _capture.probe(model)
-  _activations(probe, params, out, progress)
-  if not (path / 'fisher.npz').exists():
-    _fisher(probe, params, out, fisher_windows, seed, progress)
+  work = _Work(_capture.probe(model), params, out, stop, group, progress)
+  group.lead(work.prepare)
+  if not work.activations() or not work.fisher(fisher_windows, seed):
+    return None
   return out
 
 
-def _activations(probe, params, out: Calibration, progress: bool) -> None:
-  """Fills the memory-mapped files, window by window."""
-  journal = out.path / 'done.json'
-  done = _done(journal)
-  count = len(out.tokens)
-  if done >= count:
-    logging.info('Calibration found at %s.', out.path)
-    return
-  names = (*out.layers, 'final')
-  files = {n: _open(out._file(n), out._shape, mode='r+') for n in names}
-  bar = tqdm.tqdm(
-    range(done, count),
-    initial=done,
-    total=count,
-    desc='calibrate',
-    unit='window',
-    disable=not progress,
-  )
-  for i in bar:
-    found = _window(params, jnp.asarray(out.tokens[i : i + 1]), model=probe)
-    for name, value in found.items():
-      value = np.asarray(value[0])
-      if not np.isfinite(value.astype(np.float32)).all():
-        raise errors.NonFiniteError(
-          f'The dense model gives NaN or infinity at {name!r} on window {i}.'
-          ' Its weights are damaged, or its dtype cannot hold activations.'
-        )
-      files[name][i] = value
-    if (i + 1) % _FLUSH == 0 or i + 1 == count:
-      for file in files.values():
-        file.flush()
-      _write_json(journal, {'windows': i + 1})
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """Windows of a calibration, one after the other, until `stop` says yes."""
+
+  probe: Any
+  params: Any
+  out: Calibration
+  stop: Callable[[], bool]
+  group: _processes.Group
+  progress: bool
+
+  def prepare(self) -> None:
+    with _writing(self.out.path):
+      self.out.path.mkdir(parents=True, exist_ok=True)
+
+  def activations(self) -> bool:
+    """Fills the memory-mapped files; whether they are complete."""
+    out, group = self.out, self.group
+    journal = out.path / 'done.json'
+    done = group.first(_done(journal))
+    count = len(out.tokens)
+    if done >= count:
+      logging.info('Calibration found at %s.', out.path)
+      return True
+    names = (*out.layers, 'final')
+    files = group.lead(
+      lambda: {n: _open(out._file(n), out._shape, mode='r+') for n in names}
+    )
+
+    def keep(i: int) -> None:
+      with _writing(out.path):
+        for file in (files or {}).values():
+          file.flush()
+        _write_json(journal, {'windows': i})
+
+    def window(i: int) -> None:
+      tokens = jnp.asarray(out.tokens[i : i + 1])
+      found = _window(self.params, tokens, model=self.probe)
+      for name, value in found.items():
+        value = np.asarray(value[0])
+        if not np.isfinite(value.astype(np.float32)).all():
+          raise errors.NonFiniteError(
+            f'The dense model gives NaN or infinity at {name!r} on window {i}.'
+            ' Its weights are damaged, or its dtype cannot hold activations.'
+          )
+        assert files is not None
+        files[name][i] = value
+      if (i + 1) % _FLUSH == 0 or i + 1 == count:
+        keep(i + 1)
+
+    for i in self._bar(range(done, count), done, count, 'calibrate'):
+      if self._stopped():
+        group.lead(functools.partial(keep, i))
+        return False
+      group.lead(functools.partial(window, i))
+    return True
+
+  def fisher(self, windows: int, seed: int) -> bool:
+    """Sums the Fisher information; whether it is complete."""
+    out, group = self.out, self.group
+    final, partial = (out.path / f'{n}.npz' for n in ('fisher', 'fisher_part'))
+    if group.first(group.leads and _load(final, out.layers) is not None):
+      return True
+    chosen = np.linspace(0, len(out.tokens) - 1, windows).astype(int)
+    chosen = np.unique(chosen)
+    place = ('next', 'count')
+    found = _load(partial, (*out.layers, *place)) if group.leads else None
+    sums = {k: jnp.asarray(v) for k, v in (found or {}).items()}
+    start, count = (int(sums.pop(k, 0)) for k in place)
+    start = group.first(start)
+    last = time.monotonic()
+
+    def keep(i: int) -> None:
+      _save(partial, sums | {'next': np.int64(i), 'count': np.int64(count)})
+
+    def window(i: int, number: int) -> None:
+      nonlocal sums, count, last
+      tokens = jnp.asarray(out.tokens[number : number + 1])
+      key = jax.random.fold_in(jax.random.key(seed), number)
+      more, n = _fisher_window(self.params, tokens, key, model=self.probe)
+      sums = jax.tree.map(jnp.add, sums, more) if sums else more
+      count += int(n)
+      if time.monotonic() - last > _SECONDS:
+        keep(i + 1)
+        last = time.monotonic()
+
+    def finish() -> None:
+      if not count:
+        raise errors.TrainError('The calibration tokens hold only padding.')
+      _save(final, {k: np.asarray(v) / count for k, v in sums.items()})
+      partial.unlink(missing_ok=True)
+
+    for i in self._bar(range(start, len(chosen)), start, len(chosen), 'fisher'):
+      if self._stopped():
+        if i:
+          group.lead(functools.partial(keep, i))
+        return False
+      group.lead(functools.partial(window, i, int(chosen[i])))
+    group.lead(finish)
+    return True
+
+  def _stopped(self) -> bool:
+    return self.group.any(self.stop())[0]
+
+  def _bar(self, steps: range, done: int, count: int, name: str) -> Any:
+    return tqdm.tqdm(
+      steps,
+      initial=done,
+      total=count,
+      desc=name,
+      unit='window',
+      disable=not self.progress,
+    )
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -201,29 +323,6 @@ def _window(params, tokens, *, model) -> dict[str, jax.Array]:
   found = {k: v['residual'] + v['branch'] for k, v in taps.items()}
   found['final'] = out.hidden_states
   return {k: v.astype(jnp.bfloat16) for k, v in found.items()}
-
-
-def _fisher(
-  probe, params, out: Calibration, windows: int, seed: int, progress: bool
-) -> None:
-  total: dict[str, jax.Array] | None = None
-  count = 0
-  chosen = np.linspace(0, len(out.tokens) - 1, windows).astype(int)
-  for i in tqdm.tqdm(
-    np.unique(chosen), desc='fisher', unit='window', disable=not progress
-  ):
-    tokens = jnp.asarray(out.tokens[i : i + 1])
-    key = jax.random.fold_in(jax.random.key(seed), int(i))
-    sums, n = _fisher_window(params, tokens, key, model=probe)
-    count += int(n)
-    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-  if total is None or not count:
-    raise errors.TrainError('The calibration tokens hold only padding.')
-  arrays = {k: np.asarray(v) / count for k, v in total.items()}
-  temporary = out.path / '.fisher.npz'
-  with open(temporary, 'wb') as file:
-    np.savez(file, allow_pickle=False, **arrays)
-  os.replace(temporary, out.path / 'fisher.npz')
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -280,8 +379,11 @@ def _open(
 ) -> np.memmap:
   size = int(np.prod(shape)) * 2
   if mode == 'r+':
-    with open(path, 'ab') as file:
+    with _writing(path), open(path, 'ab') as file:
       file.truncate(size)
+      # On a full disk a write through the mapping would end the process.
+      if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(file.fileno(), 0, size)
   elif not path.is_file() or path.stat().st_size != size:
     raise errors.StateError(
       f'{path} should hold {size} bytes of activations and does not. Remove'
@@ -306,3 +408,42 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def _load(
+  path: pathlib.Path, names: Sequence[str]
+) -> dict[str, np.ndarray] | None:
+  """Arrays of a file that `_save` wrote; `None` if it is not whole."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in names}
+  except FileNotFoundError:
+    return None
+  except Exception as e:  # zipfile, zlib and numpy raise of every kind
+    logging.warning('%s is damaged (%s) and is made again.', path, e)
+    return None
+
+
+def _save(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+  temporary = path.with_name(f'.{path.name}')
+  with _writing(path):
+    with open(temporary, 'wb') as file:
+      host = {k: np.asarray(v) for k, v in arrays.items()}
+      np.savez(file, allow_pickle=False, **host)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as e:
+    folder = next(p for p in (path, *path.parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    raise errors.StateError(
+      f'Cannot write the calibration to {path}: {e.strerror}.'
+      f' {free / 1e6:,.0f} MB are free. What is there is intact; free some'
+      ' space and start the same command again.'
+    ) from e

@@ -147,6 +147,11 @@ class Evolution:
     return self.form
 
   @property
+  def members(self) -> int:
+    """What divides among devices: pairs of an estimate, or members."""
+    return self.population // (2 if self.discrete == 'estimate' else 1)
+
+  @property
   def passes(self) -> int:
     """Forward passes of an update."""
     if self.discrete == 'estimate':

@@ -13,8 +13,12 @@ in the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
+import json
 import pathlib
+import re
+import shutil
 import time
 from typing import Any
 
@@ -35,10 +39,13 @@ from gemma_ext.train import _branch
 from gemma_ext.train import _calibration
 from gemma_ext.train import _distill
 from gemma_ext.train import _gradient
+from gemma_ext.train import _processes
 from gemma_ext.train import _stages
 from gemma_ext.train import _store
 
 _PAD = 0
+# What may differ when a run goes on, because the result does not depend on it.
+_FREE = ('overwrite', 'save_seconds', 'cache')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,49 +163,127 @@ def heal(
   *,
   progress: bool = False,
   stop: Callable[[], bool] = lambda: False,
-  fingerprint: str = '',
   report: Callable[[Run, dict[str, Any]], None] | None = None,
+  finish: Callable[[Run], None] | None = None,
 ) -> Run | None:
   """Runs a config, or goes on with a run of it.
+
+  Under `jax.distributed` all processes call this alike, on files that all of
+  them see. The first one writes; populations are split over all devices.
 
   Args:
     config: What to do.
     progress: Whether to show progress on stderr.
-    stop: Asked after every step; once it says yes, the state is saved.
-    fingerprint: Of the config file; `config` itself by default.
+    stop: Asked in every step; once it says yes, in any process, the state is
+      saved.
     report: Called after every unit with its record.
+    finish: Called in the first process once the result is saved. Only then is
+      the run over: one that is killed before is finished again.
 
   Returns:
     The run, its result saved; `None` if it was stopped.
 
   Raises:
     TrainError: If model, text or config do not go together.
-    StateError: If the state cannot be saved, or is of another config.
+    StateError: If the state cannot be saved, is of another config, or another
+      run is at work on it.
+    ProcessError: If another process has ended or differs.
     CheckpointExistsError: If there is a result already.
   """
   output = pathlib.Path(config.output).expanduser().absolute()
   state = output.with_name(f'{output.name}.state')
   # What a run finds there beside its own state it has put there itself, just
   # before a kill kept it from clearing the state.
-  overwrite = config.overwrite or any(state.glob('step_*'))
-  ckpts.check_target(output, overwrite=overwrite)
-  store = _store.Store(
-    state,
-    fingerprint=fingerprint or repr(config.to_json()),
-    config=config.to_json(),
+  mine = lambda: config.overwrite or any(state.glob('step_*'))
+  ckpts.check_target(output, overwrite=mine())
+  group = _processes.Group()
+  described = _described(config)
+  group.check_same('The configs', repr(described).encode())
+  store = _store.Store(state, fingerprint=repr(described), config=described)
+  with contextlib.ExitStack() as stack:
+    group.lead(lambda: stack.enter_context(store.lock()))
+    stack.enter_context(group.survived())
+    overwrite = mine()  # Another run may have ended since.
+    ckpts.check_target(output, overwrite=overwrite)
+    saved = store.latest()
+    number = b'' if saved is None else str(saved.number).encode()
+    group.check_same('The saved states', number)
+    run = _start(config, output, saved, stop, progress)
+    if run is None:
+      return None
+    saver = _Saver(store, run, 0 if saved is None else saved.number, group)
+    if saved is None:  # The fit is not made again.
+      saver.check_same('start')
+      saver.save(_Position())
+    if not _stages_of(run, saver, saved, stop, progress, report):
+      return None
+
+    def save() -> None:
+      path = ckpts.save(
+        output,
+        model=run.model,
+        params=run.params,
+        tokenizer=run.dense.tokenizer,
+        source=run.dense.source,
+        metadata={'healing': {'config': config.to_json(), 'log': run.log}},
+        overwrite=overwrite,
+      )
+      logging.info('Wrote %s.', path)
+      _sweep(output)
+      if finish is not None:
+        finish(run)
+      store.clear()
+
+    group.lead(save)
+  return run
+
+
+def is_result(config: Heal) -> bool:
+  """Whether a config's result is there, whole, and its run over."""
+  output = pathlib.Path(config.output).expanduser().absolute()
+  state = output.with_name(f'{output.name}.state')
+  if not output.exists() or any(state.glob('step_*')):
+    return False
+  made = ckpts.load(output).metadata.get('healing', {}).get('config')
+  want = json.loads(json.dumps(_described(config)))
+  return isinstance(made, dict) and want == {
+    k: v for k, v in made.items() if k not in _FREE
+  }
+
+
+def _described(config: Heal) -> dict[str, Any]:
+  return {k: v for k, v in config.to_json().items() if k not in _FREE}
+
+
+def _sweep(output: pathlib.Path) -> None:
+  """Removes what kills left of earlier attempts to save the result."""
+  name = re.compile(
+    rf'\.{re.escape(output.name)}\.[0-9a-f]{{12}}\.(partial|replaced)'
   )
-  saved = store.latest()
-  run = _start(config, output, saved, progress)
+  for path in output.parent.iterdir():
+    if name.fullmatch(path.name):
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def _stages_of(
+  run: Run,
+  saver: _Saver,
+  saved: _store.Saved | None,
+  stop: Callable[[], bool],
+  progress: bool,
+  report: Callable[[Run, dict[str, Any]], None] | None,
+) -> bool:
+  """Does what is left to do; `False` if it was stopped, its state saved."""
   position = _Position(**saved.metadata['position']) if saved else _Position()
-  done = 0 if saved is None else saved.number
-  saver = _Saver(store, run, done)
-  for number, stage in enumerate(config.stages):
+  for number, stage in enumerate(run.config.stages):
     if number < position.stage:
       continue
     units = stage.units(run.model)
     for index, unit in enumerate(units):
       if number == position.stage and index < position.unit:
         continue
+      if saver.group.any(stop())[0]:
+        return False
       resume = None
       if saved and (number, index) == (position.stage, position.unit):
         resume = (position, saved) if position.step else None
@@ -206,24 +291,14 @@ def heal(
         run, stage, unit, (number, index), saver, resume, stop, progress
       )
       if record is None:
-        return None
+        return False
+      saver.check_same(unit)
       record['ratio'] = ratio(run)
       run.log.append({'stage': number, 'unit': unit, **record})
       saver.save(_Position(stage=number, unit=index + 1, step=0))
       if report is not None:
         report(run, run.log[-1])
-  path = ckpts.save(
-    output,
-    model=run.model,
-    params=run.params,
-    tokenizer=run.dense.tokenizer,
-    source=run.dense.source,
-    metadata={'healing': {'config': config.to_json(), 'log': run.log}},
-    overwrite=overwrite,
-  )
-  logging.info('Wrote %s.', path)
-  store.clear()
-  return run
+  return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +314,9 @@ def _start(
   config: Heal,
   output: pathlib.Path,
   saved: _store.Saved | None,
+  stop: Callable[[], bool],
   progress: bool,
-) -> Run:
+) -> Run | None:
   """Loads, calibrates and compresses, or takes the saved parameters."""
   recipe_lib.Recipe.of(config.recipe, num_layers=recipe_lib.ANY_LAYERS)
   dense = ckpts.load(
@@ -258,14 +334,17 @@ def _start(
   model = gx_nn.Compressed(model=dense.model, recipe=config.recipe)
   _check_stages(config, model)
   tokens = _tokens(config, dense.tokenizer)
-  calibration = _calibration.calibrate(
+  calibration = _calibration.attempt(
     dense.model,
     dense.params,
     tokens,
     directory=config.cache or output.with_name(f'{output.name}.calibration'),
     seed=config.seed,
     progress=progress,
+    stop=stop,
   )
+  if calibration is None:
+    return None
   if saved is None:
     count = max(1, config.fit_tokens // config.window)
     params = gx_compress.compress(
@@ -341,12 +420,25 @@ def _restore(
 class _Saver:
   """Saves the run, at most every so many seconds within a unit."""
 
-  def __init__(self, store: _store.Store, run: Run, number: int):
+  def __init__(
+    self,
+    store: _store.Store,
+    run: Run,
+    number: int,
+    group: _processes.Group,
+  ):
     self._store, self._run, self._number = store, run, number
+    self.group = group
     self._last = time.monotonic()
 
   def due(self) -> bool:
     return time.monotonic() - self._last > self._run.config.save_seconds
+
+  def check_same(self, unit: str) -> None:
+    """Checks that all processes have come to the same parameters."""
+    if self.group.count > 1:
+      digest = _calibration.params_fingerprint(_packed_leaves(self._run))
+      self.group.check_same(f'The parameters ({unit})', digest.encode())
 
   def save(
     self,
@@ -357,16 +449,13 @@ class _Saver:
     arrays = {f'params/{k}': v for k, v in _packed_leaves(self._run).items()}
     if training is not None:
       arrays |= {f'train/{k}': v for k, v in _store.flatten(training).items()}
+    metadata = {
+      'position': dataclasses.asdict(position),
+      'log': self._run.log,
+      'curve': curve or [],
+    }
     self._number += 1
-    self._store.save(
-      self._number,
-      arrays,
-      {
-        'position': dataclasses.asdict(position),
-        'log': self._run.log,
-        'curve': curve or [],
-      },
-    )
+    self.group.lead(lambda: self._store.save(self._number, arrays, metadata))
     self._last = time.monotonic()
 
 
@@ -436,11 +525,12 @@ def _unit(
           ' learning rate.'
         )
     position = _Position(stage=place[0], unit=place[1], step=step + 1)
-    if stop():
+    due = saver.due() and step + 1 < optimizer.steps
+    stopped, due = saver.group.any(stop(), due)
+    if stopped or due:
       saver.save(position, (moving, state), curve)
+    if stopped:
       return None
-    if saver.due() and step + 1 < optimizer.steps:
-      saver.save(position, (moving, state), curve)
   after = task.held_out(moving)
   record = {
     'held_out_before': before,

@@ -30,6 +30,8 @@ class Mezo:
     learning_rate: Of the update, in the same units; falls to 5% as a cosine.
     form: What moves: 'latent' codes and all floats, or 'fixed' codes: scales
       and norms only.
+    axis: Name of the mapped axis over which the pairs are split; set by
+      `sharded_update`.
 
   Reference: Malladi et al., "Fine-Tuning Language Models with Just Forward
   Passes", arXiv 2305.17333; Spall, "Multivariate Stochastic Approximation
@@ -41,6 +43,7 @@ class Mezo:
   sigma: float = 1e-2
   learning_rate: float = 1e-3
   form: str = 'fixed'
+  axis: str = ''
 
   def __post_init__(self):
     for name in ('steps', 'pairs'):
@@ -64,6 +67,11 @@ class Mezo:
   def codes(self) -> str:
     """Form of the codes that it moves."""
     return self.form
+
+  @property
+  def members(self) -> int:
+    """What divides among devices."""
+    return self.pairs
 
   @property
   def passes(self) -> int:
@@ -100,7 +108,18 @@ class Mezo:
     def pair(index: jax.Array) -> tuple[jax.Array, jax.Array]:
       return trial(index, 1.0), trial(index, -1.0)
 
-    plus, minus = jax.lax.map(pair, jnp.arange(self.pairs))
+    index = jnp.arange(self.pairs)
+    if self.axis:
+      devices = jax.lax.axis_size(self.axis)
+      if self.pairs % devices:
+        raise errors.ConfigError(
+          f'Mezo.pairs={self.pairs} does not divide among {devices} devices.'
+        )
+      share = self.pairs // devices
+      index = jax.lax.axis_index(self.axis) * share + jnp.arange(share)
+    plus, minus = jax.lax.map(pair, index)
+    if self.axis:
+      plus, minus = jax.lax.all_gather((plus, minus), self.axis, tiled=True)
     slopes = (plus - minus) / (2 * self.sigma)
     done = state['step'].astype(jnp.float32) / self.steps
     rate = self.learning_rate * (0.525 + 0.475 * jnp.cos(jnp.pi * done))

@@ -28,6 +28,7 @@ from gemma_ext.train import _closed_form
 from gemma_ext.train import _distill
 from gemma_ext.train import _latents
 from gemma_ext.train import _rows
+from gemma_ext.train import _sharded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,10 +283,7 @@ class Distill(_Stage):
 def _compiled_step(branch: _branch.Branch, dtype: Any, optimizer: Any):
   if not hasattr(optimizer, 'update'):
     return None
-  problem = _block.problem(branch, dtype=dtype)
-  return jax.jit(
-    functools.partial(optimizer.update, problem), donate_argnums=(0, 1)
-  )
+  return _sharded.compiled(optimizer, _block.problem(branch, dtype=dtype))
 
 
 @functools.lru_cache(maxsize=8)
@@ -300,10 +298,7 @@ def _compiled_loss(branch: _branch.Branch, dtype: Any):
 
 @functools.lru_cache(maxsize=4)
 def _compiled_model_step(model: gx_nn.Compressed, optimizer: Any):
-  problem = _distill.problem(model)
-  return jax.jit(
-    functools.partial(optimizer.update, problem), donate_argnums=(0, 1)
-  )
+  return _sharded.compiled(optimizer, _distill.problem(model))
 
 
 @functools.lru_cache(maxsize=4)
