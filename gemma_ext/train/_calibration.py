@@ -90,10 +90,11 @@ class Calibration:
     return self.path / f'{name}.bf16'
 
 
-def nbytes(model: nn.Module, tokens: np.ndarray) -> int:
+def nbytes(model: nn.Module, tokens: np.ndarray, *, layers: bool = True) -> int:
   """Bytes on disk that `calibrate` will take."""
-  layers, width = model.config.num_layers, model.config.embed_dim
-  return (layers + 1) * tokens.size * width * 2 + layers * width * width * 4
+  count = model.config.num_layers if layers else 0
+  width = model.config.embed_dim
+  return (count + 1) * tokens.size * width * 2 + count * width * width * 4
 
 
 def calibrate(
@@ -102,6 +103,7 @@ def calibrate(
   tokens: Any,
   *,
   directory: str | os.PathLike[str],
+  layers: bool = True,
   fisher_windows: int = 16,
   max_bytes: int = 16 << 30,
   seed: int = 0,
@@ -116,6 +118,8 @@ def calibrate(
     params: Its dense parameters.
     tokens: Token ids `[W, L]`, padded with 0.
     directory: Where calibrations are kept, one folder each.
+    layers: Whether to keep targets and Fisher information of the layers; the
+      final hidden states alone take less time and space.
     fisher_windows: Windows that the Fisher information is taken from.
     max_bytes: Bytes on disk that may be used.
     seed: Of the labels that are drawn from the model for the Fisher.
@@ -135,6 +139,7 @@ def calibrate(
     params,
     tokens,
     directory=directory,
+    layers=layers,
     fisher_windows=fisher_windows,
     max_bytes=max_bytes,
     seed=seed,
@@ -150,6 +155,7 @@ def attempt(
   tokens: Any,
   *,
   directory: str | os.PathLike[str],
+  layers: bool = True,
   fisher_windows: int = 16,
   max_bytes: int = 16 << 30,
   seed: int = 0,
@@ -176,26 +182,31 @@ def attempt(
       f' {tokens.dtype} {tokens.shape}.'
     )
   tokens = tokens.astype(np.int32)
-  need = nbytes(model, tokens)
+  need = nbytes(model, tokens, layers=layers)
   if need > max_bytes:
     raise errors.TrainError(
       f'Calibration on {tokens.size:,} tokens takes {need / 1e9:.1f} GB on'
       f' disk, more than the {max_bytes / 1e9:.1f} GB allowed. Give fewer'
       ' tokens, or a larger max_bytes.'
     )
-  key = _fingerprint(model, params, tokens, fisher_windows, seed)
+  what = (fisher_windows, seed) if layers else ('final',)
+  key = _fingerprint(model, params, tokens, *what)
   group = _processes.Group()
   group.check_same('Checkpoint and calibration text', key.encode())
   path = pathlib.Path(directory).expanduser().absolute() / key
   out = Calibration(
     path=path,
     tokens=tokens,
-    layers=tuple(f'layer_{i}' for i in range(model.config.num_layers)),
+    layers=tuple(
+      f'layer_{i}' for i in range(model.config.num_layers if layers else 0)
+    ),
     width=model.config.embed_dim,
   )
   work = _Work(_capture.probe(model), params, out, stop, group, progress)
   group.lead(work.prepare)
-  if not work.activations() or not work.fisher(fisher_windows, seed):
+  if not work.activations():
+    return None
+  if layers and not work.fisher(fisher_windows, seed):
     return None
   return out
 
@@ -237,7 +248,7 @@ class _Work:
 
     def window(i: int) -> None:
       tokens = jnp.asarray(out.tokens[i : i + 1])
-      found = _window(self.params, tokens, model=self.probe)
+      found = _window(self.params, tokens, model=self.probe, names=names)
       for name, value in found.items():
         value = np.asarray(value[0])
         if not np.isfinite(value.astype(np.float32)).all():
@@ -315,14 +326,14 @@ class _Work:
     )
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _window(params, tokens, *, model) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=('model', 'names'))
+def _window(params, tokens, *, model, names) -> dict[str, jax.Array]:
   out, taps = _capture.branches(
     model, params, tokens, return_hidden_states=True
   )
   found = {k: v['residual'] + v['branch'] for k, v in taps.items()}
   found['final'] = out.hidden_states
-  return {k: v.astype(jnp.bfloat16) for k, v in found.items()}
+  return {k: found[k].astype(jnp.bfloat16) for k in names}
 
 
 @functools.partial(jax.jit, static_argnames='model')

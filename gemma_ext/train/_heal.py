@@ -339,6 +339,7 @@ def _start(
     dense.params,
     tokens,
     directory=config.cache or output.with_name(f'{output.name}.calibration'),
+    layers=any(isinstance(s, _stages.Block) for s in config.stages),
     seed=config.seed,
     progress=progress,
     stop=stop,
