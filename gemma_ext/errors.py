@@ -123,5 +123,9 @@ class StateError(TrainError):
   """The state of an earlier run is damaged or belongs to another config."""
 
 
+class RewardError(TrainError):
+  """A reward function raised, or returned what is no number."""
+
+
 class ProcessError(TrainError):
   """The processes of one run do not go together, or one of them is gone."""
