@@ -1,14 +1,24 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Heals a compressed model as a config says.
+"""Heals or trains a model as a config says.
 
   python -m gemma_ext.train --config=examples/enhancements/heal_tssn.py \
       [--config.output=DIR] [--config.stages[0].optimizer.steps=100]
+  python -m gemma_ext.train --config=examples/enhancements/mezo_distill.py \
+      [--config.workdir=DIR] [--config.num_train_steps=100]
 
 The config is a Python file with `get_config()`, and every field that it names
-can be changed on the command line. The result is a directory that
-`gemma_ext.evaluate` and `gemma_ext.generate` take. Beside it are
+can be changed on the command line. It describes one of two things.
+
+A `gemma_ext.train.Heal`: wins back what compression broke. The result is a
+directory that `gemma_ext.evaluate` and `gemma_ext.generate` take. Beside it are
 `OUTPUT.healing.json` and, if matplotlib is there, `OUTPUT.report/report.html`.
+
+A `kd.train.Trainer` of kauldron: trains end to end, by gradients or without.
+WORKDIR/training.json holds the config, WORKDIR/checkpoints the states, WORKDIR
+itself what `tensorboard --logdir` shows. At the end WORKDIR/result is a
+directory that `gemma_ext.evaluate` and `gemma_ext.generate` take; of adapters
+WORKDIR/adapters.safetensors. It goes on from its last checkpoint.
 
 A run that is killed goes on with the same command and ends in the same bits.
 SIGTERM saves the state and exits with 0, and so does Ctrl-C; twice, it ends
@@ -19,7 +29,7 @@ Several processes share a run, and a population, if each is started with
   --coordinator=HOST:PORT --num_processes=2 --process_id=0  # and 1
 
 on a file system that all of them see. A signal to one stops all. If one dies,
-the others end with an error, and the same commands go on.
+the others end with an error, and the same commands go on. This is for `Heal`.
 """
 
 from __future__ import annotations
@@ -33,6 +43,7 @@ from typing import Any
 
 from absl import flags
 import jax
+from kauldron import kd
 
 from gemma_ext import _cli
 from gemma_ext import errors
@@ -40,6 +51,7 @@ from gemma_ext.train import _config
 from gemma_ext.train import _heal
 from gemma_ext.train import _report
 from gemma_ext.train import _signals
+from gemma_ext.train import _trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,10 +130,13 @@ def _join(args: Any) -> None:
 
 def _run(args: Any, changes: Sequence[str]) -> None:
   config = _config.load(args.config, changes)
+  if isinstance(config.value, kd.train.Trainer):
+    _train(args, config)
+    return
   if not isinstance(config.value, _heal.Heal):
     raise errors.ConfigError(
       f'{args.config!r} describes a {type(config.value).__name__}; expected a'
-      ' gemma_ext.train.Heal.'
+      ' gemma_ext.train.Heal or a kauldron kd.train.Trainer.'
     )
   _join(args)
   leads = jax.process_index() == 0
@@ -146,6 +161,35 @@ def _run(args: Any, changes: Sequence[str]) -> None:
   if run is None and leads:
     _cli.note(
       'Stopped; the state is saved. The same command goes on from here.'
+    )
+
+
+def _train(args: Any, config: _config.Config) -> None:
+  """Runs a trainer of kauldron."""
+  if args.coordinator is not None:
+    raise errors.ConfigError(
+      '--coordinator is for gemma_ext.train.Heal; a kd.train.Trainer runs in'
+      ' one process here.'
+    )
+  with _signals.graceful() as stop:
+    try:
+      path = _trainer.run(
+        config.value, config.snapshot, stop=lambda: stop.requested
+      )
+    except _trainer.StoppedError as e:
+      _cli.note(str(e))
+      return
+  print(f'Wrote {path}.')
+  if path.is_dir():
+    print(
+      f'Measure with: python -m gemma_ext.evaluate --checkpoint={path}\n'
+      f'Run with: python -m gemma_ext.generate --checkpoint={path}'
+      " --prompt='The capital of France'"
+    )
+  else:
+    print(
+      'These are the adapters alone; load them with'
+      f" safetensors.flax.load_file('{path}') and peft.merge_params."
     )
 
 

@@ -126,7 +126,7 @@ class TaskReward(kd.losses.Loss):
       self._failures.clear()
       raise failure
 
-  def _rewards(self, prompts: jax.Array, answers: jax.Array) -> np.ndarray:
+  def _rewards(self, prompts: Any, answers: Any) -> np.ndarray:
     """On the host: ids `[..., L]` and `[..., T]` to rewards `[...]`."""
     prompts, answers = np.asarray(prompts), np.asarray(answers)
     lead = answers.shape[:-1]
