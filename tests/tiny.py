@@ -11,6 +11,7 @@ per-layer inputs, so that recipes with the default group of 128 apply.
 """
 
 import atexit
+import dataclasses
 import functools
 import io
 import pathlib
@@ -91,6 +92,14 @@ class TinyGemma3(gm.nn.Gemma3_270M):
     attention_types=_GEMMA3_LAYERS + _GEMMA3_LAYERS[:1],
     local_base_frequency=10_000,
     global_base_frequency=1_000_000,
+  )
+
+
+class TinyGemma3Shallow(TinyGemma3):
+  """One layer of it, for tests that compile much."""
+
+  config: gemma3_config.TransformerConfig = dataclasses.replace(
+    TinyGemma3.config, attention_types=_GEMMA3_LAYERS[:1]
   )
 
 

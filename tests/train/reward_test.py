@@ -97,11 +97,7 @@ class _Given(kd.ckpts.InitTransform):
 
 
 def _trainer(function, *, steps=12, workdir='.', **changes):
-  dense = tiny.model('gemma3')
-  config = dataclasses.replace(
-    dense.config, attention_types=dense.config.attention_types[:1]
-  )
-  model = dense.clone(config=config)
+  model = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
   reward = train.TaskReward(
     model=model,
     tokenizer=tiny.tokenizer(3),

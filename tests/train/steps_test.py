@@ -41,12 +41,8 @@ class Given(kd.ckpts.InitTransform):
 
 @functools.cache
 def _model(dtype):
-  """One layer, dense and compressed, and the parameters of the latter."""
-  dense = tiny.model('gemma3', dtype=dtype)
-  config = dataclasses.replace(
-    dense.config, attention_types=dense.config.attention_types[:1]
-  )
-  dense = dense.clone(config=config)
+  """A compressed model and its parameters."""
+  dense = tiny.TinyGemma3Shallow(dtype=dtype, tokens='batch.input')
   params = gx.compress(dense, tiny.params(dense), _RECIPE)
   return gx.nn.Compressed(model=dense, recipe=_RECIPE), params
 
