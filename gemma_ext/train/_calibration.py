@@ -426,7 +426,7 @@ def _load(
 ) -> dict[str, np.ndarray] | None:
   """Arrays of a file that `_save` wrote; `None` if it is not whole."""
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, 'rb') as raw, np.load(raw, allow_pickle=False) as file:
       return {name: file[name] for name in names}
   except FileNotFoundError:
     return None

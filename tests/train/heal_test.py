@@ -12,6 +12,7 @@ from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext import train
 from gemma_ext.train import _branch
+from gemma_ext.train import _heal
 from gemma_ext.train import _stages
 from gemma_ext.train import _store
 from tests import tiny
@@ -82,7 +83,11 @@ def _assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 def test_distillation_lowers_the_held_out_divergence(folder):
-  run = train.heal(_config(folder, 'distilled', stages=(_DISTILL,)))
+  cache = folder / 'final only'
+  run = train.heal(
+    _config(folder, 'distilled', stages=(_DISTILL,), cache=str(cache))
+  )
+  assert {p.name for p in cache.glob('*/*')} == {'final.bf16', 'done.json'}
   (record,) = run.log
   assert record['unit'] == 'model'
   assert record['held_out_after'] < 0.9 * record['held_out_before']
@@ -146,9 +151,45 @@ def test_kill_between_result_and_clearing_the_state(folder, monkeypatch):
   _assert_equal(_leaves(folder / 'late'), want)
 
 
+def test_what_does_not_change_the_result_may_change(folder):
+  config = _config(folder, 'free')
+  saved = lambda: any((folder / 'free.state').glob('step_*'))
+  assert train.heal(config, stop=saved) is None
+  assert saved()
+  again = _config(folder, 'free', overwrite=True, save_seconds=1.0)
+  assert train.heal(again) is not None
+  assert not saved()
+  with pytest.raises(errors.CheckpointExistsError):
+    train.heal(config)
+  assert train.heal(again, stop=lambda: True) is None
+
+
+def test_run_is_over_only_when_it_is_finished(folder):
+  config = _config(folder, 'finished')
+  seen = []
+
+  def finish(run):
+    assert ckpts.load(folder / 'finished').recipe == run.model.recipe
+    seen.append(run.log)
+    if len(seen) == 1:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    train.heal(config, finish=finish)
+  assert not _heal.is_result(config)
+  left = folder / '.finished.0123456789ab.replaced'
+  left.mkdir()
+  assert train.heal(config, finish=finish) is not None
+  assert seen[0] == seen[1] and not left.exists()
+  assert _heal.is_result(config)
+  assert _heal.is_result(_config(folder, 'finished', overwrite=True))
+  assert not _heal.is_result(_config(folder, 'finished', seed=1))
+
+
 def test_state_of_another_config_is_refused(folder):
   config = _config(folder, 'other')
-  assert train.heal(config, stop=lambda: True) is None
+  saved = lambda: any((folder / 'other.state').glob('step_*'))
+  assert train.heal(config, stop=saved) is None
   with pytest.raises(errors.StateError, match='another config'):
     train.heal(_config(folder, 'other', seed=1))
 

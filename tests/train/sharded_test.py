@@ -6,6 +6,7 @@ Losses of members are summed in another order where fewer of them run at once,
 so that floating leaves agree to 1e-5 and not to the bit; codes agree exactly.
 """
 
+import functools
 import os
 import pathlib
 import socket
@@ -13,11 +14,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma_ext import errors
 from gemma_ext.train import _evolution
+from gemma_ext.train import _mezo
 from gemma_ext.train import _problem
 from gemma_ext.train import _sharded
 
@@ -141,6 +144,56 @@ def test_two_processes_end_where_one_does(one_device, tmp_path):
   _check(first, one_device)
   for name, value in first.items():  # Between the two, to the bit.
     np.testing.assert_array_equal(second[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  'optimizer',
+  [
+    _evolution.Evolution(steps=9, population=16, form='latent'),
+    _mezo.Mezo(steps=9, pairs=16, form='latent'),
+  ],
+  ids=['evolution', 'mezo'],
+)
+def test_compiled_update_is_split_and_ends_where_one_device_does(optimizer):
+  target = jnp.arange(12.0).reshape(3, 4)
+  problem = _problem.Problem(lambda p, b: jnp.mean((p['a'] - b['t']) ** 2))
+  updates = (
+    jax.jit(functools.partial(optimizer.update, problem)),
+    _sharded.compiled(optimizer, problem),
+  )
+  found = []
+  for update in updates:
+    params = {'a': jnp.ones((3, 4))}
+    state = optimizer.init(params, jax.random.key(1))
+    for i in range(3):
+      params, state, metrics = update(
+        params, state, {'t': target}, jax.random.key(i)
+      )
+    assert len(params['a'].devices()) == 1
+    found.append((np.asarray(params['a']), float(metrics['loss'])))
+  np.testing.assert_allclose(found[1][0], found[0][0], 1e-5, 1e-6)
+  np.testing.assert_allclose(found[1][1], found[0][1], 1e-5)
+  assert np.abs(found[0][0] - 1).max() > 1e-4
+  text = (
+    updates[1]
+    ._update.lower(
+      *jax.tree.map(updates[1]._spread, ({'a': target}, state, {'t': target})),
+      updates[1]._spread(jax.random.key(0)),
+    )
+    .as_text()
+  )
+  assert 'all_gather' in text
+
+
+def test_population_that_does_not_divide_runs_on_one_device(caplog):
+  problem = _problem.Problem(lambda p, b: jnp.sum(p['a'] ** 2))
+  optimizer = _mezo.Mezo(steps=9, pairs=3)
+  update = _sharded.compiled(optimizer, problem)
+  params = {'a': jnp.ones(4)}
+  state = optimizer.init(params, jax.random.key(1))
+  params, _, metrics = update(params, state, None, jax.random.key(0))
+  assert np.isfinite(metrics['loss']) and float(metrics['loss']) != 4
+  assert 'do not divide among 8 devices' in caplog.text
 
 
 def test_mesh_of_two_axes():

@@ -274,6 +274,35 @@ def test_killed_at_random_moments(tmp_path):
   assert numbers == sorted(numbers) and numbers[-1] > numbers[0]
 
 
+def test_lock_keeps_others_out_until_its_process_is_gone(tmp_path):
+  store = _store.Store(tmp_path, fingerprint='f')
+  script = textwrap.dedent(f"""
+    from gemma_ext.train import _store
+    with _store.Store({str(tmp_path)!r}, fingerprint='f').lock():
+      print('locked', flush=True)
+      input()
+  """)
+  with subprocess.Popen(
+    [sys.executable, '-c', script],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout is not None
+    assert process.stdout.readline() == 'locked\n'
+    for _ in range(2):
+      with pytest.raises(errors.StateError, match=f'pid {process.pid} on'):
+        with store.lock():
+          raise AssertionError
+    process.kill()
+    process.wait()
+  with store.lock(), pytest.raises(errors.StateError, match='Another run'):
+    with _store.Store(tmp_path, fingerprint='g').lock():
+      raise AssertionError
+  with store.lock():
+    assert store.latest() is None
+
+
 def test_tree_round_trip_and_wrong_shape():
   tree = {'a': jnp.arange(3.0), 'b': (jnp.zeros((2, 2), jnp.bfloat16),)}
   arrays = _store.flatten(tree)
