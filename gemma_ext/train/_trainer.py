@@ -20,7 +20,6 @@ from kauldron import kd
 import numpy as np
 import safetensors.numpy
 
-from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
@@ -82,7 +81,9 @@ def run(
   trainer = trainer.replace(workdir=epath.Path(workdir))
   _check_snapshot(workdir, snapshot, trainer.checkpointer.latest_step)
   workdir.mkdir(parents=True, exist_ok=True)
-  _cli.write_json(str(workdir / SNAPSHOT), snapshot)
+  partial = workdir / f'{SNAPSHOT}.partial'
+  partial.write_text(json.dumps(snapshot, indent=2) + '\n')
+  partial.replace(workdir / SNAPSHOT)
   # As the trainer sets it itself: it is frozen for its users, not for us.
   object.__setattr__(
     trainer, 'checkpointer', _Stopping(trainer.checkpointer, stop)
@@ -111,9 +112,7 @@ class _Stopping:
     done = False
     # A step that the run has just come from is there already.
     if not stopped or self._inner.latest_step != step:
-      done = self._inner.save(
-        state, step=step, **(kwargs | {'force': stopped or False})
-      )
+      done = self._inner.save(state, step=step, **(kwargs | {'force': stopped}))
     if stopped:
       self._inner.wait_until_finished()
       if isinstance(self._inner, kd.ckpts.NoopCheckpointer):

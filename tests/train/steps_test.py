@@ -136,8 +136,10 @@ def test_lowers_a_loss_without_gradients(step, no_gradients):
   codes = {k for k in after if k.endswith('/codes')}
   assert after.keys() - codes <= changed  # Every scale and norm.
   ternary = {k for k in codes if '/mlp/' in k}
-  expected = {'fixed': set(), 'integer': ternary, 'latent': codes}
-  assert changed & codes == expected[step.method.codes]
+  form = step.method.codes
+  may = {'fixed': set(), 'integer': ternary, 'latent': codes}[form]
+  assert changed & codes <= may
+  assert bool(changed & codes) == bool(may)
 
 
 def test_masters_keep_what_bfloat16_would_lose():
@@ -173,7 +175,7 @@ def test_only_weights_that_match_move():
 @pytest.mark.parametrize(
   'make',
   [
-    lambda: _mezo(pairs=1),
+    lambda: dataclasses.replace(_mezo(pairs=1), weights='layer_0/mlp'),
     lambda: _evolution(
       'layer_0/mlp', form='integer', population=4, code_sigma=0.1
     ),

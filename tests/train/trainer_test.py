@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command with a `kd.train.Trainer`: the shipped configs, on tiny models."""
+"""The command with a `kd.train.Trainer`: shipped configs on tiny models."""
 
 import json
 import pathlib
