@@ -10,9 +10,7 @@ from gemma_ext.train._calibration import Calibration
 from gemma_ext.train._closed_form import ClosedForm
 from gemma_ext.train._evolution import Evolution
 from gemma_ext.train._gradient import Gradient
-from gemma_ext.train._heal import Heal
 from gemma_ext.train._heal import heal
-from gemma_ext.train._heal import Run
 from gemma_ext.train._init import FromCheckpoint
 from gemma_ext.train._mezo import Mezo
 from gemma_ext.train._noise import LowRank
@@ -22,6 +20,8 @@ from gemma_ext.train._problem import Problem
 from gemma_ext.train._reward import Match
 from gemma_ext.train._reward import TaskReward
 from gemma_ext.train._rows import EvolveRows
+from gemma_ext.train._run import Heal
+from gemma_ext.train._run import Run
 from gemma_ext.train._sharded import sharded_update
 from gemma_ext.train._sources import Prompts
 from gemma_ext.train._sources import TextWindows

@@ -50,6 +50,7 @@ from gemma_ext import errors
 from gemma_ext.train import _config
 from gemma_ext.train import _heal
 from gemma_ext.train import _report
+from gemma_ext.train import _run
 from gemma_ext.train import _signals
 from gemma_ext.train import _trainer
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else list(argv)
   changes, rest = _config.split_argv(argv)
   status = _cli.run(
-    __doc__, _define_flags, lambda args: _run(args, changes), rest
+    __doc__, _define_flags, lambda args: _main(args, changes), rest
   )
   if status and jax.distributed.is_initialized():
     # An orderly exit waits for the others, and they for this one.
@@ -128,12 +129,12 @@ def _join(args: Any) -> None:
     ) from e
 
 
-def _run(args: Any, changes: Sequence[str]) -> None:
+def _main(args: Any, changes: Sequence[str]) -> None:
   config = _config.load(args.config, changes)
   if isinstance(config.value, kd.train.Trainer):
     _train(args, config)
     return
-  if not isinstance(config.value, _heal.Heal):
+  if not isinstance(config.value, _run.Heal):
     raise errors.ConfigError(
       f'{args.config!r} describes a {type(config.value).__name__}; expected a'
       ' gemma_ext.train.Heal or a kauldron kd.train.Trainer.'
@@ -193,7 +194,7 @@ def _train(args: Any, config: _config.Config) -> None:
     )
 
 
-def _write(run: _heal.Run, config: _config.Config, begun: float) -> None:
+def _write(run: _run.Run, config: _config.Config, begun: float) -> None:
   """Writes what belongs to a result, and prints it."""
   output = pathlib.Path(config.value.output).expanduser()
   record = {
@@ -237,7 +238,7 @@ class _Line:
   def __init__(self, begun: float):
     self._begun, self._done = begun, 0
 
-  def __call__(self, run: _heal.Run, record: dict[str, Any]) -> None:
+  def __call__(self, run: _run.Run, record: dict[str, Any]) -> None:
     self._done += 1
     units = sum(len(s.units(run.model)) for s in run.config.stages)
     left = units - len(run.log)

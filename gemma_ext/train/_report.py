@@ -31,7 +31,7 @@ from gemma_ext import errors
 from gemma_ext.train import _plots
 
 if TYPE_CHECKING:
-  from gemma_ext.train import _heal
+  from gemma_ext.train import _run
 
 _SECTIONS = ('title', 'config', 'table', 'layers', 'curves', 'samples')
 _CAPTIONS = {
@@ -89,7 +89,7 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
-def record_of(run: _heal.Run, config: Mapping[str, Any]) -> dict[str, Any]:
+def record_of(run: _run.Run, config: Mapping[str, Any]) -> dict[str, Any]:
   """Makes a record out of the log of a run.
 
   A layer that several stages touched has one row: its first state before, its

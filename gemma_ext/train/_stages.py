@@ -103,7 +103,7 @@ class Block(_Stage):
 
   def task(self, run: Any, unit: str) -> Task:
     """Makes the task of one layer."""
-    calibration, model = run.calibration, run.model
+    calibration, model = run.blocks, run.model
     dtype = model.model.dtype
     branch = _branch.of_layer(model, unit)
     residual = residuals(model, run.params, calibration.tokens, unit)
@@ -111,7 +111,7 @@ class Block(_Stage):
     fisher = calibration.fisher[unit]
     root = _block.metric(self.weighting, fisher)
     weight = _block.token_weights(self.weighting, target, calibration.mask)
-    seen = run.seen
+    seen, held_out = run.seen(calibration), run.held_out(calibration)
     scale = _block.scale_of(residual[seen], target[seen], weight[seen], root)
     moving, fixed = _latents.open_params(
       branch,
@@ -148,7 +148,7 @@ class Block(_Stage):
         found['hidden'] = dense(found['residual'])
       return found
 
-    held_rows = tokens.rows(run.held_out)[: 4 * self.batch_tokens]
+    held_rows = tokens.rows(held_out)[: 4 * self.batch_tokens]
     held = tokens.take(held_rows) | common
     loss = _compiled_loss(branch, dtype)
 
@@ -241,7 +241,7 @@ class Distill(_Stage):
     table = full[ids]
     unpacked = _distill.unpack(fixed, model=model)
     final, tokens = calibration.final, calibration.tokens
-    seen = run.seen
+    seen, last = run.seen(calibration), run.held_out(calibration)
 
     others = np.setdiff1d(np.arange(len(full)), ids)
     size = min(self.rest, len(others))
@@ -265,8 +265,8 @@ class Distill(_Stage):
 
     def held_out(moving: dict[str, jax.Array]) -> float:
       values = [
-        float(loss(moving, take(run.held_out[i : i + 1], (i,))))
-        for i in range(len(run.held_out))
+        float(loss(moving, take(last[i : i + 1], (i,))))
+        for i in range(len(last))
       ]
       return float(np.mean(values))
 

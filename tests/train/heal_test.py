@@ -94,6 +94,28 @@ def test_distillation_lowers_the_held_out_divergence(folder):
   assert [row['layer'] for row in record['layers']] == [0, 1, 2]
 
 
+def test_blocks_on_a_part_of_the_text(folder):
+  stages = (*_config(folder, 'x').stages, _DISTILL)
+  cache = folder / 'parts'
+  run = train.heal(
+    _config(
+      folder, 'of part', stages=stages, block_tokens=640, cache=str(cache)
+    )
+  )
+  assert len(run.blocks.tokens) == 10 + 4
+  assert len(run.calibration.tokens) > 14
+  np.testing.assert_array_equal(
+    run.blocks.tokens[run.held_out(run.blocks)],
+    run.calibration.tokens[run.held_out(run.calibration)],
+  )
+  assert run.blocks.target('layer_0').shape[:2] == (14, 64)
+  assert not (run.calibration.path / 'layer_0.bf16').exists()
+  assert [r['unit'] for r in run.log] == [
+    *('layer_0', 'layer_1', 'layer_2', 'model')
+  ]
+  assert run.log[-1]['held_out_after'] < run.log[-1]['held_out_before']
+
+
 def test_blocks_lower_every_held_out_loss(folder):
   run = train.heal(_config(folder, 'both'))
   units = [record['unit'] for record in run.log]
@@ -114,7 +136,7 @@ def test_stopped_run_resumes_to_the_same_bits(folder):
   stages = (*_config(folder, 'x').stages, _DISTILL)
   train.heal(_config(folder, 'whole', stages=stages))
   rng = np.random.default_rng(1)
-  config = _config(folder, 'parts', stages=stages)
+  config = _config(folder, 'of part', stages=stages)
   stops = 0
   while True:
     left = int(rng.integers(5, 60))

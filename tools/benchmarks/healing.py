@@ -35,7 +35,7 @@ from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext import train
 from gemma_ext.train import _branch
-from gemma_ext.train import _heal
+from gemma_ext.train import _run
 
 _WEIGHTINGS = ('mse', 'norm', 'fisher', 'fisher_full')
 _METHODS = ('one_shot', *_WEIGHTINGS, 'closed_form', 'evolution', 'mezo')
@@ -48,7 +48,7 @@ _METHOD = recipe_lib.Ternary(group=128)
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the benchmark; returns its exit status."""
-  return _cli.run(__doc__, _define_flags, _run, argv)
+  return _cli.run(__doc__, _define_flags, _main, argv)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
@@ -122,7 +122,7 @@ def stages(method: str, args: Any) -> tuple[Any, ...]:
       )
 
 
-def _run(args: Any) -> None:
+def _main(args: Any) -> None:
   for method in args.methods:
     if method not in _METHODS:
       raise errors.ConfigError(
@@ -187,7 +187,7 @@ class _Bench:
     )
     self._dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
     assert self._dense.tokenizer is not None
-    tokens = _heal._tokens(self._config, self._dense.tokenizer)
+    tokens = _run.tokens_of(self._config, self._dense.tokenizer)
     self._calibration = train.calibrate(
       self._dense.model,
       self._dense.params,
