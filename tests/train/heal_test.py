@@ -96,7 +96,7 @@ def test_distillation_lowers_the_held_out_divergence(folder):
 
 def test_blocks_on_a_part_of_the_text(folder):
   stages = (*_config(folder, 'x').stages, _DISTILL)
-  cache = folder / 'parts'
+  cache = folder / 'cache of part'
   run = train.heal(
     _config(
       folder, 'of part', stages=stages, block_tokens=640, cache=str(cache)
