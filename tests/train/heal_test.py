@@ -136,7 +136,7 @@ def test_stopped_run_resumes_to_the_same_bits(folder):
   stages = (*_config(folder, 'x').stages, _DISTILL)
   train.heal(_config(folder, 'whole', stages=stages))
   rng = np.random.default_rng(1)
-  config = _config(folder, 'of part', stages=stages)
+  config = _config(folder, 'parts', stages=stages)
   stops = 0
   while True:
     left = int(rng.integers(5, 60))
