@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test set-up: CPU only, eight virtual devices, quick compiles."""
 
+import gc
 import os
+import pathlib
 
 # JAX and TensorFlow read these once, at import.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -13,9 +15,28 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
 
 # After the lines above, on purpose.
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # The tests compile thousands of tiny programs and run most of them once:
 # that takes half the time without XLA's optimisations. To test with them:
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test
 if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
   jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def room_for_programs():
+  """Frees compiled programs before the kernel's limit on mappings is near.
+
+  Each holds a few, and a compiler that gets no more ends the process.
+  """
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  limit = pathlib.Path('/proc/sys/vm/max_map_count')
+  if not maps.exists() or not limit.exists():
+    return
+  with maps.open('rb') as lines:
+    used = sum(1 for _ in lines)
+  if used > int(limit.read_text()) // 3:
+    jax.clear_caches()
+    gc.collect()
