@@ -8,8 +8,8 @@
 Each cell is the perplexity ratio to the dense model on documents that neither
 calibration nor healing saw, with a 95% interval, paired by document. Methods:
 one_shot; gradients against the output of the dense layer, its error weighted as
-mse, norm, fisher or fisher_full; closed_form, evolution and mezo, which take no
-gradients. The file is written after every cell, and the same command goes on
+mse, norm, fisher or fisher_full; closed_form, evolution (rows, codes and scales), mezo
+(scales and norms) and mezo_codes (latent codes, too), which take no gradients. The file is written after every cell, and the same command goes on
 from there.
 """
 
@@ -38,7 +38,11 @@ from gemma_ext.train import _branch
 from gemma_ext.train import _run
 
 _WEIGHTINGS = ('mse', 'norm', 'fisher', 'fisher_full')
-_METHODS = ('one_shot', *_WEIGHTINGS, 'closed_form', 'evolution', 'mezo')
+_METHODS = (
+  'one_shot',
+  *_WEIGHTINGS,
+  *('closed_form', 'evolution', 'mezo', 'mezo_codes'),
+)
 _SETTINGS = (
   *('checkpoint', 'text', 'tokens', 'test_tokens', 'steps', 'batch_tokens'),
   'window',
@@ -102,13 +106,18 @@ def stages(method: str, args: Any) -> tuple[Any, ...]:
           ('linear', 1500, 16_384),
         )
       )
-    case 'mezo':
-      # As many forward passes as the generations of `evolution` times its
-      # population, and twice as many tokens in all as gradients see.
+    case 'mezo' | 'mezo_codes':
+      # As many forward passes as `evolution` judges mutants of every row:
+      # (2 * 200 + 2 * 1500) * 2.
+      codes = method == 'mezo_codes'
       return (
         train.Block(
           optimizer=train.Mezo(
-            steps=850, pairs=4, form='latent', sigma=1e-2, learning_rate=1e-3
+            steps=850,
+            pairs=4,
+            form='latent' if codes else 'fixed',
+            sigma=1e-2,
+            learning_rate=1e-4 if codes else 1e-3,
           ),
           weighting='fisher',
           batch_tokens=args.batch_tokens,
