@@ -8,8 +8,9 @@
 Each cell is the perplexity ratio to the dense model on documents that neither
 calibration nor healing saw, with a 95% interval, paired by document. Methods:
 one_shot; gradients against the output of the dense layer, its error weighted as
-mse, norm, fisher or fisher_full; closed_form, evolution (rows, codes and scales), mezo
-(scales and norms) and mezo_codes (latent codes, too), which take no gradients. The file is written after every cell, and the same command goes on
+mse, norm, fisher or fisher_full; and without gradients closed_form, evolution
+(codes and scales, row by row), mezo (scales and norms) and mezo_codes (latent
+codes, too). The file is written after every cell, and the same command goes on
 from there.
 """
 
