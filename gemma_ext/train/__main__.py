@@ -148,7 +148,7 @@ def _main(args: Any, changes: Sequence[str]) -> None:
         config.value,
         progress=leads,
         stop=lambda: stop.requested,
-        report=_Line(begun) if leads else None,
+        report=_Line() if leads else None,
         finish=lambda run: _write(run, config, begun),
       )
     except errors.CheckpointExistsError:
@@ -233,22 +233,34 @@ def _write(run: _run.Run, config: _config.Config, begun: float) -> None:
 
 
 class _Line:
-  """Prints a line for each unit that is done, with the time left."""
+  """Prints a line for each unit that is done, with the time left of a stage."""
 
-  def __init__(self, begun: float):
-    self._begun, self._done = begun, 0
+  def __init__(self):
+    self._last: float | None = None
+    self._stage = -1
+    self._seconds: list[float] = []
 
   def __call__(self, run: _run.Run, record: dict[str, Any]) -> None:
-    self._done += 1
-    units = sum(len(s.units(run.model)) for s in run.config.stages)
-    left = units - len(run.log)
-    seconds = (time.monotonic() - self._begun) / self._done * left
-    _cli.note(
+    now, stage = time.monotonic(), record['stage']
+    if stage != self._stage:
+      self._stage, self._seconds = stage, []
+    # Loading and calibration, before the first unit, say nothing of the next.
+    last = now - record['seconds'] if self._last is None else self._last
+    self._seconds.append(now - last)
+    self._last = now
+    units = len(run.config.stages[stage].units(run.model))
+    done = sum(r['stage'] == stage for r in run.log)
+    seconds = sum(self._seconds) / len(self._seconds) * (units - done)
+    line = (
       f'{record["unit"]}: held-out loss {record["held_out_before"]:.4f} ->'
       f' {record["held_out_after"]:.4f}, perplexity ratio'
-      f' {record["ratio"]:.4f}, {len(run.log)} of {units} done, about'
-      f' {seconds / 60:.0f} min left'
+      f' {record["ratio"]:.4f}, {done} of {units} done'
     )
+    if len(run.config.stages) > 1:
+      line += f' in stage {stage + 1} of {len(run.config.stages)}'
+    if done < units:
+      line += f', about {max(1, seconds / 60):.0f} min left of it'
+    _cli.note(line)
 
 
 if __name__ == '__main__':
