@@ -27,6 +27,7 @@ from gemma_ext.train import _capture
 from gemma_ext.train import _closed_form
 from gemma_ext.train import _distill
 from gemma_ext.train import _latents
+from gemma_ext.train import _rewrite
 from gemma_ext.train import _rows
 from gemma_ext.train import _sharded
 
@@ -207,11 +208,15 @@ class Distill(_Stage):
     batch_windows: Windows of a step.
     vocabulary: Tokens of the shortlist on which distributions are compared.
     rest: Tokens off the shortlist that a step draws to estimate the others.
+    rewrite: Share of the tokens that the teacher draws anew in windows that
+      were seen before, from the second epoch on, so that no text is learned by
+      heart. Each such step costs a forward pass of the teacher.
   """
 
   batch_windows: int = 2
   vocabulary: int = 16_384
   rest: int = 2048
+  rewrite: float = 0.0
 
   def __post_init__(self):
     if isinstance(self.optimizer, _closed_form.ClosedForm):
@@ -221,6 +226,10 @@ class Distill(_Stage):
     _check_positive('Distill.batch_windows', self.batch_windows)
     _check_positive('Distill.vocabulary', self.vocabulary)
     _check_positive('Distill.rest', self.rest)
+    if not isinstance(self.rewrite, (int, float)) or not 0 <= self.rewrite <= 1:
+      raise errors.ConfigError(
+        f'Distill.rewrite must be a number in [0, 1], got {self.rewrite!r}.'
+      )
 
   def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
     """The whole model is one unit."""
@@ -259,7 +268,20 @@ class Distill(_Stage):
 
     def batch(step: int, seed: tuple[int, ...]) -> dict[str, Any]:
       windows = seen[iterate(seed, step, len(seen), self.batch_windows)]
-      return take(windows, (*seed, step))
+      out = take(windows, (*seed, step))
+      if self.rewrite and step >= max(1, len(seen) // self.batch_windows):
+        source = np.random.SeedSequence((*seed, step)).generate_state(1)[0]
+        out['tokens'], out['teacher'] = _rewrite.rewrite(
+          run.dense.params,
+          out['tokens'],
+          out['teacher'],
+          table,
+          jnp.asarray(ids),
+          jax.random.key(int(source)),
+          model=run.dense.model,
+          share=self.rewrite,
+        )
+      return out
 
     loss = _compiled_model_loss(model)
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole of healing on a tiny model: it heals, stops, resumes, refuses."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -92,6 +93,23 @@ def test_distillation_lowers_the_held_out_divergence(folder):
   assert record['unit'] == 'model'
   assert record['held_out_after'] < 0.9 * record['held_out_before']
   assert [row['layer'] for row in record['layers']] == [0, 1, 2]
+
+
+def test_windows_are_rewritten_from_the_second_epoch_on(folder):
+  stage = dataclasses.replace(_DISTILL, rewrite=0.5)
+  run = train.heal(_config(folder, 'rewritten', stages=(stage,)))
+  (record,) = run.log
+  assert record['held_out_after'] < 0.9 * record['held_out_before']
+  task = stage.task(run, 'model')
+  windows = run.calibration.tokens[run.seen(run.calibration)]
+  epoch = len(windows) // stage.batch_windows
+  known = {row.tobytes() for row in windows}
+  for step, new in ((0, False), (epoch - 1, False), (epoch, True)):
+    batch = task.batch(step, (0, 0, 0))
+    again = task.batch(step, (0, 0, 0))
+    np.testing.assert_array_equal(batch['tokens'], again['tokens'])
+    rows = np.asarray(batch['tokens'])
+    assert all((row.tobytes() not in known) == new for row in rows)
 
 
 def test_blocks_on_a_part_of_the_text(folder):
