@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heals Gemma 3 270M with all feed-forward layers in two ternary planes.
 
-End to end, against the dense model's distribution: on a few cores many small
-steps take it further than layers healed one by one.
+First layer by layer, against the dense model's activations, which a little text
+is enough for; then end to end, against its distribution, on all there is.
 
 python -m gemma_ext.train --config=examples/enhancements/heal_tssn2.py
 """
@@ -21,17 +21,26 @@ def get_config():
     recipe='tssn2',
     output='out/healed-tssn2',
     text='sample',
-    tokens=262_144,
+    tokens=400_000,
+    block_tokens=49_152,
     seed=0,
     save_seconds=600.0,
     overwrite=False,
     stages=(
+      train.Block(
+        weighting='fisher_full',
+        batch_tokens=2048,
+        optimizer=train.Gradient(
+          steps=40, learning_rate=8e-3, scale_rate=2e-3, norm_rate=1e-3
+        ),
+      ),
       train.Distill(
         batch_windows=1,
         vocabulary=16_384,
         rest=2048,
+        rewrite=0.3,
         optimizer=train.Gradient(
-          steps=600, learning_rate=2.5e-3, scale_rate=1.5e-3, norm_rate=5e-4
+          steps=800, learning_rate=3e-3, scale_rate=1e-3, norm_rate=5e-4
         ),
       ),
     ),

@@ -200,6 +200,7 @@ def unpack(
     codes, scale = out.pop(f'{path}/codes'), out.pop(f'{path}/scale')
     if codes.dtype == jnp.int8 and '/mlp/' in path:
       codes = codes.astype(jnp.float32)
+    codes = _latents.codes_of(codes, scale)
     rows = kernels.dequantize(
       {'codes': codes, 'scale': scale},
       gx_nn.format_of(method, site.layout.cols),

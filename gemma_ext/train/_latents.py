@@ -5,6 +5,7 @@
 Three forms of codes, by what the optimiser can do with them:
 
 * 'latent': float32, rounded in the forward pass (straight-through gradients);
+  planes share one, see `_shared`;
 * 'integer': int8, for discrete methods;
 * 'fixed': packed, as they are; only scales and norms move.
 """
@@ -21,6 +22,7 @@ from gemma_ext import _patterns
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext.train import _branch
+from gemma_ext.train import _shared
 
 FORMS = ('latent', 'integer', 'fixed')
 # How near to the next code a latent may start. Codes that were chosen against
@@ -83,11 +85,16 @@ def open_params(
       continue
     codes = fmt.unpack(codes, cols)
     if form == 'latent':
-      latent = codes.astype(jnp.float32)
+      w = None
       if dense_flat is not None:
         w = site.layout.to_rows(jnp.asarray(dense_flat[path]))
-        latent = _latent(codes, scale, w.astype(jnp.float32), fmt)
-      codes = latent
+        w = w.astype(jnp.float32)
+      if getattr(fmt, 'planes', 1) > 1:
+        codes, moving[f'{path}/scale'] = _shared.merge(codes, scale, w)
+      elif w is not None:
+        codes = _latent(codes, scale, w, fmt)
+      else:
+        codes = codes.astype(jnp.float32)
     moving[f'{path}/codes'] = codes
   for path, leaf in flat.items():
     if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -100,21 +107,16 @@ def open_params(
 def _latent(codes, scale, w, fmt) -> jax.Array:
   """The dense weight in units of the scale, rounding to the given codes."""
   lo, hi = fmt.code_range
-  planes = codes.ndim > w.ndim
-  if not planes:
-    codes, scale = codes[None], scale[None]
   wide = jnp.repeat(scale, codes.shape[-1] // scale.shape[-1], axis=-1)
-  total = jnp.sum(codes * wide, axis=0)
-  out = []
-  for code, s in zip(codes, wide):
-    # What this plane has to give, the others being as they are.
-    rest = w - (total - code * s)
-    x = jnp.where(s != 0, rest / jnp.where(s != 0, s, 1), 0)
-    low = jnp.where(code <= lo, -_REACH - (-1 - lo), code - _EDGE)
-    high = jnp.where(code >= hi, _REACH + (hi - 1), code + _EDGE)
-    out.append(jnp.clip(x, low, high))
-  stacked = jnp.stack(out)
-  return stacked if planes else stacked[0]
+  x = jnp.where(wide != 0, w / jnp.where(wide != 0, wide, 1), 0)
+  low = jnp.where(codes <= lo, -_REACH - (-1 - lo), codes - _EDGE)
+  high = jnp.where(codes >= hi, _REACH + (hi - 1), codes + _EDGE)
+  return jnp.clip(x, low, high)
+
+
+def codes_of(latent: jax.Array, scale: jax.Array) -> jax.Array:
+  """Codes as a format has them, of latents that planes may share."""
+  return _shared.split(latent, scale) if latent.ndim < scale.ndim else latent
 
 
 def join(
@@ -131,6 +133,10 @@ def join(
     elif not path.endswith(('/codes', '/scale')) or not path.startswith('mlp/'):
       leaf = leaf.astype(dtype)
     out[path] = leaf
+  for path in moving:
+    if path.startswith('mlp/') and path.endswith('/codes'):
+      scale = out[f'{path.removesuffix("codes")}scale']
+      out[path] = codes_of(out[path], scale)
   return _branch.unflatten(out)
 
 
@@ -156,7 +162,8 @@ def close_params(
     codes, scale = flat.pop(f'{path}/codes'), flat.pop(f'{path}/scale')
     fmt = gx_nn.format_of(method, site.layout.cols)
     if codes.dtype != fmt.codes_dtype or f'{path}/codes' in moving:
-      codes = jnp.clip(jnp.round(codes), *fmt.code_range).astype(jnp.int8)
+      codes = jnp.round(codes_of(codes, scale))
+      codes = jnp.clip(codes, *fmt.code_range).astype(jnp.int8)
       codes = fmt.pack(codes)
     out[f'{path}/codes'] = codes
     out[f'{path}/scale'] = scale.astype(jnp.bfloat16)

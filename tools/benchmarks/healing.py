@@ -46,9 +46,8 @@ _METHODS = (
 )
 _SETTINGS = (
   *('checkpoint', 'text', 'tokens', 'test_tokens', 'steps', 'batch_tokens'),
-  'window',
+  *('window', 'planes', 'learning_rate'),
 )
-_METHOD = recipe_lib.Ternary(group=128)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,12 +79,19 @@ def _define_flags(values: flags.FlagValues) -> None:
   integer('steps', 60, 'Steps of gradients.')
   integer('batch_tokens', 1024, 'Tokens of a gradient step.')
   integer('window', 512, 'Tokens of a window.')
+  integer('planes', 1, 'Ternary planes of the layer.')
+  flags.DEFINE_float(
+    'learning_rate', 8e-3, 'Of gradients, for latents.', flag_values=values
+  )
 
 
 def stages(method: str, args: Any) -> tuple[Any, ...]:
   """How a method heals a layer."""
   gradient = train.Gradient(
-    steps=args.steps, learning_rate=8e-3, scale_rate=4e-3, norm_rate=2e-3
+    steps=args.steps,
+    learning_rate=args.learning_rate,
+    scale_rate=args.learning_rate / 2,
+    norm_rate=args.learning_rate / 4,
   )
   match method:
     case 'one_shot':
@@ -188,12 +194,13 @@ class _Bench:
 
   def __init__(self, args: Any):
     self._args = args
+    self._method = recipe_lib.Ternary(group=128, planes=args.planes)
     self._config = train.Heal(
       checkpoint=args.checkpoint,
       text=args.text,
       tokens=args.tokens,
       window=args.window,
-      recipe=recipe_lib.Recipe(rules=((r'layer_\d+/mlp', _METHOD),)),
+      recipe=recipe_lib.Recipe(rules=((r'layer_\d+/mlp', self._method),)),
     )
     self._dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
     assert self._dense.tokenizer is not None
@@ -233,7 +240,7 @@ class _Bench:
     layer = f'layer_{number}'
     model = gx_nn.Compressed(
       model=self._dense.model,
-      recipe=recipe_lib.Recipe(rules=((rf'{layer}/mlp', _METHOD),)),
+      recipe=recipe_lib.Recipe(rules=((rf'{layer}/mlp', self._method),)),
     )
     run = train.Run(
       config=self._config,
