@@ -223,7 +223,7 @@ class _Work:
   progress: bool
 
   def prepare(self) -> None:
-    with _writing(self.out.path):
+    with writing(self.out.path):
       self.out.path.mkdir(parents=True, exist_ok=True)
 
   def activations(self) -> bool:
@@ -241,7 +241,7 @@ class _Work:
     )
 
     def keep(i: int) -> None:
-      with _writing(out.path):
+      with writing(out.path):
         for file in (files or {}).values():
           file.flush()
         _write_json(journal, {'windows': i})
@@ -272,19 +272,19 @@ class _Work:
     """Sums the Fisher information; whether it is complete."""
     out, group = self.out, self.group
     final, partial = (out.path / f'{n}.npz' for n in ('fisher', 'fisher_part'))
-    if group.first(group.leads and _load(final, out.layers) is not None):
+    if group.first(group.leads and load_arrays(final, out.layers) is not None):
       return True
     chosen = np.linspace(0, len(out.tokens) - 1, windows).astype(int)
     chosen = np.unique(chosen)
     place = ('next', 'count')
-    found = _load(partial, (*out.layers, *place)) if group.leads else None
+    found = load_arrays(partial, (*out.layers, *place)) if group.leads else None
     sums = {k: jnp.asarray(v) for k, v in (found or {}).items()}
     start, count = (int(sums.pop(k, 0)) for k in place)
     start = group.first(start)
     last = time.monotonic()
 
     def keep(i: int) -> None:
-      _save(partial, sums | {'next': np.int64(i), 'count': np.int64(count)})
+      save_arrays(partial, sums | {'next': np.int64(i), 'count': np.int64(count)})
 
     def window(i: int, number: int) -> None:
       nonlocal sums, count, last
@@ -300,7 +300,7 @@ class _Work:
     def finish() -> None:
       if not count:
         raise errors.TrainError('The calibration tokens hold only padding.')
-      _save(final, {k: np.asarray(v) / count for k, v in sums.items()})
+      save_arrays(final, {k: np.asarray(v) / count for k, v in sums.items()})
       partial.unlink(missing_ok=True)
 
     for i in self._bar(range(start, len(chosen)), start, len(chosen), 'fisher'):
@@ -390,7 +390,7 @@ def _open(
 ) -> np.memmap:
   size = int(np.prod(shape)) * 2
   if mode == 'r+':
-    with _writing(path), open(path, 'ab') as file:
+    with writing(path), open(path, 'ab') as file:
       file.truncate(size)
       # On a full disk a write through the mapping would end the process.
       if hasattr(os, 'posix_fallocate'):
@@ -421,7 +421,7 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   os.replace(temporary, path)
 
 
-def _load(
+def load_arrays(
   path: pathlib.Path, names: Sequence[str]
 ) -> dict[str, np.ndarray] | None:
   """Arrays of a file that `_save` wrote; `None` if it is not whole."""
@@ -435,9 +435,9 @@ def _load(
     return None
 
 
-def _save(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
   temporary = path.with_name(f'.{path.name}')
-  with _writing(path):
+  with writing(path):
     with open(temporary, 'wb') as file:
       host = {k: np.asarray(v) for k, v in arrays.items()}
       np.savez(file, allow_pickle=False, **host)
@@ -447,7 +447,7 @@ def _save(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as e:

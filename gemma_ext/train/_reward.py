@@ -35,6 +35,7 @@ from kauldron import kontext
 import numpy as np
 
 from gemma_ext import errors
+from gemma_ext.train import _generate
 from gemma_ext.train import _sources
 
 _PAD = 0
@@ -104,7 +105,7 @@ class TaskReward(kd.losses.Loss):
   ) -> jax.Array:
     """Returns minus the reward of every answer, float32 `[B]`."""
     key = jax.random.fold_in(jax.random.key(self.seed), draw)
-    answers = generate(
+    answers = _generate.generate(
       self.model,
       params,
       tokens,
@@ -193,77 +194,3 @@ class Match:
 
   def __call__(self, text: str) -> float:
     return float(re.search(self.pattern, text) is not None)
-
-
-def generate(
-  model: nn.Module,
-  params: Mapping[str, Any],
-  prompts: jax.Array,
-  key: jax.Array,
-  *,
-  max_new_tokens: int,
-  temperature: float,
-  end_tokens: tuple[int, ...],
-) -> jax.Array:
-  """Goes on from prompts; traceable, of fixed length, and maps over `params`.
-
-  Args:
-    model: The model.
-    params: Its parameters.
-    prompts: Token ids `[B, L]`, padded with 0 at the end.
-    key: Of the sampling.
-    max_new_tokens: Length of the answers.
-    temperature: 0 takes the likeliest token.
-    end_tokens: What comes after one of these is padding.
-
-  Returns:
-    Token ids `[B, max_new_tokens]`.
-  """
-  rows, length = prompts.shape
-  slots = length + max_new_tokens
-  cache = model.init_cache(
-    batch_size=rows, dtype=model.dtype, cache_length=slots
-  )
-  real = prompts != _PAD
-  count = jnp.sum(real, axis=-1)
-  # Slots of padding are never looked at; answers come after them.
-  seen = jnp.pad(real, ((0, 0), (0, max_new_tokens)), constant_values=True)
-  slot = jnp.arange(slots)
-  causal = slot[None, :] <= jnp.arange(length)[:, None]
-  out = model.apply(
-    {'params': params},
-    prompts,
-    cache=cache,
-    positions=jnp.where(real, jnp.arange(length), 0),
-    attention_mask=causal[None] & seen[:, None, :],
-    return_last_only=True,
-  )
-
-  def choose(logits: jax.Array, index: Any) -> jax.Array:
-    logits = logits.astype(jnp.float32)
-    if not temperature:
-      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = jax.random.categorical(
-      jax.random.fold_in(key, index), logits / temperature
-    )
-    return drawn.astype(jnp.int32)
-
-  ends = jnp.asarray(end_tokens, jnp.int32)
-
-  def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-    cache, token, done = carry
-    out = model.apply(
-      {'params': params},
-      token[:, None],
-      cache=cache,
-      positions=(count + index)[:, None],
-      attention_mask=(seen & (slot <= length + index))[:, None, :],
-    )
-    following = choose(out.logits[:, -1], index + 1)
-    following = jnp.where(done, _PAD, following)
-    return (out.cache, following, done | jnp.isin(following, ends)), following
-
-  first = choose(out.logits.reshape(rows, -1), 0)
-  carry = (out.cache, first, jnp.isin(first, ends))
-  _, others = jax.lax.scan(step, carry, jnp.arange(max_new_tokens - 1))
-  return jnp.concatenate([first[:, None], others.T], axis=-1)

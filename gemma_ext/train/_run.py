@@ -25,6 +25,7 @@ from gemma_ext.train import _distill
 from gemma_ext.train import _gradient
 from gemma_ext.train import _stages
 from gemma_ext.train import _store
+from gemma_ext.train import _written
 
 _PAD = 0
 
@@ -43,6 +44,8 @@ class Heal:
     tokens: Tokens to calibrate on.
     block_tokens: How many of them blocks are healed on; 0 for all. Blocks need
       fewer than distillation, and the activations of every layer take time.
+    written_tokens: Tokens of text that the dense model writes itself, to learn
+      from besides `tokens`; see `_written`. Blocks take them last.
     held_out: Windows at the end of the calibration text that no optimiser
       sees, for the held-out loss.
     fit_tokens: Tokens that weigh the one-shot fit that healing starts from.
@@ -63,6 +66,7 @@ class Heal:
   text: str = 'sample'
   tokens: int = 32_768
   block_tokens: int = 0
+  written_tokens: int = 0
   held_out: int = 4
   fit_tokens: int = 8192
   window: int = 512
@@ -86,6 +90,7 @@ class Heal:
     for name, least in (
       ('tokens', 2 * self.window),
       ('block_tokens', 0),
+      ('written_tokens', 0),
       ('held_out', 1),
       ('fit_tokens', 1),
       ('window', 2),
@@ -171,13 +176,29 @@ def start(
   model = gx_nn.Compressed(model=dense.model, recipe=config.recipe)
   _check_stages(config, model)
   tokens = tokens_of(config, dense.tokenizer)
+  cache = config.cache or output.with_name(f'{output.name}.calibration')
+  if count := config.written_tokens // config.window:
+    seen, held_out = np.split(tokens, [-config.held_out])
+    written = _written.attempt(
+      dense.model,
+      dense.params,
+      seen,
+      count,
+      directory=cache,
+      seed=config.seed,
+      progress=progress,
+      stop=stop,
+    )
+    if written is None:
+      return None
+    tokens = np.concatenate([seen, written, held_out])
   calibrations = []
   for part, layers in _parts(config, tokens):
     found = _calibration.attempt(
       dense.model,
       dense.params,
       part,
-      directory=config.cache or output.with_name(f'{output.name}.calibration'),
+      directory=cache,
       layers=layers,
       seed=config.seed,
       progress=progress,

@@ -14,6 +14,7 @@ from gemma_ext import recipe as recipe_lib
 from gemma_ext import train
 from gemma_ext.train import _branch
 from gemma_ext.train import _heal
+from gemma_ext.train import _run
 from gemma_ext.train import _stages
 from gemma_ext.train import _store
 from tests import tiny
@@ -110,6 +111,18 @@ def test_windows_are_rewritten_from_the_second_epoch_on(folder):
     np.testing.assert_array_equal(batch['tokens'], again['tokens'])
     rows = np.asarray(batch['tokens'])
     assert all((row.tobytes() not in known) == new for row in rows)
+
+
+def test_text_that_the_dense_model_writes_is_learned_from(folder):
+  config = _config(folder, 'written', stages=(_DISTILL,), written_tokens=640)
+  run = train.heal(config)
+  (record,) = run.log
+  assert record['held_out_after'] < 0.9 * record['held_out_before']
+  tokens = _run.tokens_of(config, run.dense.tokenizer)
+  got = run.calibration.tokens
+  assert len(got) == len(tokens) + 10
+  np.testing.assert_array_equal(got[: len(tokens) - 4], tokens[:-4])
+  np.testing.assert_array_equal(got[-4:], tokens[-4:])
 
 
 def test_blocks_on_a_part_of_the_text(folder):

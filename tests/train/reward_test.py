@@ -14,6 +14,7 @@ import pytest
 
 from gemma_ext import errors
 from gemma_ext import train
+from gemma_ext.train import _generate
 from gemma_ext.train import _reward
 from tests import tiny
 
@@ -46,7 +47,7 @@ def test_goes_on_as_the_whole_model_does(family):
   prompts = _prompts()
   found = np.asarray(
     jax.jit(
-      lambda p: _reward.generate(
+      lambda p: _generate.generate(
         model,
         params,
         p,
@@ -69,7 +70,7 @@ def test_what_follows_an_end_token_is_padding():
   model = tiny.model('gemma3')
   params = tiny.params(model)
   call = lambda ends: np.asarray(
-    _reward.generate(
+    _generate.generate(
       model,
       params,
       _prompts()[:1],
