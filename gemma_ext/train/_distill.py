@@ -12,6 +12,7 @@ costs a fraction of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 import functools
 from typing import Any
 
@@ -28,6 +29,7 @@ from gemma_ext.train import _branch
 from gemma_ext.train import _calibration
 from gemma_ext.train import _latents
 from gemma_ext.train import _problem
+from gemma_ext.train import _remat
 
 # Positions whose distribution over the whole vocabulary is made at a time.
 _POSITIONS = 256
@@ -211,7 +213,9 @@ def unpack(
   return out
 
 
-def problem(model: gx_nn.Compressed) -> _problem.Problem:
+def problem(
+  model: gx_nn.Compressed, *, remat: bool = False
+) -> _problem.Problem:
   """Makes the problem of the whole model.
 
   Batches are dicts of 'tokens' `[B, L]`, 'teacher' `[B, L, D]`, the 'table',
@@ -219,8 +223,15 @@ def problem(model: gx_nn.Compressed) -> _problem.Problem:
   path, unpacked. The dense model is what runs, on weights that are unpacked
   once a step, in place of the packed one that unpacks them again for the
   backward pass.
+
+  Args:
+    model: The compressed model.
+    remat: Whether blocks are computed again in the backward pass.
   """
   dense = _config.strip(model.model)
+  scope = contextlib.nullcontext
+  if remat:
+    dense, scope = _remat.stamped(dense), _remat.rematerialized
   cap = model.model.config.final_logit_softcap
   dtype = model.model.dtype
 
@@ -230,11 +241,12 @@ def problem(model: gx_nn.Compressed) -> _problem.Problem:
       for path, leaf in moving.items()
     }
     flat = dict(batch['fixed']) | unpack(flat, model=model)
-    out = dense.apply(
-      {'params': _branch.unflatten(flat)},
-      batch['tokens'],
-      return_hidden_states=True,
-    )
+    with scope():
+      out = dense.apply(
+        {'params': _branch.unflatten(flat)},
+        batch['tokens'],
+        return_hidden_states=True,
+      )
     width = out.hidden_states.shape[-1]
     mask = (batch['tokens'] != 0).reshape(-1)
     nats = kl(

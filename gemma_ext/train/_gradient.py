@@ -27,6 +27,9 @@ class Gradient:
     warmup: Steps until the full rate; it then falls to 5% as a cosine.
     beta2: Of Adam. Few steps want a shorter memory than the usual 0.999.
     clip: Largest global norm of a gradient.
+    remat: Whether end-to-end steps keep one residual stream a layer and make
+      the other activations again (`nn.remat`): less memory, one more forward
+      pass.
 
   Reference: Bengio et al., "Estimating or Propagating Gradients Through
   Stochastic Neurons", arXiv 1308.3432; Kingma, Ba, "Adam", arXiv 1412.6980.
@@ -39,6 +42,7 @@ class Gradient:
   warmup: int = 10
   beta2: float = 0.98
   clip: float = 1.0
+  remat: bool = False
 
   def __post_init__(self):
     for name in ('steps', 'warmup'):
@@ -56,6 +60,10 @@ class Gradient:
     if not 0 < self.beta2 < 1:
       raise errors.ConfigError(
         f'Gradient.beta2 must be in (0, 1), got {self.beta2!r}.'
+      )
+    if not isinstance(self.remat, bool):
+      raise errors.ConfigError(
+        f'Gradient.remat must be a bool, got {self.remat!r}.'
       )
 
   @property

@@ -320,7 +320,8 @@ def _compiled_loss(branch: _branch.Branch, dtype: Any):
 
 @functools.lru_cache(maxsize=4)
 def _compiled_model_step(model: gx_nn.Compressed, optimizer: Any):
-  return _sharded.compiled(optimizer, _distill.problem(model))
+  remat = getattr(optimizer, 'remat', False)
+  return _sharded.compiled(optimizer, _distill.problem(model, remat=remat))
 
 
 @functools.lru_cache(maxsize=4)

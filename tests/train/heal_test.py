@@ -96,6 +96,17 @@ def test_distillation_lowers_the_held_out_divergence(folder):
   assert [row['layer'] for row in record['layers']] == [0, 1, 2]
 
 
+def test_rematerialised_steps_end_where_the_others_do(folder):
+  after = []
+  for remat in (False, True):
+    gradient = train.Gradient(steps=6, learning_rate=5e-3, remat=remat)
+    stage = dataclasses.replace(_DISTILL, optimizer=gradient)
+    run = train.heal(_config(folder, f'remat {remat}', stages=(stage,)))
+    after.append(run.log[0]['held_out_after'])
+    assert after[-1] < run.log[0]['held_out_before']
+  assert after[1] == pytest.approx(after[0], rel=1e-2)
+
+
 def test_windows_are_rewritten_from_the_second_epoch_on(folder):
   stage = dataclasses.replace(_DISTILL, rewrite=0.5)
   run = train.heal(_config(folder, 'rewritten', stages=(stage,)))
