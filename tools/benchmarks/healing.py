@@ -10,7 +10,9 @@ calibration nor healing saw, with a 95% interval, paired by document. Methods:
 one_shot; gradients against the output of the dense layer, its error weighted as
 mse, norm, fisher or fisher_full; and without gradients closed_form, evolution
 (codes and scales, row by row), mezo (scales and norms) and mezo_codes (latent
-codes, too). The file is written after every cell, and the same command goes on
+codes, too). select_rows and select_global give mutants of the down projection
+as many forward passes, and let each row choose its own or one loss choose for
+all. The file is written after every cell, and the same command goes on
 from there.
 """
 
@@ -43,6 +45,7 @@ _METHODS = (
   'one_shot',
   *_WEIGHTINGS,
   *('closed_form', 'evolution', 'mezo', 'mezo_codes'),
+  *('select_rows', 'select_global'),
 )
 _SETTINGS = (
   *('checkpoint', 'text', 'tokens', 'test_tokens', 'steps', 'batch_tokens'),
@@ -126,6 +129,24 @@ def stages(method: str, args: Any) -> tuple[Any, ...]:
             sigma=1e-2,
             learning_rate=1e-4 if codes else 1e-3,
           ),
+          weighting='fisher',
+          batch_tokens=args.batch_tokens,
+        ),
+      )
+    case 'select_rows' | 'select_global':
+      rows = method == 'select_rows'
+      return (
+        train.Block(
+          optimizer=train.Evolution(
+            steps=50,
+            population=64,
+            chunk=4,
+            form='integer',
+            discrete='select',
+            fitness='unit' if rows else 'global',
+            share=1.0 if rows else 0.05,
+          ),
+          weights='linear',
           weighting='fisher',
           batch_tokens=args.batch_tokens,
         ),
