@@ -284,7 +284,9 @@ class _Work:
     last = time.monotonic()
 
     def keep(i: int) -> None:
-      save_arrays(partial, sums | {'next': np.int64(i), 'count': np.int64(count)})
+      save_arrays(
+        partial, sums | {'next': np.int64(i), 'count': np.int64(count)}
+      )
 
     def window(i: int, number: int) -> None:
       nonlocal sums, count, last

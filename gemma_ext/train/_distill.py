@@ -229,7 +229,7 @@ def problem(
     remat: Whether blocks are computed again in the backward pass.
   """
   dense = _config.strip(model.model)
-  scope = contextlib.nullcontext
+  scope: Any = contextlib.nullcontext
   if remat:
     dense, scope = _remat.stamped(dense), _remat.rematerialized
   cap = model.model.config.final_logit_softcap

@@ -81,6 +81,7 @@ def generate(
     return found if shortlist is None else shortlist[0][found]
 
   def _logits(hidden: jax.Array) -> jax.Array:
+    assert shortlist is not None
     table = shortlist[1]
     logits = jnp.einsum(
       'bd,sd->bs',

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -25,6 +26,7 @@ from gemma_ext.train import _distill
 from gemma_ext.train import _gradient
 from gemma_ext.train import _stages
 from gemma_ext.train import _store
+from gemma_ext.train import _stream
 from gemma_ext.train import _written
 
 _PAD = 0
@@ -141,6 +143,12 @@ class Run:
   def __post_init__(self):
     if self.blocks is None:
       self.blocks = self.calibration
+
+  @functools.cached_property
+  def stream(self) -> _stream.Stream:
+    """What the branches of the compressed model read, for blocks."""
+    assert self.blocks is not None
+    return _stream.Stream(self.model, self.blocks.tokens)
 
   def held_out(self, calibration: _calibration.Calibration) -> np.ndarray:
     """Indices of the windows that optimisers do not see: the last."""

@@ -107,7 +107,7 @@ class Block(_Stage):
     calibration, model = run.blocks, run.model
     dtype = model.model.dtype
     branch = _branch.of_layer(model, unit)
-    residual = residuals(model, run.params, calibration.tokens, unit)
+    residual = run.stream.residual(run.params, unit)
     target = calibration.target(unit)
     fisher = calibration.fisher[unit]
     root = _block.metric(self.weighting, fisher)
@@ -352,33 +352,6 @@ class _Tokens:
       'target': jnp.asarray(self.target.reshape(-1, width)[rows]),
       'weight': jnp.asarray(self.weight.reshape(-1)[rows]),
     }
-
-
-def residuals(
-  model: gx_nn.Compressed,
-  params: dict[str, Any],
-  tokens: np.ndarray,
-  layer: str,
-  *,
-  batch: int = 2,
-) -> np.ndarray:
-  """What the branch of a layer reads in the compressed model: `[W, L, D]`."""
-  probe = _probe(model)
-  out = []
-  for i in range(0, len(tokens), batch):
-    part = tokens[i : i + batch]
-    if missing := batch - len(part):
-      part = np.pad(part, ((0, missing), (0, 0)), mode='edge')
-    taps = _capture.layer_taps(
-      params, jnp.asarray(part), model=probe, layer=layer
-    )
-    out.append(np.asarray(taps['residual']))
-  return np.concatenate(out)[: len(tokens)]
-
-
-@functools.lru_cache(maxsize=8)
-def _probe(model: gx_nn.Compressed) -> Any:
-  return _capture.probe(model)
 
 
 def iterate(

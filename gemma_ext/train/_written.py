@@ -100,7 +100,7 @@ def attempt(
     if shortlist is None and group.leads:
       shortlist = _shortlist(params, windows)
 
-    def write(i=i) -> None:
+    def write(i: int = i, shortlist: Any = shortlist) -> None:
       with _calibration.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
       rows = prompts[i * _ROWS : (i + 1) * _ROWS]

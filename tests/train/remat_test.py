@@ -41,9 +41,7 @@ def test_gradients_are_the_same_and_take_less_memory(family):
   np.testing.assert_allclose(again, value, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-  temporary = [
-    c.memory_analysis().temp_size_in_bytes for c in (plain, other)
-  ]
+  temporary = [c.memory_analysis().temp_size_in_bytes for c in (plain, other)]
   assert temporary[1] < 0.7 * temporary[0]
 
 

@@ -15,7 +15,6 @@ import pytest
 from gemma_ext import errors
 from gemma_ext import train
 from gemma_ext.train import _generate
-from gemma_ext.train import _reward
 from tests import tiny
 
 flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags.

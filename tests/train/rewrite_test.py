@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Windows that the teacher rewrites: which tokens, from where, and its answer."""
+"""Windows that the teacher rewrites: which tokens, and what it answers."""
 
 import jax
 import jax.numpy as jnp

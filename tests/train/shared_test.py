@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One latent for all planes: there and back, its gradient, its smallest step."""
+"""One latent for all planes: there and back, gradient, smallest step."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ def _random(planes, *, ratio=3.0, seed=0):
   rng = np.random.default_rng(seed)
   codes = rng.integers(-1, 2, (planes, 6, 64)).astype(np.int8)
   scale = rng.uniform(0.8, 1.2, (planes, 6, 4)).astype(np.float32)
-  return codes, scale / ratio ** np.arange(planes, dtype=np.float32)[:, None, None]
+  return codes, scale / ratio ** np.arange(planes, dtype=np.float32)[
+    :, None, None
+  ]
 
 
 @pytest.mark.parametrize('planes', [2, 3])
