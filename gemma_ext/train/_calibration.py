@@ -426,7 +426,7 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 def load_arrays(
   path: pathlib.Path, names: Sequence[str]
 ) -> dict[str, np.ndarray] | None:
-  """Arrays of a file that `_save` wrote; `None` if it is not whole."""
+  """Arrays of a file that `save_arrays` wrote; `None` if it is not whole."""
   try:
     with open(path, 'rb') as raw, np.load(raw, allow_pickle=False) as file:
       return {name: file[name] for name in names}

@@ -27,6 +27,7 @@ from gemma_ext import nn as gx_nn
 from gemma_ext.nn import _config
 from gemma_ext.train import _branch
 from gemma_ext.train import _calibration
+from gemma_ext.train import _generate
 from gemma_ext.train import _latents
 from gemma_ext.train import _problem
 from gemma_ext.train import _remat
@@ -105,14 +106,7 @@ def kl(
   both = jnp.concatenate([table, rest])
 
   def log_p(hidden):
-    logits = jnp.einsum(
-      'nd,sd->ns',
-      hidden.astype(both.dtype),
-      both,
-      preferred_element_type=jnp.float32,
-    )
-    if cap is not None:
-      logits = jnp.tanh(logits / cap) * cap
+    logits = _generate.logits(hidden, both, cap)
     if len(rest):
       head, tail = logits[:, : len(table)], logits[:, len(table) :]
       bucket = jax.nn.logsumexp(tail, axis=-1) + jnp.log(weight)

@@ -15,6 +15,23 @@ import jax.numpy as jnp
 _PAD = 0
 
 
+def logits(hidden: jax.Array, table: jax.Array, cap: float | None) -> jax.Array:
+  """Logits of some tokens: float32 `[..., S]`.
+
+  Args:
+    hidden: Final hidden states `[..., D]`.
+    table: Output embeddings of the tokens, `[S, D]`.
+    cap: Soft cap of the final logits, if the model has one.
+  """
+  out = jnp.einsum(
+    '...d,sd->...s',
+    hidden.astype(table.dtype),
+    table,
+    preferred_element_type=jnp.float32,
+  )
+  return out if cap is None else jnp.tanh(out / cap) * cap
+
+
 def generate(
   model: nn.Module,
   params: Mapping[str, Any],
@@ -69,28 +86,17 @@ def generate(
 
   def choose(out: Any, index: Any) -> jax.Array:
     if shortlist is None:
-      logits = out.logits.reshape(rows, -1).astype(jnp.float32)
+      scores = out.logits.reshape(rows, -1).astype(jnp.float32)
     else:
-      logits = _logits(out.hidden_states.reshape(rows, -1))
+      hidden = out.hidden_states.reshape(rows, -1)
+      scores = logits(hidden, shortlist[1], model.config.final_logit_softcap)
     if not temperature:
-      found = jnp.argmax(logits, axis=-1)
+      found = jnp.argmax(scores, axis=-1)
     else:
       source = jax.random.fold_in(key, index)
-      found = jax.random.categorical(source, logits / temperature)
+      found = jax.random.categorical(source, scores / temperature)
     found = found.astype(jnp.int32)
     return found if shortlist is None else shortlist[0][found]
-
-  def _logits(hidden: jax.Array) -> jax.Array:
-    assert shortlist is not None
-    table = shortlist[1]
-    logits = jnp.einsum(
-      'bd,sd->bs',
-      hidden.astype(table.dtype),
-      table,
-      preferred_element_type=jnp.float32,
-    )
-    cap = model.config.final_logit_softcap
-    return logits if cap is None else jnp.tanh(logits / cap) * cap
 
   ends = jnp.asarray(end_tokens, jnp.int32)
 

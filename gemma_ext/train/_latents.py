@@ -25,11 +25,6 @@ from gemma_ext.train import _branch
 from gemma_ext.train import _shared
 
 FORMS = ('latent', 'integer', 'fixed')
-# How near to the next code a latent may start. Codes that were chosen against
-# rounding (by error compensation) start at the edge of their own interval.
-_EDGE = 0.49
-# Beyond the last code a weight may still say how sure it is.
-_REACH = 1.4
 
 
 def open_params(
@@ -107,10 +102,10 @@ def open_params(
 def _latent(codes, scale, w, fmt) -> jax.Array:
   """The dense weight in units of the scale, rounding to the given codes."""
   lo, hi = fmt.code_range
-  wide = jnp.repeat(scale, codes.shape[-1] // scale.shape[-1], axis=-1)
+  wide = _shared.wide_scale(scale, codes.shape[-1])
   x = jnp.where(wide != 0, w / jnp.where(wide != 0, wide, 1), 0)
-  low = jnp.where(codes <= lo, -_REACH - (-1 - lo), codes - _EDGE)
-  high = jnp.where(codes >= hi, _REACH + (hi - 1), codes + _EDGE)
+  low = jnp.where(codes <= lo, -_shared.REACH - (-1 - lo), codes - _shared.EDGE)
+  high = jnp.where(codes >= hi, _shared.REACH + (hi - 1), codes + _shared.EDGE)
   return jnp.clip(x, low, high)
 
 

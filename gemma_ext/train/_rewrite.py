@@ -19,6 +19,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from gemma_ext.train import _generate
+
 _PAD, _BOS = 0, 2
 
 
@@ -51,14 +53,9 @@ def rewrite(
     The windows, and final hidden states of the teacher on them.
   """
   where, what = jax.random.split(key)
-  logits = jnp.einsum(
-    'bld,sd->bls',
-    final[:, :-1].astype(table.dtype),
-    table,
-    preferred_element_type=jnp.float32,
+  logits = _generate.logits(
+    final[:, :-1], table, model.config.final_logit_softcap
   )
-  if (cap := model.config.final_logit_softcap) is not None:
-    logits = jnp.tanh(logits / cap) * cap
   logits = jnp.where((ids == _PAD) | (ids == _BOS), -jnp.inf, logits)
   drawn = jnp.pad(ids[jax.random.categorical(what, logits)], ((0, 0), (1, 0)))
   chosen = jax.random.bernoulli(where, share, tokens.shape)

@@ -13,10 +13,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# How near to the next code a latent may start.
-_EDGE = 0.49
+# How near to the next code a latent may start. Codes that were chosen against
+# rounding (by error compensation) start at the edge of their own interval.
+EDGE = 0.49
 # Beyond the last code a weight may still say how sure it is.
-_REACH = 1.4
+REACH = 1.4
 
 
 def merge(
@@ -42,16 +43,16 @@ def merge(
   codes = jnp.take_along_axis(groups, order[..., None], axis=0)
   codes = codes.reshape(*codes.shape[:-2], -1).astype(jnp.float32)
   scale = jnp.take_along_axis(scale, order, axis=0)
-  wide = _wide(scale, codes.shape[-1])
+  wide = wide_scale(scale, codes.shape[-1])
   parts = codes * wide
   if w is None:
     w = jnp.sum(parts, axis=0)
   rest = w - jnp.sum(parts[:-1], axis=0)
-  reach = _REACH
+  reach = REACH
   for i in reversed(range(len(codes))):
     code, s = codes[i], wide[i]
-    low = jnp.where(code < 0, -reach, code - _EDGE)
-    high = jnp.where(code > 0, reach, code + _EDGE)
+    low = jnp.where(code < 0, -reach, code - EDGE)
+    high = jnp.where(code > 0, reach, code + EDGE)
     # Only the finest plane says where beyond the last sum a weight may be.
     reach = jnp.inf
     # inf * 0 would be no bound.
@@ -78,7 +79,7 @@ def split(latent: jax.Array, scale: jax.Array) -> jax.Array:
     float32 `[planes, *rows, I]` in {-1, 0, 1}.
   """
   planes = len(scale)
-  wide = jax.lax.stop_gradient(_wide(scale, latent.shape[-1]))
+  wide = jax.lax.stop_gradient(wide_scale(scale, latent.shape[-1]))
   unit = wide[0] / 3 ** (planes - 1)
   rest = jax.lax.stop_gradient(latent) * unit
   codes = []
@@ -94,5 +95,5 @@ def split(latent: jax.Array, scale: jax.Array) -> jax.Array:
   return jnp.stack(codes)
 
 
-def _wide(scale: jax.Array, cols: int) -> jax.Array:
+def wide_scale(scale: jax.Array, cols: int) -> jax.Array:
   return jnp.repeat(scale, cols // scale.shape[-1], axis=-1)
