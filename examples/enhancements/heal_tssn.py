@@ -29,9 +29,9 @@ def get_config():
     ),
     output='out/healed-tssn',
     text='sample',
-    tokens=262_144,
+    tokens=229_376,
     block_tokens=49_152,
-    written_tokens=131_072,
+    written_tokens=98_304,
     seed=0,
     save_seconds=600.0,
     overwrite=False,
@@ -49,7 +49,7 @@ def get_config():
         rest=2048,
         rewrite=0.3,
         optimizer=train.Gradient(
-          steps=850, learning_rate=3e-3, scale_rate=2e-3, norm_rate=6e-4
+          steps=740, learning_rate=3e-3, scale_rate=2e-3, norm_rate=6e-4
         ),
       ),
     ),

@@ -35,9 +35,12 @@ _PAD, _EOS, _BOS = 0, 1, 2
 # Words of the text that a window goes on from: enough for the language, too few
 # for the topic.
 _PROMPT = 4
-_ROWS = 32  # Windows that are written at a time.
+_ROWS = 32  # Texts that are written at a time.
+# Tokens of a text. A step reads all of what was written before, so that twice
+# the length takes four times the time; and more texts hold more topics.
+_LENGTH = 256
 _SHORTLIST = 32_768
-_VERSION = 1
+_VERSION = 2
 
 
 def attempt(
@@ -53,8 +56,9 @@ def attempt(
 ) -> np.ndarray | None:
   """Writes windows of text, or finds those that were written.
 
-  They come in batches, each of which is kept in a file; `stop` is asked before
-  every batch, and the same call goes on from there.
+  A window holds BOS and as many texts of about 256 tokens as fill it. They
+  come in batches, each of which is kept in a file; `stop` is asked before every
+  batch, and the same call goes on from there.
 
   Args:
     model: The dense model.
@@ -84,10 +88,11 @@ def attempt(
   folder = pathlib.Path(directory).expanduser().absolute()
   folder = folder / f'written-{digest.hexdigest()[:24]}'
   group = _processes.Group()
-  prompts = _prompts(windows, count, seed)
-  batches = -(-count // _ROWS)
+  pieces = max(1, length // _LENGTH)
+  prompts = _prompts(windows, count * pieces, seed)
+  batches = -(-len(prompts) // _ROWS)
   file = lambda i: folder / f'batch_{i}.npz'
-  shape = (_ROWS, length)
+  shape = (_ROWS, 1 - (1 - length) // pieces)
   bar = tqdm.tqdm(
     range(batches), desc='write', unit='batch', disable=not progress
   )
@@ -107,7 +112,7 @@ def attempt(
       rows = np.resize(rows, (_ROWS, rows.shape[1]))
       key = jax.random.fold_in(jax.random.key(seed), i)
       made = _write(
-        params, rows, key, shortlist, model=model, new=length - rows.shape[1]
+        params, rows, key, shortlist, model=model, new=shape[1] - rows.shape[1]
       )
       made = np.concatenate([rows, np.asarray(made)], axis=1)
       _calibration.save_arrays(file(i), {'tokens': made.astype(np.int32)})
@@ -118,7 +123,9 @@ def attempt(
     raise errors.StateError(
       f'Text that was written to {folder} a moment ago is gone or damaged.'
     )
-  return np.concatenate([x for x in found if x is not None])[:count]
+  texts = np.concatenate([x for x in found if x is not None])[: len(prompts)]
+  bos, words = texts[::pieces, :1], texts[:, 1:].reshape(count, -1)
+  return np.concatenate([bos, words[:, : length - 1]], axis=1)
 
 
 def _prompts(windows: np.ndarray, count: int, seed: int) -> np.ndarray:

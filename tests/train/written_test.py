@@ -89,6 +89,18 @@ def test_damaged_batch_is_written_again(dense, whole, tmp_path):
   np.testing.assert_array_equal(found, whole)
 
 
+def test_long_windows_hold_several_texts(dense, tmp_path, monkeypatch):
+  monkeypatch.setattr(_written, '_LENGTH', 7)
+  model, params, windows = dense
+  found = _written.attempt(model, params, windows, 40, directory=tmp_path)
+  assert found.shape == (40, _LENGTH) and (found[:, 0] == 2).all()
+  files = sorted(tmp_path.glob('*/batch_*.npz'))
+  texts = np.concatenate([np.load(f)['tokens'] for f in files])
+  assert texts.shape == (96, 9)  # Two texts of 8 words after BOS.
+  np.testing.assert_array_equal(found[:, 1:9], texts[:80:2, 1:])
+  np.testing.assert_array_equal(found[:, 9:], texts[1:80:2, 1:8])
+
+
 def test_seed_and_text_have_folders_of_their_own(dense, tmp_path):
   model, params, windows = dense
   a = _written.attempt(*dense, 2, directory=tmp_path)
