@@ -27,6 +27,7 @@ _MAX_RULES = 4096
 _MAX_GROUP = 1 << 20
 _MAX_PLANES = 4
 _PACKINGS = ('2bit', '5trit')
+_SCALES = ('bf16', 'ue5m3')
 # For checking a preset's name before its model is there.
 ANY_LAYERS = 10_000
 
@@ -69,6 +70,9 @@ class Ternary(Method):
     pattern: `(n, m)`: exactly n nonzeros among every m consecutive inputs.
       Excludes `density`.
     packing: '2bit' stores 4 weights a byte, '5trit' stores 5.
+    scale: 'bf16' stores a scale in two bytes, 'ue5m3' in one, see
+      `docs/formats.md`. Groups of half the size are then the better bargain.
+    tied: Whether planes share their scales, each a third of the one before.
   """
 
   NAME: ClassVar[str] = 'ternary'
@@ -78,6 +82,8 @@ class Ternary(Method):
   density: float | None = None
   pattern: tuple[int, int] | None = None
   packing: str = '2bit'
+  scale: str = 'bf16'
+  tied: bool = False
 
   def __post_init__(self):
     _check_int('Ternary.planes', self.planes, 1, _MAX_PLANES)
@@ -113,6 +119,19 @@ class Ternary(Method):
     if self.packing not in _PACKINGS:
       raise errors.RecipeError(
         f'Ternary.packing must be one of {_PACKINGS}, got {self.packing!r}.'
+      )
+    if self.scale not in _SCALES:
+      raise errors.RecipeError(
+        f'Ternary.scale must be one of {_SCALES}, got {self.scale!r}.'
+      )
+    if not isinstance(self.tied, bool):
+      raise errors.RecipeError(
+        f'Ternary.tied must be a bool, got {self.tied!r}.'
+      )
+    if self.tied and (self.density is not None or self.pattern is not None):
+      raise errors.RecipeError(
+        'Ternary.tied leaves no choice of density or pattern; got'
+        f' density={self.density!r}, pattern={self.pattern!r}.'
       )
 
 

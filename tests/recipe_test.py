@@ -182,6 +182,12 @@ _TERNARIES = st.builds(
   density=st.none() | st.floats(0, 1, exclude_min=True),
   packing=st.sampled_from(['2bit', '5trit']),
 )
+_TIED = st.builds(
+  gx.Ternary,
+  planes=st.integers(1, 4),
+  scale=st.sampled_from(['bf16', 'ue5m3']),
+  tied=st.booleans(),
+)
 _PATTERNED = st.builds(
   lambda n, more: gx.Ternary(pattern=(n, n + more)),
   st.integers(1, 32),
@@ -192,7 +198,7 @@ _INTS = st.builds(
   bits=st.integers(2, 8),
   group=st.none() | st.integers(1, 1 << 20),
 )
-_METHODS = st.just(gx.Keep()) | _TERNARIES | _PATTERNED | _INTS
+_METHODS = st.just(gx.Keep()) | _TERNARIES | _TIED | _PATTERNED | _INTS
 _PATTERNS = st.from_regex(r'\A[a-z_]{1,9}(/[a-z_]{1,9})?\Z') | st.sampled_from(
   ['.*', r'layer_\d+/mlp2?', 'a|b', r'layer_(1|2)', '[ab]+']
 )
@@ -340,6 +346,10 @@ _BAD = {
   'density_and_pattern': lambda: gx.Ternary(density=0.5, pattern=(2, 4)),
   'packing': lambda: gx.Ternary(packing='3bit'),
   'packing_list': lambda: gx.Ternary(packing=['2bit']),
+  'scale': lambda: gx.Ternary(scale='fp8'),
+  'scale_list': lambda: gx.Ternary(scale=['bf16']),
+  'tied_number': lambda: gx.Ternary(tied=1),
+  'tied_and_density': lambda: gx.Ternary(tied=True, density=0.5),
   'rule_not_a_pair': lambda: gx.Recipe(rules=(('mlp',),)),
   'rule_a_text': lambda: gx.Recipe(rules=('ab',)),
   'method_a_class': lambda: gx.Recipe.of({'mlp': gx.Int}),

@@ -11,8 +11,10 @@ import numpy as np
 import scipy.linalg
 
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _fit_int
+from gemma_ext.compress import _fit_ternary
 from gemma_ext.compress import _groups
 from gemma_ext.compress import _planes
 from gemma_ext.compress import _registry
@@ -71,26 +73,17 @@ def compensate(
   rest = w.reshape(-1, cols).astype(jnp.float32)
   fit = _registry.fit_of(method)
   base_codes, base_scale = fit(rest, method, fmt, diag)
-  base = (
+  best: tuple[jax.Array, ...] = (
     base_codes if ternary else base_codes[None],
     base_scale if ternary else base_scale[None],
   )
-  codes, scales = [], []
-  bits = method.bits if isinstance(method, recipe_lib.Int) else None
-  for a in range(0, cols, group):
-    b = a + group
-    part = rest[:, a:b]
-    u = upper[a:b, a:b]
-    _, s = fit(part, method, fmt, 1 / jnp.diagonal(u) ** 2)
-    s = s if ternary else s[None]
-    c, err = _columns(part, s[..., 0].astype(jnp.float32), u, bits)
-    rest = rest.at[:, b:].add(-err @ upper[a:b, b:])
-    codes.append(c)
-    scales.append(s)
-  w = w.reshape(-1, cols).astype(jnp.float32)
-  new = jnp.concatenate(codes, -1), jnp.concatenate(scales, -1)
-  best: tuple[jax.Array, ...] = base
-  for found in (new, (new[0], _refit_rows(w, *new, hessian))):
+  new = _compensated(rest, upper, method=method, group=group)
+  w = rest
+  tries = [new]
+  if not ternary or (method.scale == 'bf16' and not method.tied):
+    # Scales of one byte are too far from each other to be moved alone.
+    tries.append((new[0], _refit_rows(w, *new, hessian)))
+  for found in tries:
     won = _error(w, *found, hessian) < _error(w, *best, hessian)
     won = won[:, None]
     best = tuple(jnp.where(won, n, o) for n, o in zip(found, best, strict=True))
@@ -148,10 +141,41 @@ def _refit(w, codes, scale, hessian):
   step = jnp.linalg.solve(a, b[..., None])[..., 0]
   step = step.reshape(rows, planes, groups)
   found = scale.astype(jnp.float32) + jnp.moveaxis(step, 0, 1)
-  return _groups.round_bf16(found).astype(scale.dtype)
+  return kernels.round_scale(found, 'bf16').astype(scale.dtype)
 
 
-@functools.partial(jax.jit, static_argnames='bits')
+@functools.partial(jax.jit, static_argnames=('method', 'group'))
+def _compensated(w, upper, *, method, group):
+  """Codes [P, N, I] and scales [P, N, I / group], group after group."""
+  rows, cols = w.shape
+  bits = method.bits if isinstance(method, recipe_lib.Int) else None
+
+  def body(rest, a):
+    part = jax.lax.dynamic_slice(rest, (0, a), (rows, group))
+    beyond = jax.lax.dynamic_slice(upper, (a, 0), (group, cols))
+    u = jax.lax.dynamic_slice(beyond, (0, a), (group, group))
+    h = jnp.broadcast_to(1 / jnp.diagonal(u) ** 2, part.shape)
+    if bits is None:
+      _, s = _fit_ternary.fit_chunk(
+        part,
+        h,
+        planes=method.planes,
+        keep=None,
+        kind=method.scale,
+        tied=method.tied,
+        iterations=_fit_ternary.ITERATIONS,
+      )
+    else:
+      s = _fit_int.fit_chunk(part, h, bits=bits)[1][None]
+    c, err = _columns(part, s.astype(jnp.float32), u, bits)
+    # Of the group and those before it nothing is read any more.
+    return rest - err @ beyond, (c, s)
+
+  _, (codes, scales) = jax.lax.scan(body, w, jnp.arange(0, cols, group))
+  codes = jnp.moveaxis(codes, 0, 2).reshape(codes.shape[1], rows, cols)
+  return codes, jnp.moveaxis(scales, 0, -1)
+
+
 def _columns(w, scale, u, bits):
   """Codes [P, N, group] and scaled errors [N, group] of one group."""
 

@@ -110,7 +110,7 @@ def compress_weight(
       )
     code, scale = fit(block, method, fmt, curvature)
     codes.append(fmt.pack(code))
-    scales.append(scale)
+    scales.append(fmt.pack_scale(scale))
   # Codes and scales end in [rows, bytes]; planes come before the rows.
   code, scale = (
     parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext.compress import _groups
 
 relative_error = _groups.relative_error
@@ -62,7 +63,7 @@ def fit_int(
     raise errors.RecipeError(f'{bits=}; expected 2 to 8.')
   group = (w.shape[-1] if w.ndim else 1) if group is None else group
   h = _groups.check(w, group, curvature)
-  fit = functools.partial(_fit_chunk, bits=bits)
+  fit = functools.partial(fit_chunk, bits=bits)
   return _groups.fit_chunks(fit, w, group, h)
 
 
@@ -74,12 +75,13 @@ def round_codes(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames='bits')
-def _fit_chunk(
+def fit_chunk(
   w: jax.Array,  # float32[N, group]
   h: jax.Array | None,  # float32[N, group]
   *,
   bits: int,
 ) -> tuple[jax.Array, jax.Array]:  # int8[N, group], bf16[N]
+  """Fits groups that were checked; traceable."""
   low, count, refine = _SEARCH[bits]
   half = 1 << (bits - 1)
   if h is None:
@@ -99,12 +101,12 @@ def _fit_chunk(
     return jnp.sum(weigh((w - q * scale[:, None]) ** 2), axis=-1)
 
   def better(best, scale):
-    scale = _groups.round_bf16(scale)
+    scale = kernels.round_scale(scale, 'bf16')
     err = error(scale)
     won = err < best[1]
     return jnp.where(won, scale, best[0]), jnp.where(won, err, best[1])
 
-  plain = _groups.round_bf16(peak / (half - 1))
+  plain = kernels.round_scale(peak / (half - 1), 'bf16')
   best = plain, error(plain)
   ratios = np.geomspace(low, 1.0, count)
   # The other sign can only pay where clipping does.

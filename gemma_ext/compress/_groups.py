@@ -19,14 +19,6 @@ CHUNK = 1 << 20
 FitChunk = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
-def round_bf16(x: jax.Array) -> jax.Array:
-  """Rounds to bfloat16, kept in float32.
-
-  A pair of casts would not do: XLA may drop it as excess precision.
-  """
-  return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-
-
 def check(
   w: jax.Array, group: int, curvature: jax.Array | None
 ) -> jax.Array | None:
@@ -118,7 +110,7 @@ def fit_chunks(
     curvature: As `check` returned it.
 
   Returns:
-    int8 codes `[*P, ..., I]` and bf16 scales `[*P, ..., I / group]`.
+    int8 codes `[*P, ..., I]` and scales `[*P, ..., I / group]`, as fitted.
   """
   w = jnp.asarray(w)
   count = w.size // group
@@ -147,7 +139,7 @@ def fit_chunks(
   lead = c.shape[:-2]
   return (
     c.astype(jnp.int8).reshape(*lead, *w.shape),
-    s.astype(jnp.bfloat16).reshape(*lead, *w.shape[:-1], w.shape[-1] // group),
+    s.reshape(*lead, *w.shape[:-1], w.shape[-1] // group),
   )
 
 

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searches behind `fit_ternary`: arrays [N, group], or [P, N, group].
 
-`h` is the curvature or `None` for ones; scales are float32 whose values are
-bfloat16. Every search returns codes (as float32 whole numbers) and scales.
+`h` is the curvature or `None` for ones; `kind` says how scales are stored, and
+scales are float32 of such values. Every search returns codes (as float32 whole
+numbers) and scales.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gemma_ext.compress import _groups
+from gemma_ext import kernels
 
 Fit = tuple[jax.Array, jax.Array]
 
@@ -39,8 +40,8 @@ def error(
 # ------------------------------- free codes ----------------------------------
 
 
-def one_plane(w: jax.Array, h: jax.Array | None) -> Fit:
-  """The exact minimum over codes and bfloat16 scales: [N, group], [N]."""
+def one_plane(w: jax.Array, h: jax.Array | None, kind: str) -> Fit:
+  """The exact minimum over codes and scales: [N, group], [N]."""
   magnitude = jnp.abs(w)
   if h is None:
     ranked = -jnp.sort(-magnitude, axis=-1)
@@ -50,9 +51,9 @@ def one_plane(w: jax.Array, h: jax.Array | None) -> Fit:
     key, weight = jax.lax.sort((-magnitude, h), dimension=-1, num_keys=1)
     hw = jnp.cumsum(-key * weight, axis=-1)
     hh = jnp.cumsum(weight, axis=-1)
-  scales = _groups.round_bf16(_divide(hw, hh))
+  scales = kernels.round_scale(_divide(hw, hh), kind)
   # For each threshold the error falls by this; quadratic in the scale, so the
-  # nearest bfloat16 is the best one.
+  # nearest one that can be stored is the best.
   gain = scales * (2.0 * hw - scales * hh)
   best = jnp.argmax(gain, axis=-1)
   scale = jnp.take_along_axis(scales, best[:, None], axis=-1)[:, 0]
@@ -88,12 +89,16 @@ def nearest(w: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def fit_free(
-  w: jax.Array, h: jax.Array | None, planes: int, iterations: jax.Array
+  w: jax.Array,
+  h: jax.Array | None,
+  planes: int,
+  iterations: jax.Array | int,
+  kind: str,
 ) -> Fit:
   """Fits `planes` planes: codes [P, N, group], scales [P, N]."""
   residual, codes, scales = w, [], []
   for _ in range(planes):
-    code, scale = one_plane(residual, h)
+    code, scale = one_plane(residual, h, kind)
     residual = residual - code * scale[:, None]
     codes.append(code)
     scales.append(scale)
@@ -102,14 +107,17 @@ def fit_free(
     return greedy
 
   def update(codes, scale):
-    scale = least_squares(w, h, codes, scale)
+    scale = least_squares(w, h, codes, scale, kind)
     return nearest(w, scale), scale
 
   # Scales of ratio 3 span evenly spaced sums: the other basin that matters.
   step = jnp.max(jnp.abs(w), axis=-1) / (3**planes // 2)
   ladder = jnp.stack([step * 3.0**p for p in reversed(range(planes))])
   starts = jnp.stack(
-    [greedy[1], *(_groups.round_bf16(clip * ladder) for clip in (0.75, 1.0))]
+    [
+      greedy[1],
+      *(kernels.round_scale(clip * ladder, kind) for clip in (0.75, 1.0)),
+    ]
   )
 
   def attempt(i, best):
@@ -120,13 +128,53 @@ def fit_free(
   return jax.lax.fori_loop(0, len(starts), attempt, greedy)
 
 
+def fit_tied(w: jax.Array, h: jax.Array | None, planes: int, kind: str) -> Fit:
+  """Fits planes whose scales are thirds of each other, as `fit_free`."""
+  half = 3**planes // 2
+  peak = jnp.max(jnp.abs(w), axis=-1)
+
+  def codes_of(scale):
+    inverse = _divide(jnp.ones_like(scale), scale)
+    return jnp.clip(jnp.round(w * inverse[:, None]), -half, half)
+
+  def better(best, scale):
+    scale = kernels.round_scale(scale, kind)
+    err = error(w, h, codes_of(scale)[None], scale[None])
+    won = err < best[1]
+    return jnp.where(won, scale, best[0]), jnp.where(won, err, best[1])
+
+  # Finer than the scales of one byte are, in which an octave has eight.
+  ratios = jnp.geomspace(0.4, 1.6, 32)
+  best = jnp.zeros_like(peak), jnp.full_like(peak, jnp.inf)
+  best = jax.lax.fori_loop(
+    0, len(ratios), lambda i, b: better(b, peak / half * ratios[i]), best
+  )
+
+  def least_squares(_, best):
+    q = codes_of(best[0])
+    return better(best, _divide(_sum(q * w, h), _sum(q * q, h)))
+
+  scale, _ = jax.lax.fori_loop(0, 3, least_squares, best)
+  rest, codes = codes_of(scale), []
+  for _ in range(planes):  # The finest first.
+    above = jnp.round(rest / 3)
+    codes.append(rest - 3 * above)
+    rest = above
+  ladder = [scale * 3.0**p for p in reversed(range(planes))]
+  return jnp.stack(codes[::-1]), jnp.stack(ladder)
+
+
 # ------------------------------ alternation ----------------------------------
 
 
 def least_squares(
-  w: jax.Array, h: jax.Array | None, codes: jax.Array, scale: jax.Array
+  w: jax.Array,
+  h: jax.Array | None,
+  codes: jax.Array,
+  scale: jax.Array,
+  kind: str,
 ) -> jax.Array:
-  """Scales from the P x P normal equations of each group: bf16-valued [P, N].
+  """Scales from the P x P normal equations of each group: [P, N].
 
   Gaussian elimination, unrolled over the planes; a plane whose pivot vanishes
   (its codes depend on the others') keeps its scale.
@@ -149,7 +197,7 @@ def least_squares(
     for q in range(p + 1, planes):
       b[p] = b[p] - a[p][q] * x[q]
     x[p] = jnp.where(a[p][p] > floor[p], _divide(b[p], a[p][p]), 0.0)
-  return _groups.round_bf16(scale + jnp.stack(x))
+  return kernels.round_scale(scale + jnp.stack(x), kind)
 
 
 def _better(w: jax.Array, h: jax.Array | None, a: Fit, b: Fit) -> Fit:
@@ -235,13 +283,14 @@ def fit_kept(
   h: jax.Array | None,
   planes: int,
   keep: tuple[int, int],
-  iterations: jax.Array,
+  iterations: jax.Array | int,
+  kind: str,
 ) -> Fit:
   """As `fit_free`, with n nonzeros in every m neighbours of every plane."""
 
   def update(w):
     def step(codes, scale):
-      scale = least_squares(w, h, codes, scale)
+      scale = least_squares(w, h, codes, scale, kind)
       fit = jnp.sum(codes * scale[..., None], axis=0)
       out = []
       for p in range(codes.shape[0]):
@@ -254,7 +303,7 @@ def fit_kept(
 
   residual, codes, scales = w, [], []
   for _ in range(planes):
-    code, scale = _one_kept(residual, h, keep, update(residual))
+    code, scale = _one_kept(residual, h, keep, update(residual), kind)
     residual = residual - code * scale[:, None]
     codes.append(code)
     scales.append(scale)
@@ -269,13 +318,14 @@ def _one_kept(
   h: jax.Array | None,
   keep: tuple[int, int],
   step: Callable[[jax.Array, jax.Array], Fit],
+  kind: str,
 ) -> Fit:
   """One plane: exact without curvature, else the best of several starts."""
 
   def start(scale):
     codes = _select(w, h, scale, keep)[None]
     hh = _sum(codes[0] ** 2, h)
-    scale = _groups.round_bf16(_divide(_sum(codes[0] * w, h), hh))
+    scale = kernels.round_scale(_divide(_sum(codes[0] * w, h), hh), kind)
     return codes, scale[None]
 
   peak = jnp.max(jnp.abs(w), axis=-1)

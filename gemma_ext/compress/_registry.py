@@ -28,6 +28,8 @@ def _ternary(rows, method, fmt, curvature):
     planes=method.planes,
     density=method.density,
     pattern=method.pattern,
+    scale=method.scale,
+    tied=method.tied,
     curvature=curvature,
   )
 

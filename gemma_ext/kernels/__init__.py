@@ -10,4 +10,6 @@ from gemma_ext.kernels._formats import TernaryFormat
 from gemma_ext.kernels._matmul import matmul
 from gemma_ext.kernels._params import random_codes
 from gemma_ext.kernels._params import validate
+from gemma_ext.kernels._scales import round_scale
+from gemma_ext.kernels._scales import SCALES
 from gemma_ext.kernels._take import take

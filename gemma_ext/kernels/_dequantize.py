@@ -44,7 +44,7 @@ def dense(
 ) -> jax.Array:
   """`dequantize` for parameters that were checked."""
   codes = _params.integer_codes(p['codes'], fmt, cols)
-  scale = p['scale'].astype(jnp.float32)[..., None]
+  scale = fmt.unpack_scale(p['scale'])[..., None]
   w = codes.reshape(*scale.shape[:-1], -1).astype(jnp.float32) * scale
   w = w.reshape(*w.shape[:-2], cols)
   if isinstance(fmt, _formats.TernaryFormat):

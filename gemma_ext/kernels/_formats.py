@@ -15,6 +15,7 @@ import numpy as np
 
 from gemma_ext import errors
 from gemma_ext.kernels import _lanes
+from gemma_ext.kernels import _scales
 
 PACKINGS = ('2bit', '5trit')
 
@@ -24,7 +25,8 @@ def choose_group(cols: int, group: int) -> int:
 
   Divisors of `cols` up to `group` are tried, those that are multiples of 32
   first, then of 16, then of 8, then any; the largest of the first kind that
-  reaches 16 wins. Multiples of 32 keep groups aligned with the packed lanes.
+  reaches 16 wins, or 8 if `group` is below 16. Multiples of 32 keep groups
+  aligned with the packed lanes.
 
   Args:
     cols: Length of the input axis.
@@ -34,14 +36,14 @@ def choose_group(cols: int, group: int) -> int:
     A divisor of `cols`, at most `group`.
 
   Raises:
-    GroupSizeError: If the best divisor is below `min(16, cols)`.
+    GroupSizeError: If the best divisor is below that.
   """
   if cols < 1 or group < 1:
     raise errors.GroupSizeError(
       f'Got {cols=} and {group=}; expected both to be at least 1.'
     )
   divisors = [d for d in range(1, min(cols, group) + 1) if cols % d == 0]
-  least = min(16, cols)
+  least = min(16 if group >= 16 else 8, cols)
   for multiple in (32, 16, 8, 1):
     fits = [d for d in divisors if d % multiple == 0 and d >= least]
     if fits:
@@ -87,11 +89,29 @@ class _Sizes:
   def nbytes(self, rows: tuple[int, ...], cols: int) -> int:
     """Returns the bytes of codes and scales together."""
     codes = math.prod(self.codes_shape(rows, cols))
-    return codes + 2 * math.prod(self.scale_shape(rows, cols))
+    scales = math.prod(self.scale_shape(rows, cols))
+    return codes + self.scale_dtype.itemsize * scales
 
   def bits_per_weight(self, cols: int) -> float:
     """Returns bits per weight, scales and padding included."""
     return 8 * self.nbytes((), cols) / cols
+
+  @property
+  def scale_dtype(self) -> np.dtype:
+    """Type of the stored scales."""
+    return np.dtype(jnp.bfloat16)
+
+  def pack_scale(self, scale: jax.Array) -> jax.Array:
+    """Rounds scales to how they are stored."""
+    return scale.astype(jnp.bfloat16)
+
+  def open_scale(self, scale: jax.Array) -> jax.Array:
+    """Stored scales in float32, for an optimiser to move."""
+    return scale.astype(jnp.float32)
+
+  def unpack_scale(self, scale: jax.Array) -> jax.Array:
+    """Stored or moving scales as what codes multiply, float32."""
+    return scale.astype(jnp.float32)
 
   def codes_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
     """Returns the shape of the packed codes."""
@@ -104,17 +124,23 @@ class _Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TernaryFormat(_Sizes):
-  """Codes in {-1, 0, 1}, a sum of planes, one bf16 scale per group.
+  """Codes in {-1, 0, 1}, a sum of planes, one scale per group.
 
   Attributes:
     planes: Ternary tensors that are summed, each with scales of its own.
     group: Weights along the input axis that share one scale.
     packing: '2bit' (4 codes a byte) or '5trit' (5 codes a byte, 1.6 bits).
+    scale: How scales are stored: 'bf16' or 'ue5m3', in one byte.
+    tied: Whether planes share their scales: each has a third of the one
+      before, so that their sums are evenly spaced, and the last one's scale is
+      stored.
   """
 
   planes: int = 1
   group: int = 128
   packing: str = '2bit'
+  scale: str = 'bf16'
+  tied: bool = False
 
   def __post_init__(self):
     _check_positive('group', self.group)
@@ -126,10 +152,26 @@ class TernaryFormat(_Sizes):
       raise errors.RecipeError(
         f'packing={self.packing!r}; expected one of {PACKINGS}.'
       )
+    if self.scale not in _scales.SCALES:
+      raise errors.RecipeError(
+        f'scale={self.scale!r}; expected one of {_scales.SCALES}.'
+      )
+    if not isinstance(self.tied, bool):
+      raise errors.RecipeError(f'tied={self.tied!r}; expected a bool.')
 
   @property
   def codes_dtype(self) -> np.dtype:
     return np.dtype(np.uint8)
+
+  @property
+  def scale_dtype(self) -> np.dtype:
+    """Type of the stored scales."""
+    return np.dtype(np.uint8 if self.scale == 'ue5m3' else jnp.bfloat16)
+
+  @property
+  def scale_planes(self) -> int:
+    """Planes with scales of their own."""
+    return 1 if self.tied else self.planes
 
   @property
   def code_range(self) -> tuple[int, int]:
@@ -146,13 +188,46 @@ class TernaryFormat(_Sizes):
     return (self.planes, *rows, cols)
 
   def scale_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
-    """Returns `(planes, *rows, cols / group)`.
+    """Returns `(scale_planes, *rows, cols / group)`.
 
     Raises:
       GroupSizeError: If `group` does not divide `cols`.
     """
     _check_group(cols, self.group)
-    return (self.planes, *rows, cols // self.group)
+    return (self.scale_planes, *rows, cols // self.group)
+
+  def pack_scale(self, scale: jax.Array) -> jax.Array:
+    """Rounds scales `[planes or 1, *rows, groups]` to how they are stored.
+
+    Of tied planes the last one's are taken, whatever the others say.
+    """
+    if self.tied:
+      scale = scale[-1:]
+    if self.scale == 'ue5m3':
+      return _scales.encode(scale)
+    return _scales.round_scale(scale, 'bf16').astype(jnp.bfloat16)
+
+  def open_scale(self, scale: jax.Array) -> jax.Array:
+    """Returns stored scales in float32, of the same shape, for an optimiser."""
+    if scale.dtype == jnp.uint8:
+      return _scales.decode(scale)
+    return scale.astype(jnp.float32)
+
+  def unpack_scale(self, scale: jax.Array) -> jax.Array:
+    """Returns the scales of every plane, float32 `[planes, *rows, groups]`.
+
+    Args:
+      scale: Stored scales; or those of `open_scale`, which are rounded to what
+        can be stored in one byte, with a gradient that passes straight through.
+    """
+    if self.scale == 'ue5m3' and scale.dtype != jnp.uint8:
+      scale = _scales.round_through(scale)
+    scale = self.open_scale(scale)
+    if not self.tied or self.planes == 1:
+      return scale
+    return jnp.concatenate(
+      [scale * 3.0**p for p in reversed(range(self.planes))]
+    )
 
   def pack(self, codes: jax.Array) -> jax.Array:
     """Packs int8 codes `[planes, *rows, I]` in {-1, 0, 1} into uint8."""

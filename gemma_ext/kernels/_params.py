@@ -37,12 +37,14 @@ def validate(
     )
   codes, scale = p['codes'], p['scale']
   want = fmt.scale_shape(rows, cols)
-  if tuple(scale.shape) != want or not jnp.issubdtype(
+  typed = scale.dtype == fmt.scale_dtype or jnp.issubdtype(
     scale.dtype, jnp.floating
-  ):
+  )
+  if tuple(scale.shape) != want or not typed:
     raise errors.ParamsMismatchError(
       f'scale is {scale.dtype}{list(scale.shape)}; expected'
-      f' bfloat16{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
+      f' {fmt.scale_dtype}{list(want)} for {fmt} and a weight of'
+      f' {(*rows, cols)}.'
     )
   if jnp.issubdtype(codes.dtype, jnp.floating):
     want, dtype = fmt.latent_shape(rows, cols), codes.dtype

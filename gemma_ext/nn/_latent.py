@@ -36,7 +36,8 @@ def to_latent(
 
   Returns:
     Parameters for the same model, `codes` of shape `[planes, *rows, cols]` for
-    ternary and `[*rows, cols]` for integer weights.
+    ternary and `[*rows, cols]` for integer weights. Scales that are stored in
+    one byte are float32.
 
   Raises:
     ParamsMismatchError: If a compressed parameter is missing.
@@ -44,7 +45,10 @@ def to_latent(
   return _map(
     model,
     params,
-    lambda codes, fmt, layout: fmt.unpack(codes, layout.cols).astype(dtype),
+    lambda codes, scale, fmt, layout: (
+      fmt.unpack(codes, layout.cols).astype(dtype),
+      fmt.open_scale(scale) if scale.dtype == jnp.uint8 else scale,
+    ),
   )
 
 
@@ -64,10 +68,12 @@ def from_latent(
     ParamsMismatchError: If a compressed parameter is missing.
   """
 
-  def pack(codes, fmt, layout):
+  def pack(codes, scale, fmt, layout):
     del layout
     codes = jnp.clip(jnp.round(codes), *fmt.code_range)
-    return fmt.pack(codes.astype(jnp.int8))
+    if scale.dtype != fmt.scale_dtype and fmt.scale_dtype == jnp.uint8:
+      scale = fmt.pack_scale(scale)
+    return fmt.pack(codes.astype(jnp.int8)), scale
 
   return _map(model, params, pack)
 
@@ -83,5 +89,6 @@ def _map(model, params, fn) -> dict[str, Any]:
         ' recipe of this model?'
       )
     fmt = _packed.format_of(method, site.layout.cols)
-    flat[name] = fn(flat[name], fmt, site.layout)
+    scale = f'{path}/scale'
+    flat[name], flat[scale] = fn(flat[name], flat[scale], fmt, site.layout)
   return traverse_util.unflatten_dict(flat, sep='/')

@@ -33,6 +33,8 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
         planes=method.planes,
         group=kernels.choose_group(cols, method.group),
         packing=method.packing,
+        scale=method.scale,
+        tied=method.tied,
       )
     case recipe_lib.Int():
       group = method.group and kernels.choose_group(cols, method.group)
@@ -187,7 +189,7 @@ def _initializer(fmt: Any, layout: _sites.Layout):
     # As small as the normal(0.01) of the official init, whatever the bits.
     scale = 0.01 / 2 ** (getattr(fmt, 'bits', 2) - 2)
     shape = fmt.scale_shape(layout.rows, layout.cols)
-    return {'codes': codes, 'scale': jnp.full(shape, scale, jnp.bfloat16)}
+    return {'codes': codes, 'scale': fmt.pack_scale(jnp.full(shape, scale))}
 
   return init
 

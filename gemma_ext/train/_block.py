@@ -88,7 +88,7 @@ def problem(branch: _branch.Branch, *, dtype: Any) -> _problem.Problem:
   """
 
   def apply(moving: _problem.Params, batch: Any):
-    params = _latents.join(moving, batch['fixed'], dtype=dtype)
+    params = _latents.join(branch, moving, batch['fixed'], dtype=dtype)
     out = branch.apply(params, batch['residual'].astype(dtype))
     error = (
       batch['residual'].astype(jnp.float32)

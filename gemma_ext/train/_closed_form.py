@@ -100,7 +100,7 @@ class ClosedForm:
       collect = _moments(branch, dense, dtype, down)
       total: Any = None
       for batch in batches():
-        params = _latents.join(out, fixed, dtype=dtype)
+        params = _latents.join(branch, out, fixed, dtype=dtype)
         found = collect(
           params, dense_params, batch['residual'], batch['weight']
         )
@@ -119,6 +119,7 @@ class ClosedForm:
       codes, scale = gx_compress.compensate(
         rows, method=method, fmt=fmt, hessian=hessian, damping=self.damping
       )
+      scale = fmt.open_scale(fmt.pack_scale(scale))
       for name, value in (('codes', codes), ('scale', scale)):
         leaf = f'mlp/{path}/{name}'
         out[leaf] = value.reshape(moving[leaf].shape).astype(moving[leaf].dtype)

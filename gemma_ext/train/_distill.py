@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_ext import _patterns
 from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.train import _branch
 from gemma_ext.train import _calibration
@@ -123,11 +125,12 @@ def open_model(
   *,
   form: str,
   dense: Mapping[str, Any] | None,
+  integers: str = '',
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Splits a model's parameters into what moves and what does not.
 
-  What moves: the codes and scales of all compressed feed-forward weights, and
-  every norm. See `_latents.open_params`.
+  What moves: the codes and scales of all compressed feed-forward weights and of
+  those that `integers` matches, and every norm. See `_latents.open_params`.
   """
   flat = _branch.flatten(params)
   moving: dict[str, jax.Array] = {}
@@ -140,6 +143,16 @@ def open_model(
       dense=None if dense is None else _branch.params_of(dense, layer),
     )
     moving |= {f'{layer}/{path}': leaf for path, leaf in move.items()}
+  flat_dense = None if dense is None else _branch.flatten(dense)
+  for path, (site, method) in _integers(model, integers).items():
+    cols = site.layout.cols
+    fmt = gx_nn.format_of(method, cols)
+    codes, scale = (flat[f'{path}/{name}'] for name in ('codes', 'scale'))
+    w = None if flat_dense is None else site.layout.to_rows(flat_dense[path])
+    moving[f'{path}/scale'] = jnp.array(fmt.open_scale(scale))
+    moving[f'{path}/codes'] = _latents.latent(
+      fmt.unpack(codes, cols), fmt.unpack_scale(scale), w, fmt
+    )
   for path, leaf in flat.items():
     if path.split('/')[-2].endswith('norm'):
       moving[path] = jnp.array(leaf, jnp.float32)
@@ -165,7 +178,29 @@ def close_model(
       dtype=dtype,
     )
     flat |= {prefix + k: v for k, v in _branch.flatten(closed).items()}
+  for path, (site, method) in _integers(model, '.*').items():
+    if f'{path}/codes' in moving:
+      fmt = gx_nn.format_of(method, site.layout.cols)
+      codes = jnp.clip(jnp.round(moving[f'{path}/codes']), *fmt.code_range)
+      flat[f'{path}/codes'] = fmt.pack(codes.astype(jnp.int8))
+      flat[f'{path}/scale'] = fmt.pack_scale(moving[f'{path}/scale'])
   return _branch.unflatten(flat)
+
+
+def _integers(
+  model: gx_nn.Compressed, pattern: str
+) -> dict[str, tuple[gx_nn.Site, recipe_lib.Int]]:
+  """Weights outside of branches that are whole numbers and match."""
+  return {
+    path: (site, method)
+    for path, (site, method) in gx_nn.methods_of(
+      model.model, model.recipe
+    ).items()
+    if pattern
+    and '/mlp/' not in path
+    and isinstance(method, recipe_lib.Int)
+    and _patterns.matches(pattern, path)
+  }
 
 
 def _part(tree: Mapping[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
@@ -185,21 +220,22 @@ def unpack(
   """Replaces packed and latent weights by dense ones; differentiable.
 
   Args:
-    flat: Leaves by path; weights of which there is no code are left out.
+    flat: Leaves by path; weights without codes, or whose scales are elsewhere,
+      stay as they are.
     model: The compressed model.
   """
   out = dict(flat)
   methods = gx_nn.methods_of(model.model, model.recipe)
   for path, (site, method) in methods.items():
-    if f'{path}/codes' not in out:
+    if f'{path}/codes' not in out or f'{path}/scale' not in out:
       continue
     codes, scale = out.pop(f'{path}/codes'), out.pop(f'{path}/scale')
     if codes.dtype == jnp.int8 and '/mlp/' in path:
       codes = codes.astype(jnp.float32)
-    codes = _latents.codes_of(codes, scale)
+    fmt = gx_nn.format_of(method, site.layout.cols)
     rows = kernels.dequantize(
-      {'codes': codes, 'scale': scale},
-      gx_nn.format_of(method, site.layout.cols),
+      {'codes': _latents.codes_of(codes, scale, fmt), 'scale': scale},
+      fmt,
       site.layout.cols,
       dtype=model.model.dtype,
     )
@@ -234,7 +270,7 @@ def problem(
       path: leaf if _is_packed(path) else leaf.astype(dtype)
       for path, leaf in moving.items()
     }
-    flat = dict(batch['fixed']) | unpack(flat, model=model)
+    flat = unpack(dict(batch['fixed']) | flat, model=model)
     with scope():
       out = dense.apply(
         {'params': _branch.unflatten(flat)},

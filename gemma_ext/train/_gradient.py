@@ -23,6 +23,8 @@ class Gradient:
     steps: Number of updates.
     learning_rate: Of latent codes, in units of one code.
     scale_rate: Of scales, relative to their size.
+    integer_rate: Of weights in whole numbers (see `Distill.integers`), relative
+      to their root mean square.
     norm_rate: Of norm scales and of what else is not packed.
     warmup: Steps until the full rate; it then falls to 5% as a cosine.
     beta2: Of Adam. Few steps want a shorter memory than the usual 0.999.
@@ -38,6 +40,7 @@ class Gradient:
   steps: int = 200
   learning_rate: float = 4e-3
   scale_rate: float = 2e-3
+  integer_rate: float = 1e-3
   norm_rate: float = 1e-3
   warmup: int = 10
   beta2: float = 0.98
@@ -51,7 +54,10 @@ class Gradient:
         raise errors.ConfigError(
           f'Gradient.{name} must be a positive integer, got {value!r}.'
         )
-    for name in ('learning_rate', 'scale_rate', 'norm_rate', 'clip'):
+    for name in (
+      *('learning_rate', 'scale_rate', 'integer_rate', 'norm_rate'),
+      'clip',
+    ):
       value = getattr(self, name)
       if not isinstance(value, (int, float)) or not 0 <= value < 1e3:
         raise errors.ConfigError(
@@ -101,6 +107,9 @@ class Gradient:
         {
           'codes': adam(self.learning_rate),
           'scale': optax.chain(adam(self.scale_rate), _relative()),
+          'integers': optax.chain(
+            adam(self.integer_rate), optax.scale_by_param_block_rms()
+          ),
           'other': adam(self.norm_rate),
         },
         labels,
@@ -118,7 +127,9 @@ def _label(path: Any, leaf: Any) -> str:
   del leaf
   name = str(getattr(path[-1], 'key', path[-1]))
   if name.endswith('/codes') or name == 'codes':
-    return 'codes'
+    # Branches begin with the name of their module, models with their layer.
+    inside = name.startswith('mlp/') or '/mlp/' in name or '/' not in name
+    return 'codes' if inside else 'integers'
   # Norms call their parameter 'scale', too.
   if name.endswith('/scale') and 'norm' not in name:
     return 'scale'

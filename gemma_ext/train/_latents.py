@@ -73,23 +73,21 @@ def open_params(
     cols = site.layout.cols
     fmt = gx_nn.format_of(method, cols)
     # Copies: steps donate what moves, and the checkpoint must stay.
-    scale = jnp.array(scale, jnp.float32)
-    moving[f'{path}/scale'] = scale
+    moving[f'{path}/scale'] = jnp.array(fmt.open_scale(scale))
     if form == 'fixed':
       fixed[f'{path}/codes'] = codes
       continue
-    codes = fmt.unpack(codes, cols)
+    codes, scale = fmt.unpack(codes, cols), fmt.unpack_scale(scale)
     if form == 'latent':
       w = None
       if dense_flat is not None:
         w = site.layout.to_rows(jnp.asarray(dense_flat[path]))
-        w = w.astype(jnp.float32)
       if getattr(fmt, 'planes', 1) > 1:
-        codes, moving[f'{path}/scale'] = _shared.merge(codes, scale, w)
-      elif w is not None:
-        codes = _latent(codes, scale, w, fmt)
+        codes, ordered = _shared.merge(codes, scale, w)
+        if not fmt.tied:
+          moving[f'{path}/scale'] = ordered
       else:
-        codes = codes.astype(jnp.float32)
+        codes = latent(codes, scale, w, fmt)
     moving[f'{path}/codes'] = codes
   for path, leaf in flat.items():
     if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -99,8 +97,19 @@ def open_params(
   return moving, fixed
 
 
-def _latent(codes, scale, w, fmt) -> jax.Array:
-  """The dense weight in units of the scale, rounding to the given codes."""
+def latent(
+  codes: jax.Array, scale: jax.Array, w: jax.Array | None, fmt: Any
+) -> jax.Array:
+  """The dense weight in units of the scale, rounding to the given codes.
+
+  Args:
+    codes: int8 codes, unpacked.
+    scale: Their scales, float32.
+    w: Dense weight, rows of the same shape; `None` for the codes themselves.
+    fmt: The packed format.
+  """
+  if w is None:
+    return codes.astype(jnp.float32)
   lo, hi = fmt.code_range
   wide = _shared.wide_scale(scale, codes.shape[-1])
   x = jnp.where(wide != 0, w / jnp.where(wide != 0, wide, 1), 0)
@@ -109,12 +118,15 @@ def _latent(codes, scale, w, fmt) -> jax.Array:
   return jnp.clip(x, low, high)
 
 
-def codes_of(latent: jax.Array, scale: jax.Array) -> jax.Array:
+def codes_of(latent: jax.Array, scale: jax.Array, fmt: Any) -> jax.Array:
   """Codes as a format has them, of latents that planes may share."""
-  return _shared.split(latent, scale) if latent.ndim < scale.ndim else latent
+  if latent.ndim < scale.ndim:
+    return _shared.split(latent, fmt.unpack_scale(scale))
+  return latent
 
 
 def join(
+  branch: _branch.Branch,
   moving: Mapping[str, jax.Array],
   fixed: Mapping[str, jax.Array],
   *,
@@ -128,10 +140,11 @@ def join(
     elif not path.endswith(('/codes', '/scale')) or not path.startswith('mlp/'):
       leaf = leaf.astype(dtype)
     out[path] = leaf
-  for path in moving:
-    if path.startswith('mlp/') and path.endswith('/codes'):
-      scale = out[f'{path.removesuffix("codes")}scale']
-      out[path] = codes_of(out[path], scale)
+  for path, (site, method) in branch.methods:
+    codes = f'mlp/{path}/codes'
+    if codes in moving:
+      fmt = gx_nn.format_of(method, site.layout.cols)
+      out[codes] = codes_of(out[codes], out[f'mlp/{path}/scale'], fmt)
   return _branch.unflatten(out)
 
 
@@ -157,11 +170,13 @@ def close_params(
     codes, scale = flat.pop(f'{path}/codes'), flat.pop(f'{path}/scale')
     fmt = gx_nn.format_of(method, site.layout.cols)
     if codes.dtype != fmt.codes_dtype or f'{path}/codes' in moving:
-      codes = jnp.round(codes_of(codes, scale))
+      codes = jnp.round(codes_of(codes, scale, fmt))
       codes = jnp.clip(codes, *fmt.code_range).astype(jnp.int8)
       codes = fmt.pack(codes)
     out[f'{path}/codes'] = codes
-    out[f'{path}/scale'] = scale.astype(jnp.bfloat16)
+    if scale.dtype != fmt.scale_dtype:
+      scale = fmt.pack_scale(scale)
+    out[f'{path}/scale'] = scale
   for path, leaf in flat.items():
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     out[path] = leaf.astype(dtype) if floating else leaf

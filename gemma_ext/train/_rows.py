@@ -129,7 +129,13 @@ def check(
       f'EvolveRows needs ternary codes of {names[0]}, got an array of'
       f' {codes.shape}.'
     )
-  params = _latents.join(moving, fixed, dtype=jnp.float32)
+  method = dict(branch.methods)[names[0]][1]
+  if method.tied or method.scale != 'bf16':
+    raise errors.TrainError(
+      f"EvolveRows moves scales that are stored in 'bf16', one for every plane;"
+      f' {names[0]} has {method!r}. Use Evolution(discrete="select").'
+    )
+  params = _latents.join(branch, moving, fixed, dtype=jnp.float32)
   found = branch.apply(params, residual.astype(jnp.float32))
   gates = found['gates']
   if gates.ndim < 2 or gates.shape[-2] != 2:
@@ -150,7 +156,7 @@ def _compiled(config: EvolveRows, branch: _branch.Branch, dtype: Any):
   def step(moving, state, batch, key):
     linear = 'mlp/linear/codes' in moving
     path = f'mlp/{"linear" if linear else "gating_einsum"}'
-    params = _latents.join(moving, batch['fixed'], dtype=dtype)
+    params = _latents.join(branch, moving, batch['fixed'], dtype=dtype)
     found = branch.apply(params, batch['residual'].astype(dtype))
     make = _linear_rows if linear else _gating_rows
     columns, rows, judge = make(branch, found, batch)

@@ -47,7 +47,7 @@ def merge(
   parts = codes * wide
   if w is None:
     w = jnp.sum(parts, axis=0)
-  rest = w - jnp.sum(parts[:-1], axis=0)
+  rest = w.astype(jnp.float32) - jnp.sum(parts[:-1], axis=0)
   reach = REACH
   for i in reversed(range(len(codes))):
     code, s = codes[i], wide[i]

@@ -211,12 +211,15 @@ class Distill(_Stage):
     rewrite: Share of the tokens that the teacher draws anew in windows that
       were seen before, from the second epoch on, so that no text is learned by
       heart. Each such step costs a forward pass of the teacher.
+    integers: Regular expression on weights in whole numbers, outside of the
+      feed-forward layers, that move as well, such as 'attn'; none if empty.
   """
 
   batch_windows: int = 2
   vocabulary: int = 16_384
   rest: int = 2048
   rewrite: float = 0.0
+  integers: str = ''
 
   def __post_init__(self):
     if isinstance(self.optimizer, _closed_form.ClosedForm):
@@ -229,6 +232,13 @@ class Distill(_Stage):
     if not isinstance(self.rewrite, (int, float)) or not 0 <= self.rewrite <= 1:
       raise errors.ConfigError(
         f'Distill.rewrite must be a number in [0, 1], got {self.rewrite!r}.'
+      )
+    if self.integers:
+      _patterns.check(self.integers)
+    if self.integers and self.optimizer.codes != 'latent':
+      raise errors.ConfigError(
+        'Distill.integers needs an optimizer of latent codes, such as Gradient;'
+        f' got {self.optimizer!r}.'
       )
 
   def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
@@ -246,6 +256,7 @@ class Distill(_Stage):
       run.params,
       form=self.optimizer.codes,
       dense=run.dense.params,
+      integers=self.integers,
     )
     table = full[ids]
     unpacked = _distill.unpack(fixed, model=model)

@@ -12,6 +12,7 @@ from tests import tiny
 
 RECIPE = gx.Recipe.of(
   {
+    r'layer_1/mlp2?': gx.Ternary(group=8, planes=2, scale='ue5m3', tied=True),
     r'layer_\d+/mlp2?': gx.Ternary(group=64),
     'embedder/input_embedding': gx.Int(bits=8),
     r'layer_0/attn': gx.Int(bits=4, group=32),

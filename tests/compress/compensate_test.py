@@ -15,7 +15,11 @@ from gemma_ext.compress import _registry
 @pytest.mark.parametrize(
   'method',
   [gx.Ternary(group=32, planes=p) for p in (1, 2, 3)]
-  + [gx.Int(bits=4, group=32)],
+  + [
+    gx.Ternary(group=32, planes=2, scale='ue5m3', tied=True),
+    gx.Ternary(group=32, scale='ue5m3'),
+    gx.Int(bits=4, group=32),
+  ],
 )
 def test_beats_the_diagonal_fit(method):
   rng = np.random.default_rng(0)

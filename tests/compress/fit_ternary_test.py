@@ -60,6 +60,73 @@ def test_one_plane_is_the_exact_minimum(n, weighted):
   assert np.abs(gap).max() < 2e-6
 
 
+def _storable():
+  u = np.arange(256)
+  return np.where(u, 2.0 ** ((u >> 3) - 20) * (1 + (u & 7) / 8), 0)
+
+
+@pytest.mark.parametrize('n', [2, 5])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_one_plane_with_scales_of_one_byte_is_the_exact_minimum(n, weighted):
+  w = _weights(40, n, seed=n)
+  h = _curvature(n) if weighted else np.ones(n, np.float32)
+  codes, scale = fit(
+    w, group=n, scale='ue5m3', curvature=h if weighted else None
+  )
+  assert np.isin(np.asarray(scale, np.float64), _storable()).all()
+  best = np.full(40, np.inf)
+  for s in _storable()[64:200]:
+    best = np.minimum(
+      best, (h * (np.abs(w) - s * (np.abs(w) > s / 2)) ** 2).sum(-1)
+    )
+  norm = (h * w.astype(np.float64) ** 2).sum(-1)
+  assert np.abs((_error(w, codes, scale, h) - best) / norm).max() < 2e-6
+
+
+@pytest.mark.parametrize('planes', [2, 3])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_tied_planes_with_scales_of_one_byte_are_the_minimum(planes, weighted):
+  w = _weights(60, 8, seed=planes)
+  h = _curvature(8) if weighted else np.ones(8, np.float32)
+  codes, scale = fit(
+    w,
+    group=8,
+    planes=planes,
+    scale='ue5m3',
+    tied=True,
+    curvature=h if weighted else None,
+  )
+  scale = np.asarray(scale, np.float64)
+  for p in range(planes - 1):
+    np.testing.assert_array_equal(scale[p], 3 * scale[p + 1])
+  assert np.isin(scale[-1], _storable()).all()
+  half = 3**planes // 2
+  best = np.full(60, np.inf)
+  for s in _storable()[64:200]:
+    q = np.clip(np.round(w.astype(np.float64) / s), -half, half)
+    best = np.minimum(best, (h * (w - q * s) ** 2).sum(-1))
+  norm = (h * w.astype(np.float64) ** 2).sum(-1)
+  gap = (_error(w, codes, scale, h) - best) / norm
+  # Under a steep curvature the best scale may be one that clips nearly all.
+  assert np.abs(np.sort(gap)[:-2]).max() < 2e-6 and gap.max() < 0.01
+
+
+def test_half_the_scale_bits_for_half_the_group():
+  w = _weights(256, 640)
+  error = lambda **kwargs: relative_error(w, *fit(w, **kwargs))
+  assert error(group=16, scale='ue5m3') < 0.94 * error(group=32)
+  two = error(group=32, planes=2)
+  assert error(group=16, planes=2, scale='ue5m3') < 0.85 * two
+  assert error(group=8, planes=2, scale='ue5m3', tied=True) < 0.7 * two
+
+
+def test_tied_planes_fix_no_density():
+  with pytest.raises(errors.RecipeError, match='density=0.5'):
+    fit(_weights(2, 32), group=32, planes=2, tied=True, density=0.5)
+  with pytest.raises(errors.RecipeError, match="scale='fp8'"):
+    fit(_weights(2, 32), group=32, scale='fp8')
+
+
 def test_duplicates_zeros_and_signs():
   w = np.array([[1, -1, 1, 0], [0.5, 0.5, 0.5, -4]], np.float32)
   codes, scale = fit(w, group=4)

@@ -149,6 +149,8 @@ def test_formats_are_static_arguments():
     (50, 30, 25),
     (12, 128, 12),
     (7, 7, 7),
+    (640, 8, 8),
+    (640, 12, 8),
   ],
 )
 def test_choose_group(cols, group, want):
@@ -158,8 +160,8 @@ def test_choose_group(cols, group, want):
 def test_choose_group_says_what_would_fit():
   with pytest.raises(errors.GroupSizeError, match=r'\[101, 202\]'):
     kernels.choose_group(202, 64)
-  with pytest.raises(errors.GroupSizeError, match=r'\[16, 32, 64\]'):
-    kernels.choose_group(64, 8)
+  with pytest.raises(errors.GroupSizeError, match=r'\[8, 16, 32, 64\]'):
+    kernels.choose_group(64, 4)
 
 
 def test_choose_group_of_nothing():

@@ -51,7 +51,7 @@ def test_chunks_change_nothing(fmt, rows):
 @pytest.mark.parametrize('fmt', packed_weights.FORMATS[2:6], ids=str)
 def test_gradients_are_those_of_the_dense_weight(fmt, chunk):
   p = packed_weights.packed(fmt, (130,), COLS)
-  scale = p['scale'].astype(jnp.float32)
+  scale = fmt.open_scale(p['scale'])
   x, target = _x((4, COLS)), _x((4, 130), seed=2)
 
   def loss(x, scale):
@@ -64,7 +64,9 @@ def test_gradients_are_those_of_the_dense_weight(fmt, chunk):
   assert packed_weights.relative(dx, t @ w) < 1e-6
   dw = t.T @ np.asarray(x, np.float64)
   codes = packed_weights.unpacked(p, fmt, COLS)
-  want = (codes * dw).reshape(*scale.shape, -1).sum(-1)
+  want = (codes * dw).reshape(*codes.shape[:-1], scale.shape[-1], -1).sum(-1)
+  if getattr(fmt, 'tied', False):
+    want = np.tensordot(3.0 ** np.arange(fmt.planes)[::-1], want, 1)[None]
   assert packed_weights.relative(ds, want) < 1e-6
 
 
@@ -82,11 +84,14 @@ def test_latent_codes_round_and_pass_gradients_straight(fmt):
 
   value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(latent))
   codes = np.clip(np.round(latent), lo, hi)
-  wanted = 0.25 * codes.reshape(-1, 5, COLS).sum(0)
+  # By plane: tied ones have three times the scale of the next.
+  size = packed_weights.scales({'scale': scale}, fmt)[..., :1]
+  wanted = (size * codes.reshape(-1, 5, COLS)).sum(0)
   want = (np.asarray(x, np.float64) @ wanted.T).sum()
   scale_of_sum = np.abs(np.asarray(x)).sum() * np.abs(wanted).mean()
   assert abs(float(value) - want) < 1e-6 * scale_of_sum
-  straight = 0.25 * np.broadcast_to(np.asarray(x).sum(0), shape)
+  straight = size.reshape(-1, *size.shape[-2:]) * np.asarray(x).sum(0)
+  straight = straight.reshape(shape)
   inside = (latent >= lo - 0.5) & (latent <= hi + 0.5)
   assert 0.2 < inside.mean() < 1
   np.testing.assert_allclose(

@@ -18,6 +18,9 @@ FORMATS = [
   kernels.TernaryFormat(group=32),
   kernels.TernaryFormat(group=48, planes=3),
   kernels.TernaryFormat(group=32, packing='5trit', planes=2),
+  kernels.TernaryFormat(group=16, scale='ue5m3', planes=2),
+  kernels.TernaryFormat(group=8, scale='ue5m3', planes=2, tied=True),
+  kernels.TernaryFormat(group=32, planes=3, tied=True),
   kernels.IntFormat(bits=8),
   kernels.IntFormat(bits=8, group=16),
   kernels.IntFormat(bits=5, group=32),
@@ -28,11 +31,13 @@ FORMATS = [
 
 
 def packed(fmt, rows, cols, seed=0):
-  """Random codes and scales of both signs."""
+  """Random codes and scales, of both signs where there are two."""
   codes = _random(jax.random.key(seed), fmt, rows, cols)
   rng = np.random.default_rng(seed)
   scale = rng.standard_normal(fmt.scale_shape(rows, cols))
-  return {'codes': codes, 'scale': jnp.asarray(scale, jnp.bfloat16)}
+  if fmt.scale_dtype == np.uint8:
+    scale = np.abs(scale)
+  return {'codes': codes, 'scale': fmt.pack_scale(jnp.asarray(scale))}
 
 
 def unpacked(p, fmt, cols):
@@ -43,9 +48,23 @@ def unpacked(p, fmt, cols):
 def dense(p, fmt, cols):
   """The weight that `p` stands for, float64 `[*rows, cols]`."""
   codes = unpacked(p, fmt, cols)
-  scale = np.asarray(p['scale'], np.float64)
+  scale = scales(p, fmt)
   w = codes * np.repeat(scale, cols // scale.shape[-1], axis=-1)
   return w.sum(0) if isinstance(fmt, kernels.TernaryFormat) else w
+
+
+def scales(p, fmt):
+  """Its scales as docs/formats.md says it, float64."""
+  scale = np.asarray(p['scale'])
+  if scale.dtype == np.uint8:
+    u = scale.astype(np.int64)
+    scale = np.where(u, 2.0 ** ((u >> 3) - 20) * (1 + (u & 7) / 8), 0)
+  scale = scale.astype(np.float64)
+  if getattr(fmt, 'tied', False):
+    scale = scale * 3.0 ** np.arange(fmt.planes)[::-1].reshape(
+      -1, *[1] * (scale.ndim - 1)
+    )
+  return scale
 
 
 def relative(got, want):

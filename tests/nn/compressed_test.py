@@ -23,6 +23,7 @@ RECIPES = {
   'mixed': gx.Recipe.of(
     {
       r'layer_0/attn': gx.Keep(),
+      r'layer_1/mlp2?': gx.Ternary(group=8, planes=2, scale='ue5m3', tied=True),
       r'layer_\d+/mlp2?': gx.Ternary(group=64, planes=2, packing='5trit'),
       r'embedder': gx.Int(bits=4, group=32),
       r'.*': gx.Int(bits=3, group=64),
@@ -45,7 +46,7 @@ def _compress(model, recipe, seed=0):
     codes[path] = rng.integers(low, high, shape, np.int8, endpoint=True)
     scale = rng.uniform(0.5, 1.5, fmt.scale_shape(rows, cols))
     scale *= 3 / (high - low) * 128**-0.5
-    flat[f'{path}/scale'] = jnp.asarray(scale, jnp.bfloat16)
+    flat[f'{path}/scale'] = fmt.pack_scale(jnp.asarray(scale, jnp.float32))
   # One compilation for all: each would take longer than the test.
   packed = jax.jit(lambda c: {p: formats[p].pack(c[p]) for p in c})(codes)
   flat |= {f'{path}/codes': leaf for path, leaf in packed.items()}

@@ -21,6 +21,7 @@ from tests.kernels import packed_weights
 _METHODS = {
   'ternary': gx.Ternary(group=16, planes=2),
   '5trit': gx.Ternary(group=32, packing='5trit'),
+  'tied': gx.Ternary(group=8, planes=2, scale='ue5m3', tied=True),
   'int8': gx.Int(bits=8),
   'int4': gx.Int(bits=4, group=16),
   'int3': gx.Int(bits=3, group=32),
@@ -193,6 +194,7 @@ class _Module(nn.Module):
 _DTYPES = {
   'ternary': jnp.uint8,
   '5trit': jnp.uint8,
+  'tied': jnp.uint8,
   'int8': jnp.int8,
   'int4': jnp.uint8,
   'int3': jnp.uint8,
@@ -208,7 +210,7 @@ def test_init_ignores_the_type_that_is_asked_for(method):
   fmt = gx.nn.format_of(_METHODS[method], 64)
   assert params['other'].dtype == jnp.float16
   assert params['w']['codes'].dtype == _DTYPES[method]
-  assert params['w']['scale'].dtype == jnp.bfloat16
+  assert params['w']['scale'].dtype == fmt.scale_dtype
   assert params['w']['codes'].shape == fmt.codes_shape((4, 3), 64)
   assert params['w']['scale'].shape == fmt.scale_shape((4, 3), 64)
 
@@ -318,7 +320,7 @@ def test_no_group_fits():
 
 
 def test_no_group_fits_names_the_weight():
-  recipe = gx.Recipe.of({'mlp': gx.Ternary(group=8)})
+  recipe = gx.Recipe.of({'mlp': gx.Ternary(group=4)})
   with pytest.raises(errors.GroupSizeError, match='layer_0/mlp/gating_einsum'):
     gx.nn.methods_of(tiny.model('gemma3'), recipe)
 

@@ -16,9 +16,6 @@ from gemma_ext.train import _capture
 from gemma_ext.train import _latents
 from tests import tiny
 
-_RECIPE = recipe_lib.Recipe.of(
-  {r'layer_\d+/mlp': recipe_lib.Ternary(group=128, planes=2)}
-)
 _FAMILIES = ('gemma2', 'gemma3', 'gemma3n', 'gemma4', 'gemma4_e2b')
 
 
@@ -70,11 +67,21 @@ def test_shift_has_the_gradient_of_the_branch():
 
 
 @pytest.mark.parametrize('form', _latents.FORMS)
-def test_open_and_close_keep_every_bit(form):
+@pytest.mark.parametrize(
+  'method',
+  [
+    recipe_lib.Ternary(group=128, planes=2),
+    recipe_lib.Ternary(group=8, planes=2, scale='ue5m3', tied=True),
+    recipe_lib.Ternary(group=16, scale='ue5m3'),
+  ],
+  ids=['planes', 'tied', 'one'],
+)
+def test_open_and_close_keep_every_bit(form, method):
   dense = tiny.model('gemma3')
   params = tiny.params(dense)
-  model = gx_nn.Compressed(model=dense, recipe=_RECIPE)
-  packed = compress.compress(dense, params, _RECIPE)
+  recipe = recipe_lib.Recipe.of({r'layer_\d+/mlp': method})
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
+  packed = compress.compress(dense, params, recipe)
   branch = _branch.of_layer(model, 'layer_0')
   part = _branch.params_of(packed, 'layer_0')
   moving, fixed = _latents.open_params(
@@ -85,7 +92,7 @@ def test_open_and_close_keep_every_bit(form):
   assert want.keys() == got.keys()
   for name, value in want.items():
     np.testing.assert_array_equal(got[name], value, err_msg=name)
-  joined = _latents.join(moving, fixed, dtype=jnp.float32)
+  joined = _latents.join(branch, moving, fixed, dtype=jnp.float32)
   x = jax.random.normal(jax.random.key(0), (5, 128))
   np.testing.assert_allclose(
     branch.apply(joined, x)['branch'],
@@ -130,7 +137,8 @@ def test_mixture_is_refused():
 def test_unpacked_params_are_refused():
   dense = tiny.model('gemma3')
   params = tiny.params(dense)
-  model = gx_nn.Compressed(model=dense, recipe=_RECIPE)
+  recipe = recipe_lib.Recipe.of({'layer_0/mlp': recipe_lib.Ternary(group=128)})
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
   branch = _branch.of_layer(model, 'layer_0')
   with pytest.raises(errors.ParamsMismatchError, match='not packed'):
     _latents.open_params(

@@ -19,11 +19,25 @@ from tests import tiny
 _N = 600
 
 
-@pytest.fixture(scope='module', params=['gemma2', 'gemma3', 'gemma4'])
+_PLAIN = recipe_lib.Ternary(group=64)
+_TIED = recipe_lib.Ternary(group=8, planes=2, scale='ue5m3', tied=True)
+
+
+@pytest.fixture(
+  scope='module',
+  params=[
+    ('gemma2', _PLAIN),
+    ('gemma3', _PLAIN),
+    ('gemma4', _PLAIN),
+    ('gemma3', _TIED),
+  ],
+  ids=['gemma2', 'gemma3', 'gemma4', 'tied'],
+)
 def made(request):
-  model = tiny.model(request.param)
+  family, method = request.param
+  model = tiny.model(family)
   params = tiny.params(model)
-  recipe = recipe_lib.Recipe.of({'layer_0/mlp': recipe_lib.Ternary(group=64)})
+  recipe = recipe_lib.Recipe.of({'layer_0/mlp': method})
   packed = compress.compress(model, params, recipe)
   branch = _branch.of_layer(
     gx_nn.Compressed(model=model, recipe=recipe), 'layer_0'
@@ -61,7 +75,7 @@ def test_fits_better_than_weight_by_weight_on_unseen_inputs(made):
   want = dense.apply(dense_part, unseen)['branch']
 
   def error(leaves):
-    params = _latents.join(leaves, fixed, dtype=jnp.float32)
+    params = _latents.join(branch, leaves, fixed, dtype=jnp.float32)
     found = branch.apply(params, unseen)['branch']
     return float(jnp.sum(jnp.square(found - want)) / jnp.sum(want**2))
 
@@ -73,9 +87,9 @@ def test_fits_better_than_weight_by_weight_on_unseen_inputs(made):
   closed = _latents.close_params(branch, fitted, fixed, dtype=jnp.float32)
   np.testing.assert_allclose(
     branch.apply(closed, unseen)['branch'],
-    branch.apply(_latents.join(fitted, fixed, dtype=jnp.float32), unseen)[
-      'branch'
-    ],
+    branch.apply(
+      _latents.join(branch, fitted, fixed, dtype=jnp.float32), unseen
+    )['branch'],
     atol=1e-5,
   )
 

@@ -2,12 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The divergence on a shortlist against the whole one in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_ext import compress
 from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext import train
+from gemma_ext.train import _branch
 from gemma_ext.train import _distill
+from tests import tiny
 
 _V, _D, _N = 400, 16, 32
 
@@ -92,3 +99,77 @@ def test_sampled_mass_is_near_the_real_one():
 def test_shortlist_too_small():
   with pytest.raises(errors.ConfigError, match='at least 2'):
     _distill.shortlist(jnp.zeros((4, 2)), None, size=1)  # type: ignore
+
+
+def _made():
+  model = gx_nn.Compressed(
+    model=tiny.model('gemma3'),
+    recipe=recipe_lib.Recipe.of(
+      {
+        'layer_0/mlp': recipe_lib.Ternary(group=64),
+        'attn': recipe_lib.Int(bits=8, group=64),
+        'embedder': recipe_lib.Int(bits=8),
+      }
+    ),
+  )
+  dense = tiny.params(model.model)
+  return model, dense, compress.compress(model.model, dense, model.recipe)
+
+
+def test_whole_numbers_of_attention_move_if_asked():
+  model, dense, packed = _made()
+  moving, fixed = _distill.open_model(
+    model, packed, form='latent', dense=dense, integers='attn'
+  )
+  path = 'layer_0/attn/q_einsum/w'
+  assert f'{path}/codes' in moving and f'{path}/codes' not in fixed
+  assert not any('embedder' in name for name in moving)
+  closed = _distill.close_model(model, moving, fixed)
+  jax.tree.map(np.testing.assert_array_equal, closed, packed)
+  # A latent is the dense weight, in units of the scale.
+  rows = moving[f'{path}/codes'].reshape(-1, 2, 64)
+  rows = rows * moving[f'{path}/scale'].reshape(-1, 2, 1)
+  site = gx_nn.methods_of(model.model, model.recipe)[path][0]
+  want = site.layout.to_rows(_branch.flatten(dense)[path]).reshape(-1, 2, 64)
+  # At the ends of the range it stays within reach.
+  assert np.mean(np.isclose(rows, want, atol=1e-5)) > 0.98
+
+
+def test_moved_whole_numbers_are_what_the_loss_saw():
+  model, dense, packed = _made()
+  moving, fixed = _distill.open_model(
+    model, packed, form='latent', dense=dense, integers='attn'
+  )
+  rng = np.random.default_rng(0)
+  moving = {
+    k: v + jnp.asarray(rng.normal(size=v.shape), v.dtype)
+    if k.endswith('attn/q_einsum/w/codes')
+    else v
+    for k, v in moving.items()
+  }
+  tokens = jnp.asarray(rng.integers(3, 500, (2, 12)), jnp.int32)
+  table = dense['embedder']['input_embedding']
+  batch = {
+    'tokens': tokens,
+    'teacher': jnp.asarray(rng.normal(size=(2, 12, 128)), jnp.float32),
+    'table': table,
+    'rest': table[:0],
+    'weight': jnp.float32(1),
+    'fixed': _distill.unpack(fixed, model=model),
+  }
+  loss = jax.jit(jax.value_and_grad(_distill.problem(model).loss))
+  seen, grads = loss(moving, batch)
+  moved = [k for k, g in grads.items() if '/attn/' in k and np.any(g)]
+  assert any(k.endswith('q_einsum/w/codes') for k in moved)
+  closed = _distill.close_model(model, moving, fixed)
+  packed_q = _branch.flatten(closed)['layer_0/attn/q_einsum/w/codes']
+  old = _branch.flatten(packed)['layer_0/attn/q_einsum/w/codes']
+  assert packed_q.dtype == old.dtype and (packed_q != old).any()
+  again, rest = _distill.open_model(model, closed, form='fixed', dense=None)
+  batch['fixed'] = _distill.unpack(rest, model=model)
+  np.testing.assert_allclose(loss(again, batch)[0], seen, rtol=1e-3)
+
+
+def test_only_latent_codes_move_whole_numbers():
+  with pytest.raises(errors.ConfigError, match='latent codes'):
+    train.Distill(integers='attn', optimizer=train.Mezo(form='fixed'))

@@ -21,11 +21,11 @@ from tests import tiny
 _N = 256
 
 
-def _made(family: str, weights: str, planes: int = 1):
+def _made(family: str, weights: str, **kwargs):
   model = tiny.model(family)
   params = tiny.params(model)
   recipe = recipe_lib.Recipe.of(
-    {'layer_1/mlp': recipe_lib.Ternary(group=64, planes=planes)}
+    {'layer_1/mlp': recipe_lib.Ternary(group=64, **kwargs)}
   )
   packed = compress.compress(model, params, recipe)
   branch = _branch.of_layer(
@@ -95,7 +95,7 @@ def test_outputs_that_are_kept_are_those_of_the_codes():
   codes = moving['mlp/linear/codes']
   flat = jnp.moveaxis(codes, 0, 1).reshape(128, -1)
   scale = jnp.moveaxis(moving['mlp/linear/scale'], 0, 1).reshape(128, -1)
-  params = _latents.join(moving, batch['fixed'], dtype=jnp.float32)
+  params = _latents.join(branch, moving, batch['fixed'], dtype=jnp.float32)
   found = branch.apply(params, batch['residual'])
   columns, outputs, judge = _rows._linear_rows(branch, found, batch)
   cols = codes.shape[-1]
@@ -147,6 +147,14 @@ def test_same_key_same_codes():
 def test_two_weights_are_refused():
   branch, moving, batch = _made('gemma3', '.*')
   with pytest.raises(errors.TrainError, match='rows of one weight'):
+    _rows.check(branch, moving, batch['fixed'], batch['residual'], jnp.float32)
+
+
+def test_scales_that_it_cannot_move_are_refused():
+  branch, moving, batch = _made(
+    'gemma3', 'linear', planes=2, tied=True, scale='ue5m3'
+  )
+  with pytest.raises(errors.TrainError, match="'bf16'"):
     _rows.check(branch, moving, batch['fixed'], batch['residual'], jnp.float32)
 
 
