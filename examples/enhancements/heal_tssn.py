@@ -34,6 +34,7 @@ def get_config():
     written_tokens=98_304,
     seed=0,
     save_seconds=600.0,
+    cache='out/healing.calibration',
     overwrite=False,
     stages=(
       train.Block(
