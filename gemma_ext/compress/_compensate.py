@@ -77,12 +77,14 @@ def compensate(
     base_codes if ternary else base_codes[None],
     base_scale if ternary else base_scale[None],
   )
-  new = _compensated(rest, upper, method=method, group=group)
+  codes, scale = _compensated(rest, upper, method=method, group=group)
   w = rest
-  tries = [new]
-  if not ternary or (method.scale == 'bf16' and not method.tied):
-    # Scales of one byte are too far from each other to be moved alone.
-    tries.append((new[0], _refit_rows(w, *new, hessian)))
+  tries = [(codes, scale)]
+  # Scales of one byte are too far from each other to be moved alone.
+  if not isinstance(method, recipe_lib.Ternary) or (
+    method.scale == 'bf16' and not method.tied
+  ):
+    tries.append((codes, _refit_rows(w, codes, scale, hessian)))
   for found in tries:
     won = _error(w, *found, hessian) < _error(w, *best, hessian)
     won = won[:, None]
