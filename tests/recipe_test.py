@@ -184,7 +184,6 @@ _TERNARIES = st.builds(
 )
 _TIED = st.builds(
   gx.Ternary,
-  planes=st.integers(1, 4),
   scale=st.sampled_from(['bf16', 'ue5m3']),
   tied=st.booleans(),
 )
@@ -347,8 +346,6 @@ _BAD = {
   'packing': lambda: gx.Ternary(packing='3bit'),
   'packing_list': lambda: gx.Ternary(packing=['2bit']),
   'scale': lambda: gx.Ternary(scale='fp8'),
-  'scale_list': lambda: gx.Ternary(scale=['bf16']),
-  'tied_number': lambda: gx.Ternary(tied=1),
   'tied_and_density': lambda: gx.Ternary(tied=True, density=0.5),
   'rule_not_a_pair': lambda: gx.Recipe(rules=(('mlp',),)),
   'rule_a_text': lambda: gx.Recipe(rules=('ab',)),

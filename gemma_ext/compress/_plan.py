@@ -196,7 +196,11 @@ def _describe(row: PlanRow) -> str:
       planes = f' x{m.planes}' if m.planes > 1 else ''
       sparse = f' {m.pattern[0]}:{m.pattern[1]}' if m.pattern else ''
       sparse = f' density {m.density:g}' if m.density else sparse
-      return f'ternary{planes}{sparse} {m.packing}, group {row.group}'
+      tied = ' tied' if m.tied else ''
+      scale = '' if m.scale == 'bf16' else f' {m.scale}'
+      return (
+        f'ternary{planes}{tied}{sparse} {m.packing}, group {row.group}{scale}'
+      )
     case recipe_lib.Int() as m:
       scales = f'group {row.group}' if row.group else 'channel'
       return f'int{m.bits}, {scales}'

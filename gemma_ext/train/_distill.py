@@ -33,6 +33,7 @@ from gemma_ext.train import _generate
 from gemma_ext.train import _latents
 from gemma_ext.train import _problem
 from gemma_ext.train import _remat
+from gemma_ext.train import _shared
 
 # Positions whose distribution over the whole vocabulary is made at a time.
 _POSITIONS = 256
@@ -126,6 +127,7 @@ def open_model(
   form: str,
   dense: Mapping[str, Any] | None,
   integers: str = '',
+  margin: float = _shared.MARGIN,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Splits a model's parameters into what moves and what does not.
 
@@ -141,6 +143,7 @@ def open_model(
       _branch.params_of(params, layer),
       form=form,
       dense=None if dense is None else _branch.params_of(dense, layer),
+      margin=margin,
     )
     moving |= {f'{layer}/{path}': leaf for path, leaf in move.items()}
   flat_dense = None if dense is None else _branch.flatten(dense)

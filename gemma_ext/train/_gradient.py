@@ -29,6 +29,9 @@ class Gradient:
     warmup: Steps until the full rate; it then falls to 5% as a cosine.
     beta2: Of Adam. Few steps want a shorter memory than the usual 0.999.
     clip: Largest global norm of a gradient.
+    margin: How near to the next code a latent may start, in steps. Codes of
+      `ClosedForm` are often not the nearest to their weight, and with little
+      margin the first steps undo them. Planes with free scales keep 0.01.
     remat: Whether end-to-end steps keep one residual stream a layer and make
       the other activations again (`nn.remat`): less memory, one more forward
       pass.
@@ -45,6 +48,7 @@ class Gradient:
   warmup: int = 10
   beta2: float = 0.98
   clip: float = 1.0
+  margin: float = 0.01
   remat: bool = False
 
   def __post_init__(self):
@@ -63,6 +67,10 @@ class Gradient:
         raise errors.ConfigError(
           f'Gradient.{name} must be a number in [0, 1000), got {value!r}.'
         )
+    if not 0 < self.margin <= 0.5:
+      raise errors.ConfigError(
+        f'Gradient.margin must be in (0, 0.5], got {self.margin!r}.'
+      )
     if not 0 < self.beta2 < 1:
       raise errors.ConfigError(
         f'Gradient.beta2 must be in (0, 1), got {self.beta2!r}.'

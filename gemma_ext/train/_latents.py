@@ -34,6 +34,7 @@ def open_params(
   form: str,
   dense: Mapping[str, Any] | None = None,
   weights: str = '.*',
+  margin: float = _shared.MARGIN,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Splits a branch's parameters into what moves and what does not.
 
@@ -45,6 +46,7 @@ def open_params(
       units of the scale, as near as the code allows.
     weights: Regular expression on the packed weights that move, such as
       'linear'; the others are fixed.
+    margin: How near to the next code a latent may start, in steps.
 
   Returns:
     Trainable and fixed leaves by path, floats in float32.
@@ -83,11 +85,13 @@ def open_params(
       if dense_flat is not None:
         w = site.layout.to_rows(jnp.asarray(dense_flat[path]))
       if getattr(fmt, 'planes', 1) > 1:
-        codes, ordered = _shared.merge(codes, scale, w)
+        # Sums of planes with free scales may be too near for more.
+        room = margin if fmt.tied else _shared.MARGIN
+        codes, ordered = _shared.merge(codes, scale, w, room)
         if not fmt.tied:
           moving[f'{path}/scale'] = ordered
       else:
-        codes = latent(codes, scale, w, fmt)
+        codes = latent(codes, scale, w, fmt, margin)
     moving[f'{path}/codes'] = codes
   for path, leaf in flat.items():
     if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -98,7 +102,11 @@ def open_params(
 
 
 def latent(
-  codes: jax.Array, scale: jax.Array, w: jax.Array | None, fmt: Any
+  codes: jax.Array,
+  scale: jax.Array,
+  w: jax.Array | None,
+  fmt: Any,
+  margin: float = _shared.MARGIN,
 ) -> jax.Array:
   """The dense weight in units of the scale, rounding to the given codes.
 
@@ -107,14 +115,16 @@ def latent(
     scale: Their scales, float32.
     w: Dense weight, rows of the same shape; `None` for the codes themselves.
     fmt: The packed format.
+    margin: How near to the next code it may come, in steps.
   """
   if w is None:
     return codes.astype(jnp.float32)
   lo, hi = fmt.code_range
   wide = _shared.wide_scale(scale, codes.shape[-1])
   x = jnp.where(wide != 0, w / jnp.where(wide != 0, wide, 1), 0)
-  low = jnp.where(codes <= lo, -_shared.REACH - (-1 - lo), codes - _shared.EDGE)
-  high = jnp.where(codes >= hi, _shared.REACH + (hi - 1), codes + _shared.EDGE)
+  half = 0.5 - margin
+  low = jnp.where(codes <= lo, -_shared.REACH - (-1 - lo), codes - half)
+  high = jnp.where(codes >= hi, _shared.REACH + (hi - 1), codes + half)
   return jnp.clip(x, low, high)
 
 

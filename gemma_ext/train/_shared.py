@@ -13,15 +13,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# How near to the next code a latent may start. Codes that were chosen against
-# rounding (by error compensation) start at the edge of their own interval.
-EDGE = 0.49
+# How near to the next code a latent may start, in steps. Codes that were chosen
+# against rounding (by error compensation) start that far inside of their own
+# interval.
+MARGIN = 0.01
 # Beyond the last code a weight may still say how sure it is.
 REACH = 1.4
 
 
 def merge(
-  codes: jax.Array, scale: jax.Array, w: jax.Array | None = None
+  codes: jax.Array,
+  scale: jax.Array,
+  w: jax.Array | None = None,
+  margin: float = MARGIN,
 ) -> tuple[jax.Array, jax.Array]:
   """Makes a latent that `split` takes back to the codes.
 
@@ -30,6 +34,7 @@ def merge(
     scale: `[planes, *rows, groups]`, not negative.
     w: Dense weight `[*rows, I]`, which the latent comes near to, as far as the
       codes allow; by default their sum.
+    margin: How near to the next code it may come, in steps of the finest plane.
 
   Returns:
     The latent, float32 `[*rows, I]`, in steps of the finest plane where each
@@ -51,8 +56,10 @@ def merge(
   reach = REACH
   for i in reversed(range(len(codes))):
     code, s = codes[i], wide[i]
-    low = jnp.where(code < 0, -reach, code - EDGE)
-    high = jnp.where(code > 0, reach, code + EDGE)
+    # A step is one of the finest plane, whichever code would turn over.
+    near = 0.5 - margin * wide[-1] / jnp.where(s > 0, s, 1)
+    low = jnp.where(code < 0, -reach, code - near)
+    high = jnp.where(code > 0, reach, code + near)
     # Only the finest plane says where beyond the last sum a weight may be.
     reach = jnp.inf
     # inf * 0 would be no bound.

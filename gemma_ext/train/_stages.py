@@ -30,6 +30,7 @@ from gemma_ext.train import _latents
 from gemma_ext.train import _rewrite
 from gemma_ext.train import _rows
 from gemma_ext.train import _sharded
+from gemma_ext.train import _shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ class Block(_Stage):
       form=self.optimizer.codes,
       dense=_branch.params_of(run.dense.params, unit),
       weights=self.weights,
+      margin=getattr(self.optimizer, 'margin', _shared.MARGIN),
     )
     if not any(f'mlp/{path}/scale' in moving for path, _ in branch.methods):
       raise errors.TrainError(
@@ -257,6 +259,7 @@ class Distill(_Stage):
       form=self.optimizer.codes,
       dense=run.dense.params,
       integers=self.integers,
+      margin=getattr(self.optimizer, 'margin', _shared.MARGIN),
     )
     table = full[ids]
     unpacked = _distill.unpack(fixed, model=model)

@@ -199,12 +199,12 @@ def test_data_hidden_by_padding(copy):
 def test_nan_scales_in_the_files(tmp_path, monkeypatch):
   model = own.compressed_model()
   params = own.packed(model)
-  linear = params['layer_1']['mlp']['linear']
+  linear = params['layer_0']['mlp']['linear']
   linear['scale'] = linear['scale'].at[0, 0, 0].set(jnp.inf)
   with monkeypatch.context() as m:
     m.setattr(_compressed, 'check_finite', lambda *_: None)
     gx.ckpts.save(tmp_path / 'c', model=model, params=params)
-  with pytest.raises(errors.NonFiniteError, match='layer_1/mlp/linear/scale'):
+  with pytest.raises(errors.NonFiniteError, match='layer_0/mlp/linear/scale'):
     gx.ckpts.load(tmp_path / 'c')
 
 

@@ -173,6 +173,9 @@ def test_table():
     {
       'layer_0/mlp': gx.Ternary(planes=2, pattern=(2, 4)),
       'layer_1/mlp': gx.Ternary(density=0.25, packing='5trit'),
+      'layer_2/mlp/gating_einsum': gx.Ternary(
+        planes=2, group=8, scale='ue5m3', tied=True
+      ),
       'embedder': gx.Int(bits=4, group=32),
       'attn': gx.Int(bits=8),
     }
@@ -197,6 +200,13 @@ def test_table():
       '32,768',
       'ternary density 0.25 5trit, group 128',
       '1.750',
+    ),
+    (
+      'layer_*/mlp/gating_einsum',
+      '1',
+      '65,536',
+      'ternary x2 tied 2bit, group 8 ue5m3',
+      '5.000',
     ),
     ('embedder/input_embedding', '1', '65,536', 'int4, group 32', '4.500'),
     ('layer_*/attn/q_einsum/w', '3', '49,152', 'int8, channel', '8.125'),
@@ -229,6 +239,8 @@ def test_json():
     'density': None,
     'pattern': None,
     'packing': '2bit',
+    'scale': 'bf16',
+    'tied': False,
     'dense_bytes': 4 * 256 * 128,
     'bytes': 256 * 128 // 4 + 2 * 256,
     'bits_per_weight': 2.125,

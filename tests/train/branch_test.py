@@ -11,6 +11,7 @@ from gemma_ext import compress
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
+from gemma_ext import train
 from gemma_ext.train import _branch
 from gemma_ext.train import _capture
 from gemma_ext.train import _latents
@@ -144,3 +145,47 @@ def test_unpacked_params_are_refused():
     _latents.open_params(
       branch, _branch.params_of(params, 'layer_0'), form='latent'
     )
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    recipe_lib.Ternary(group=32),
+    recipe_lib.Ternary(group=8, planes=2, scale='ue5m3', tied=True),
+    recipe_lib.Ternary(group=32, planes=2),
+  ],
+  ids=['one', 'tied', 'planes'],
+)
+def test_margin_keeps_latents_away_from_the_next_code(method):
+  dense = tiny.model('gemma3')
+  params = tiny.params(dense)
+  recipe = recipe_lib.Recipe.of({'layer_0/mlp': method})
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
+  packed = compress.compress(dense, params, recipe)
+  branch = _branch.of_layer(model, 'layer_0')
+  part = _branch.params_of(packed, 'layer_0')
+  moving, fixed = _latents.open_params(
+    branch,
+    part,
+    form='latent',
+    dense=_branch.params_of(params, 'layer_0'),
+    margin=0.3,
+  )
+  closed = _latents.close_params(branch, moving, fixed, dtype=jnp.float32)
+  jax.tree.map(np.testing.assert_array_equal, closed, part)
+  # A quarter of a step does not turn any code over.
+  for step in (-0.25, 0.25):
+    moved = {
+      k: v + step if k.endswith('linear/codes') else v
+      for k, v in moving.items()
+    }
+    same = _latents.close_params(branch, moved, fixed, dtype=jnp.float32)
+    same = _branch.flatten(same)['mlp/linear/codes']
+    want = _branch.flatten(part)['mlp/linear/codes']
+    if method.tied or method.planes == 1:
+      np.testing.assert_array_equal(same, want)
+
+
+def test_margin_is_part_of_a_step():
+  with pytest.raises(errors.ConfigError, match='margin must be in'):
+    train.Gradient(margin=0.6)
