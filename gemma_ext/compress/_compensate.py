@@ -70,15 +70,14 @@ def compensate(
   if not bool(jnp.all(jnp.isfinite(hessian))):
     raise errors.NonFiniteError('The hessian holds NaN or infinity.')
   upper = jnp.asarray(_factor(hessian, damping))
-  rest = w.reshape(-1, cols).astype(jnp.float32)
+  w = w.reshape(-1, cols).astype(jnp.float32)
   fit = _registry.fit_of(method)
-  base_codes, base_scale = fit(rest, method, fmt, diag)
+  base_codes, base_scale = fit(w, method, fmt, diag)
   best: tuple[jax.Array, ...] = (
     base_codes if ternary else base_codes[None],
     base_scale if ternary else base_scale[None],
   )
-  codes, scale = _compensated(rest, upper, method=method, group=group)
-  w = rest
+  codes, scale = _compensated(w, upper, method=method, group=group)
   tries = [(codes, scale)]
   # Scales of one byte are too far from each other to be moved alone.
   if not isinstance(method, recipe_lib.Ternary) or (

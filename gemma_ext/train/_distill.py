@@ -184,8 +184,7 @@ def close_model(
   for path, (site, method) in _integers(model, '.*').items():
     if f'{path}/codes' in moving:
       fmt = gx_nn.format_of(method, site.layout.cols)
-      codes = jnp.clip(jnp.round(moving[f'{path}/codes']), *fmt.code_range)
-      flat[f'{path}/codes'] = fmt.pack(codes.astype(jnp.int8))
+      flat[f'{path}/codes'] = _latents.pack(moving[f'{path}/codes'], fmt)
       flat[f'{path}/scale'] = fmt.pack_scale(moving[f'{path}/scale'])
   return _branch.unflatten(flat)
 

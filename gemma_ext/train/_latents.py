@@ -135,6 +135,12 @@ def codes_of(latent: jax.Array, scale: jax.Array, fmt: Any) -> jax.Array:
   return latent
 
 
+def pack(codes: jax.Array, fmt: Any) -> jax.Array:
+  """Rounds codes as the forward pass does, and packs them."""
+  codes = jnp.clip(jnp.round(codes), *fmt.code_range)
+  return fmt.pack(codes.astype(jnp.int8))
+
+
 def join(
   branch: _branch.Branch,
   moving: Mapping[str, jax.Array],
@@ -180,9 +186,7 @@ def close_params(
     codes, scale = flat.pop(f'{path}/codes'), flat.pop(f'{path}/scale')
     fmt = gx_nn.format_of(method, site.layout.cols)
     if codes.dtype != fmt.codes_dtype or f'{path}/codes' in moving:
-      codes = jnp.round(codes_of(codes, scale, fmt))
-      codes = jnp.clip(codes, *fmt.code_range).astype(jnp.int8)
-      codes = fmt.pack(codes)
+      codes = pack(codes_of(codes, scale, fmt), fmt)
     out[f'{path}/codes'] = codes
     if scale.dtype != fmt.scale_dtype:
       scale = fmt.pack_scale(scale)
