@@ -93,6 +93,10 @@ class ParamsMismatchError(GemmaExtError, ValueError):
   """Parameters do not have the structure that model and recipe expect."""
 
 
+class BackendError(GemmaExtError, RuntimeError):
+  """An operation was asked to run where it cannot."""
+
+
 class ShapeError(GemmaExtError, ValueError):
   """An array argument has the wrong shape or type."""
 

@@ -29,7 +29,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_REQUIRE_VIRTUALENV=0 PIP_USER=0
 say() { printf 'setup: %s\n' "$*" >&2; }
 
 fingerprint() {
-  cat pyproject.toml "$CONSTRAINTS" tools/setup_env.sh | cksum
+  cat pyproject.toml "$CONSTRAINTS" tools/setup_env.sh \
+    gemma_ext/kernels/cpu/* | cksum
 }
 
 # Prints every Python that may serve, best first.

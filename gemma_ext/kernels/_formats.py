@@ -181,7 +181,7 @@ class TernaryFormat(_Sizes):
   def codes_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
     """Returns `(planes, *rows, bytes)`."""
     per = 4 if self.packing == '2bit' else 5
-    return (self.planes, *rows, -(-cols // per))
+    return (self.planes, *rows, _lanes.blocked(cols, per))
 
   def latent_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
     """Returns `(planes, *rows, cols)`, the shape of unpacked codes."""
@@ -278,7 +278,7 @@ class IntFormat(_Sizes):
     if self.bits == 8:
       return (*rows, cols)
     if self.bits in (2, 4):
-      return (*rows, -(-cols // (8 // self.bits)))
+      return (*rows, _lanes.blocked(cols, 8 // self.bits))
     return (*rows, -(-cols // 8) * self.bits)
 
   def latent_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:

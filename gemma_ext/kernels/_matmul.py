@@ -1,19 +1,27 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Packed matmul: `[..., I] x [*rows, I] -> [..., *rows]`."""
+"""Packed matmul: `[..., I] x [*rows, I] -> [..., *rows]`.
+
+Backends: 'xla' unpacks and multiplies, everywhere; 'cpu' is C++ that reads
+packed codes, see `cpu/`.
+"""
 
 from collections.abc import Mapping
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from gemma_ext import errors
+from gemma_ext.kernels import _cpu
 from gemma_ext.kernels import _dequantize
 from gemma_ext.kernels import _formats
 from gemma_ext.kernels import _params
 
-BACKENDS = ('xla',)
+BACKENDS = ('xla', 'cpu')
+# Bits of x in 'cpu'.
+X_BITS = (16, 8)
 # Rows of x up to which unpacking outweighs multiplying, so that float32 weights
 # cost nothing (and XLA's CPU dot is ten times faster in float32 at one row).
 FEW_ROWS = 32
@@ -25,7 +33,8 @@ def matmul(
   p: Mapping[str, jax.Array],
   fmt: _formats.Format,
   *,
-  backend: str = 'xla',
+  backend: str | None = None,
+  x_bits: int = 16,
 ) -> jax.Array:
   """Multiplies activations with a packed weight, contracting the input axis.
 
@@ -37,26 +46,69 @@ def matmul(
     x: Activations `[..., I]`, floating.
     p: `{'codes', 'scale'}` of a weight `[*rows, I]`.
     fmt: Their format.
-    backend: 'xla', the reference: unpack, then a dense dot.
+    backend: 'xla', the reference: unpack, then a dense dot. 'cpu', C++ on one
+      CPU device, for codes and scales as they are stored and x in float32 or
+      bfloat16. By default 'cpu' where it can be had.
+    x_bits: What 'cpu' rounds x to, in blocks of at most 512: 16 (15 bits and a
+      sign, finer than bfloat16), or 8, faster and coarser, in blocks of at most
+      128. 'xla' does not round it.
 
   Returns:
-    `[..., *rows]` in `x.dtype`, accumulated in float32. Weights are float32,
-    or rounded to `x.dtype` off the CPU and beyond `FEW_ROWS` rows of x. Error
-    on the CPU against float64, relative in the 2-norm: below 1e-6 for
-    float32, 2^-8 for bfloat16.
+    `[..., *rows]` in `x.dtype`, accumulated in float32. Error on the CPU
+    against float64, in the 2-norm and relative to that of the product of
+    absolute values: 'xla' below 1e-6 for float32; 'cpu' below 2^-14 with
+    x_bits=16 and 2^-7 with 8; all of them 2^-8 relative to the result more for
+    bfloat16, whose rounding of the result that is. Off the CPU and beyond
+    `FEW_ROWS` rows of x 'xla' rounds weights to `x.dtype`.
 
   Raises:
     ParamsMismatchError: If `p` does not have the shapes that `fmt` and x need.
     ShapeError: If `x` is not floating or the backend is unknown.
+    BackendError: If `backend='cpu'` cannot run here.
   """
-  if backend not in BACKENDS:
+  if backend not in (None, *BACKENDS):
     raise errors.ShapeError(f'{backend=}; expected one of {BACKENDS}.')
+  if x_bits not in X_BITS:
+    raise errors.ShapeError(f'{x_bits=}; expected one of {X_BITS}.')
   if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise errors.ShapeError(
       f'x is {x.dtype}{list(x.shape)}; expected floating [..., I].'
     )
   _params.validate(p, fmt, _params.rows_of(p, fmt), x.shape[-1])
-  return matmul_xla(x, p, fmt)
+  if backend is None:
+    backend = 'xla' if _cpu.why_not(x, p, fmt) else 'cpu'
+  if backend == 'xla':
+    return matmul_xla(x, p, fmt)
+  if reason := _cpu.why_not(x, p, fmt):
+    raise errors.BackendError(f"backend='cpu' cannot run here: {reason}.")
+  return _matmul_cpu(fmt, x_bits, x, p['codes'], p['scale'])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _matmul_cpu(fmt, x_bits, x, codes, scale):
+  cols = x.shape[-1]
+  rows = _params.rows_of({'scale': scale}, fmt)
+  y = _cpu.matmul(x.reshape(-1, cols), codes, scale, fmt, x_bits=x_bits)
+  return y.reshape(*x.shape[:-1], *rows)
+
+
+def _matmul_cpu_jvp(fmt, x_bits, primals, tangents):
+  # Both are linear in x, so that XLA's derivative is that of the kernel.
+  out = _matmul_cpu(fmt, x_bits, *primals)
+  x, codes, scale = primals
+  dx, _, ds = tangents
+  zero = jax.custom_derivatives.SymbolicZero
+  total = None
+  if not isinstance(dx, zero):
+    total = matmul_xla(dx, {'codes': codes, 'scale': scale}, fmt)
+  if not isinstance(ds, zero) and jnp.issubdtype(scale.dtype, jnp.floating):
+    of_scale = lambda s: matmul_xla(x, {'codes': codes, 'scale': s}, fmt)
+    _, more = jax.jvp(of_scale, (scale,), (ds,))
+    total = more if total is None else total + more
+  return out, jnp.zeros_like(out) if total is None else total
+
+
+_matmul_cpu.defjvp(_matmul_cpu_jvp, symbolic_zeros=True)
 
 
 def matmul_xla(

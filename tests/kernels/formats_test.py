@@ -27,27 +27,26 @@ def _draw(fmt, rows, cols, seed):
   return rng.integers(lo, hi + 1, shape).astype(np.int8)
 
 
-def _place(i, cols, fields):
+def _place(i, fields):
   """Byte and field of code i, as docs/formats.md says it in words."""
   block, i = divmod(i, 32 * fields)
-  left = cols - block * 32 * fields
-  size = 32 if left >= 32 * fields else -(-left // fields)
-  field, byte = divmod(i, size)
+  field, byte = divmod(i, 32)
   return block * 32 + byte, field
 
 
-def _read(fmt, row, i, cols):
+def _read(fmt, row, i):
   """Reads code i of one packed row with nothing but Python integers."""
   row = [int(b) for b in row]
   if isinstance(fmt, kernels.TernaryFormat):
     if fmt.packing == '2bit':
-      byte, field = _place(i, cols, 4)
+      byte, field = _place(i, 4)
       return (row[byte] >> 2 * field & 3) - 1
-    byte, field = _place(i, cols, 5)
-    return row[byte] // 3**field % 3 - 1
+    byte, field = _place(i, 5)
+    number = row[byte] * 243 // 256
+    return number // 3 ** (4 - field) % 3 - 1
   offset = 1 << (fmt.bits - 1)
   if fmt.bits in (2, 4):
-    byte, field = _place(i, cols, 8 // fmt.bits)
+    byte, field = _place(i, 8 // fmt.bits)
     return (row[byte] >> fmt.bits * field & (2 * offset - 1)) - offset
   if fmt.bits == 8:
     return row[i]
@@ -82,27 +81,31 @@ def test_layout_is_the_documented_one(fmt, cols):
   packed = np.asarray(jax.jit(fmt.pack)(codes)).reshape(
     -1, *fmt.codes_shape((), cols)[-1:]
   )
-  got = [[_read(fmt, row, i, cols) for i in range(cols)] for row in packed]
+  got = [[_read(fmt, row, i) for i in range(cols)] for row in packed]
   np.testing.assert_array_equal(got, codes.reshape(-1, cols))
 
 
-def test_every_five_trit_byte_survives():
+def test_every_five_trits_survive():
   fmt = kernels.TernaryFormat(group=1, packing='5trit')
-  packed = np.arange(243, dtype=np.uint8)[None, :, None]
-  codes = np.asarray(fmt.unpack(packed, 5))
-  assert codes.min() == -1 and codes.max() == 1
-  assert len({tuple(c) for c in codes[0].tolist()}) == 243
-  np.testing.assert_array_equal(fmt.pack(codes), packed)
+  numbers = np.arange(243)
+  codes = np.zeros((1, 243, 160), np.int8)
+  codes[0, :, ::32] = numbers[:, None] // 3 ** np.arange(5)[::-1] % 3 - 1
+  packed = np.asarray(fmt.pack(codes))
+  np.testing.assert_array_equal(packed[0, :, 0], -(-numbers * 256 // 243))
+  np.testing.assert_array_equal(fmt.unpack(packed, 160), codes)
 
 
 def test_padding_holds_zero_codes():
   one = np.ones((1, 1), np.int8)
   trits = kernels.TernaryFormat(group=1, packing='5trit').pack(one)
-  assert np.asarray(trits).tolist() == [[2 + 3 + 9 + 27 + 81]]
+  number = 2 * 81 + 27 + 9 + 3 + 1
+  zero = 81 + 27 + 9 + 3 + 1
+  want = [-(-n * 256 // 243) for n in (number, zero)]
+  assert np.asarray(trits).tolist() == [want[:1] + want[1:] * 31]
   bits = kernels.TernaryFormat(group=1).pack(one)
-  assert np.asarray(bits).tolist() == [[0b01010110]]
+  assert np.asarray(bits).tolist() == [[0b01010110] + [0b01010101] * 31]
   nibbles = kernels.IntFormat(bits=4).pack(one[0])
-  assert np.asarray(nibbles).tolist() == [0x89]
+  assert np.asarray(nibbles).tolist() == [0x89] + [0x88] * 31
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,7 @@ def test_padding_holds_zero_codes():
     (kernels.TernaryFormat(group=128), 2048, 2.125),
     (kernels.TernaryFormat(group=128, planes=2), 640, 4.25),
     (kernels.TernaryFormat(group=128, packing='5trit'), 640, 1.725),
+    (kernels.TernaryFormat(group=128, packing='5trit'), 2048, 1.75),
     (kernels.IntFormat(bits=8), 640, 8.025),
     (kernels.IntFormat(bits=4, group=32), 640, 4.5),
     (kernels.IntFormat(bits=3, group=128), 640, 3.125),
@@ -125,7 +129,7 @@ def test_bits_per_weight(fmt, cols, bits):
 
 def test_shapes():
   fmt = kernels.TernaryFormat(planes=2, group=128, packing='5trit')
-  assert fmt.codes_shape((2, 7), 1152) == (2, 2, 7, 231)
+  assert fmt.codes_shape((2, 7), 1152) == (2, 2, 7, 256)
   assert fmt.scale_shape((2, 7), 1152) == (2, 2, 7, 9)
   assert kernels.IntFormat(bits=3).codes_shape((7,), 20) == (7, 9)
   assert kernels.IntFormat(bits=3).scale_shape((7,), 20) == (7, 1)

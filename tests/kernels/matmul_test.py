@@ -167,4 +167,4 @@ def test_activations_of_another_width():
   fmt = kernels.IntFormat(bits=4)
   p = packed_weights.packed(fmt, (5,), COLS)
   with pytest.raises(errors.ParamsMismatchError, match=r'uint8\[5, 64'):
-    kernels.matmul(_x((2, 128)), p, fmt)
+    kernels.matmul(_x((2, 2 * COLS)), p, fmt)

@@ -126,25 +126,46 @@ class LlamaCpp:
     Returns:
       float32 [length, vocab_size]; a view that the next call overwrites.
     """
-    n = len(tokens)
+    self.clear()
+    self._decode(tokens, 0, [1] * len(tokens))
+    flat = self._lib.llama_get_logits(self._context)
+    return np.ctypeslib.as_array(flat, (len(tokens), self.vocab_size))
+
+  def clear(self) -> None:
+    """Forgets all tokens."""
     memory = self._lib.llama_get_memory(self._context)
     self._lib.llama_memory_clear(memory, True)
+
+  def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
+    """Goes on with tokens from a position; the logits of the last one.
+
+    Args:
+      tokens: int [length].
+      start: How many tokens came before.
+
+    Returns:
+      float32 [vocab_size]; a view that the next call overwrites.
+    """
+    self._decode(tokens, start, [0] * (len(tokens) - 1) + [1])
+    flat = self._lib.llama_get_logits(self._context)
+    return np.ctypeslib.as_array(flat, (self.vocab_size,))
+
+  def _decode(self, tokens: np.ndarray, start: int, wanted: list[int]) -> None:
+    n = len(tokens)
     sequence = (ctypes.c_int32 * 1)(0)
     pointer = ctypes.POINTER(ctypes.c_int32)
     batch = _Batch(
       n_tokens=n,
       token=(ctypes.c_int32 * n)(*map(int, tokens)),
       embd=None,
-      pos=(ctypes.c_int32 * n)(*range(n)),
+      pos=(ctypes.c_int32 * n)(*range(start, start + n)),
       n_seq_id=(ctypes.c_int32 * n)(*([1] * n)),
       seq_id=(pointer * n)(*([ctypes.cast(sequence, pointer)] * n)),
-      logits=(ctypes.c_int8 * n)(*([1] * n)),
+      logits=(ctypes.c_int8 * n)(*wanted),
     )
     status = self._lib.llama_decode(self._context, batch)
     if status:
       raise errors.CheckpointError(f'llama_decode failed with {status}.')
-    flat = self._lib.llama_get_logits(self._context)
-    return np.ctypeslib.as_array(flat, (n, self.vocab_size))
 
 
 @_LOG

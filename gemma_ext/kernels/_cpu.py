@@ -1,0 +1,166 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels for CPUs, behind `jax.ffi`.
+
+The library is built with the package. Without it everything still runs, on
+XLA, and says once that it is slow.
+"""
+
+from collections.abc import Mapping
+import ctypes
+import functools
+import math
+import os
+import pathlib
+import sysconfig
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext.kernels import _formats
+
+_NAMES = ('libgemma_ext_cpu.so', 'libgemma_ext_cpu.dylib')
+# Beside this file, or where an editable install puts what it builds.
+_FOLDERS = (
+  pathlib.Path(__file__).parent,
+  pathlib.Path(sysconfig.get_path('platlib'), 'gemma_ext', 'kernels'),
+)
+_LAYOUTS = {'bytes': 0, 'fields': 1, 'trits': 2, 'stream': 3}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+  """The loaded library, its operations registered; `None` without one.
+
+  `GEMMA_EXT_CPU_LIBRARY` names another file, or none if it is empty.
+  """
+  named = os.environ.get('GEMMA_EXT_CPU_LIBRARY')
+  if named == '':
+    return None
+  files = (
+    [pathlib.Path(named)]
+    if named
+    else [folder / name for folder in _FOLDERS for name in _NAMES]
+  )
+  found = [file for file in files if file.exists()]
+  if not found:
+    warnings.warn(
+      'The CPU kernels of gemma_ext were not built, and packed weights run on'
+      f' XLA, several times slower: there is none of {[*map(str, files)]}.'
+      ' Install a C++ compiler and then gemma_ext again.',
+      stacklevel=2,
+    )
+    return None
+  lib = ctypes.CDLL(str(found[0]))
+  lib.gemma_ext_kernels.restype = ctypes.c_char_p
+  for name in ('gemma_ext_matmul', 'gemma_ext_read'):
+    capsule = jax.ffi.pycapsule(getattr(lib, name))
+    jax.ffi.register_ffi_target(name, capsule, platform='cpu')
+  return lib
+
+
+def instructions() -> str:
+  """Kernels in use: 'avx512', 'avx2' or 'portable'; '' without a library.
+
+  `GEMMA_EXT_CPU_KERNELS` names others, if the machine has them.
+  """
+  lib = library()
+  return '' if lib is None else lib.gemma_ext_kernels().decode()
+
+
+def has(name: str) -> bool:
+  """Whether this machine can run the kernels of a name."""
+  lib = library()
+  return lib is not None and bool(lib.gemma_ext_has_kernels(name.encode()))
+
+
+def why_not(
+  x: jax.Array, p: Mapping[str, jax.Array], fmt: _formats.Format
+) -> str:
+  """Why the kernels cannot run an operation; empty if they can."""
+  if jax.default_backend() != 'cpu' or jax.device_count() > 1:
+    return f'it runs on one CPU device, and there are {jax.devices()}'
+  tied = isinstance(fmt, _formats.TernaryFormat) and fmt.tied
+  if tied and fmt.planes > 5:
+    return f'it sums up to 5 tied planes, not {fmt.planes}'
+  for what, array, types in (
+    ('x', x, (jnp.float32, jnp.bfloat16)),
+    ('codes', p['codes'], (fmt.codes_dtype,)),
+    ('scale', p['scale'], (fmt.scale_dtype,)),
+  ):
+    if array.dtype not in [np.dtype(t) for t in types]:
+      return f'{what} is {array.dtype}; it takes {types}'
+  if library() is None:
+    return 'its library was not built (no C++ compiler?)'
+  return ''
+
+
+def matmul(
+  x: jax.Array,  # [N, I]
+  codes: jax.Array,  # packed, of [*rows, I]
+  scale: jax.Array,
+  fmt: _formats.Format,
+  *,
+  x_bits: int,
+  named: str = '',
+) -> jax.Array:  # [N, prod(rows)]
+  """`x W^T`, with x rounded to 16 or 8 bits in blocks.
+
+  `named` asks for kernels other than those in use.
+  """
+
+  @jax.custom_batching.custom_vmap
+  def call(x, codes, scale):
+    planes = scale.shape[0] if isinstance(fmt, _formats.TernaryFormat) else 1
+    rows = math.prod(scale.shape[:-1]) // planes
+    out = jax.ShapeDtypeStruct((x.shape[0], rows), x.dtype)
+    run = jax.ffi.ffi_call('gemma_ext_matmul', out, vmap_method='sequential')
+    return run(
+      x,
+      codes,
+      scale,
+      **_attributes(fmt, x.shape[-1]),
+      wide=np.int64(x_bits == 16),
+      kernels=named,
+    )
+
+  @call.def_vmap
+  def batched(size, in_batched, x, codes, scale):
+    if in_batched == [True, False, False]:
+      # More rows of x, against a weight that is read once.
+      y = call(x.reshape(-1, x.shape[-1]), codes, scale)
+      return y.reshape(size, -1, y.shape[-1]), True
+    args = [
+      a if b else jnp.broadcast_to(a, (size, *a.shape))
+      for a, b in zip((x, codes, scale), in_batched, strict=True)
+    ]
+    return jax.lax.map(lambda each: call(*each), tuple(args)), True
+
+  return call(x, codes, scale)
+
+
+def read(x: jax.Array) -> jax.Array:
+  """Reads all of x and little else, for benchmarks to compare with."""
+  out = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  return jax.ffi.ffi_call('gemma_ext_read', out)(x)
+
+
+def _attributes(fmt: _formats.Format, cols: int) -> dict[str, object]:
+  ternary = isinstance(fmt, _formats.TernaryFormat)
+  if isinstance(fmt, _formats.TernaryFormat):
+    planes, tied, group = fmt.planes, fmt.tied, fmt.group
+    bits = 2
+    layout = 'fields' if fmt.packing == '2bit' else 'trits'
+  else:
+    planes, tied, group, bits = 1, False, fmt.group or cols, fmt.bits
+    layout = {8: 'bytes', 4: 'fields', 2: 'fields'}.get(bits, 'stream')
+  return {
+    'layout': np.int64(_LAYOUTS[layout]),
+    'bits': np.int64(bits),
+    'planes': np.int64(planes),
+    'tied': np.int64(tied),
+    'ternary': np.int64(ternary),
+    'group': np.int64(group),
+  }

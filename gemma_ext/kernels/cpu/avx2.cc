@@ -1,0 +1,48 @@
+// Copyright 2026 The gemma_ext Authors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// The portable kernels, compiled for AVX2 and FMA.
+
+#if defined(__x86_64__)
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "weight.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), \
+                             apply_to = function)
+#else
+// After the headers: what they define may be shared with other files.
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace gemma_ext {
+namespace avx2 {
+#include "portable.inc"
+}  // namespace avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const Kernels& Avx2() {
+  static const Kernels kernels = {
+      .name = "avx2",
+      .split = false,
+      .few = 0,
+      .quantize = avx2::Quantize,
+      .rows = avx2::Rows,
+      .tile = nullptr,
+  };
+  return kernels;
+}
+
+}  // namespace gemma_ext
+
+#endif  // defined(__x86_64__)

@@ -1,0 +1,344 @@
+// Copyright 2026 The gemma_ext Authors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// The operations, as XLA calls them. All sizes are checked before any pointer
+// is moved by them.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "parallel.h"
+#include "weight.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace gemma_ext {
+
+// What this machine runs of the kernels called `name`: them, or nothing.
+const Kernels* Named(const std::string& name) {
+  if (name == "portable") return &Portable();
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (name == "avx2" && avx2) return &Avx2();
+  if (name == "avx512" && avx2 && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    return &Avx512();
+  }
+#endif
+  return nullptr;
+}
+
+const Kernels& Best() {
+  static const Kernels& kernels = []() -> const Kernels& {
+    const char* named = std::getenv("GEMMA_EXT_CPU_KERNELS");
+    for (const char* name : {named, "avx512", "avx2"}) {
+      if (name == nullptr) continue;
+      if (const Kernels* found = Named(name)) return *found;
+    }
+    return Portable();
+  }();
+  return kernels;
+}
+
+namespace {
+
+constexpr int64_t kMost = int64_t{1} << 40;
+
+// Sizes and layout of a weight, as the caller describes them.
+struct Description {
+  int64_t layout;
+  int64_t bits;
+  int64_t planes;
+  int64_t tied;
+  int64_t ternary;
+  int64_t group;
+};
+
+std::string Number(const char* name, int64_t value) {
+  return std::string(name) + "=" + std::to_string(value);
+}
+
+ffi::Error Check(bool ok, const std::string& message) {
+  return ok ? ffi::Error::Success() : ffi::Error::InvalidArgument(message);
+}
+
+#define GX_RETURN_IF(expression)                     \
+  do {                                               \
+    if (ffi::Error found = (expression); found.failure()) return found; \
+  } while (false)
+
+ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale, int64_t cols,
+                      const Description& d, Weight* w) {
+  GX_RETURN_IF(Check(0 < cols && cols < kMost, Number("cols", cols)));
+  GX_RETURN_IF(Check(0 < d.group && d.group <= cols && cols % d.group == 0,
+                     Number("group", d.group) + " does not divide " +
+                         Number("cols", cols)));
+  GX_RETURN_IF(Check(0 <= d.layout && d.layout <= 3,
+                     Number("layout", d.layout)));
+  GX_RETURN_IF(Check(1 <= d.planes && d.planes <= 8,
+                     Number("planes", d.planes)));
+  w->layout = static_cast<Layout>(d.layout);
+  w->cols = cols;
+  w->group = d.group;
+  w->planes = d.planes;
+  w->ternary = d.ternary != 0;
+  w->tied = d.tied != 0 && d.planes > 1;
+  w->bits = d.bits;
+  bool bits = true;
+  switch (w->layout) {
+    case Layout::kBytes:
+      bits = d.bits == 8;
+      break;
+    case Layout::kFields:
+      bits = d.bits == 2 || d.bits == 4;
+      break;
+    case Layout::kStream:
+      bits = 3 <= d.bits && d.bits <= 7;
+      break;
+    case Layout::kTrits:
+      bits = w->ternary;
+      break;
+  }
+  GX_RETURN_IF(Check(bits, Number("bits", d.bits)));
+  GX_RETURN_IF(Check(w->ternary ? w->layout != Layout::kBytes &&
+                                      w->layout != Layout::kStream
+                                : d.planes == 1,
+                     "planes and layout do not go together"));
+  // Sums of tied codes fit in a byte.
+  GX_RETURN_IF(Check(!w->tied || d.planes <= 5, "more than 5 tied planes"));
+  const ffi::DataType type = scale.element_type();
+  w->byte_scale = type == ffi::DataType::U8;
+  GX_RETURN_IF(Check(w->byte_scale || type == ffi::DataType::BF16,
+                     "scales are neither bfloat16 nor uint8"));
+  const ffi::DataType code_type = codes.element_type();
+  GX_RETURN_IF(Check(code_type == (w->layout == Layout::kBytes
+                                       ? ffi::DataType::S8
+                                       : ffi::DataType::U8),
+                     "codes are of the wrong type"));
+  const int64_t per_row = w->planes * w->row_bytes();
+  const int64_t bytes = static_cast<int64_t>(codes.size_bytes());
+  GX_RETURN_IF(Check(bytes % per_row == 0 && bytes < kMost,
+                     Number("bytes of codes", bytes) + " is no multiple of " +
+                         std::to_string(per_row)));
+  w->rows = bytes / per_row;
+  const int64_t scales = w->scale_planes() * w->rows * w->groups();
+  GX_RETURN_IF(
+      Check(static_cast<int64_t>(scale.element_count()) == scales,
+            Number("scales", static_cast<int64_t>(scale.element_count())) +
+                "; expected " + std::to_string(scales)));
+  w->codes = static_cast<const uint8_t*>(codes.untyped_data());
+  w->scale = scale.untyped_data();
+  return ffi::Error::Success();
+}
+
+ffi::Error MakeFloats(ffi::AnyBuffer buffer, Floats* out) {
+  const ffi::DataType type = buffer.element_type();
+  out->bf16 = type == ffi::DataType::BF16;
+  out->data = buffer.untyped_data();
+  return Check(out->bf16 || type == ffi::DataType::F32,
+               "activations are neither float32 nor bfloat16");
+}
+
+// Memory of `Activations`, and how x comes to be in it.
+class Quantized {
+ public:
+  Quantized(const Kernels& kernels, int64_t n, const Weight& w, bool wide)
+      : kernels_(kernels), offset_(w.offset()), group_(w.group) {
+    a_.n = n;
+    a_.cols = w.cols;
+    a_.wide = wide;
+    // Eight bits want scales of their own more often.
+    a_.spans = Spans(w.cols, w.group, wide ? 512 : 128);
+    const int64_t count = n * a_.pitch();
+    const int64_t spans = n * a_.spans.count;
+    const int64_t numbers =
+        Round(spans * sizeof(float)) +
+        (kernels.split
+             ? 2 * Round(count) + Round(spans * 64) +
+                   Round(n * a_.spans.blocks * sizeof(int32_t))
+             : Round(count * sizeof(int16_t)));
+    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, numbers)));
+    if (memory_ == nullptr) return;
+    uint8_t* at = memory_.get();
+    auto take = [&](int64_t bytes) {
+      uint8_t* found = at;
+      at += Round(bytes);
+      return found;
+    };
+    a_.scale = reinterpret_cast<float*>(take(spans * sizeof(float)));
+    if (kernels.split) {
+      a_.high = reinterpret_cast<int8_t*>(take(count));
+      a_.low = reinterpret_cast<int8_t*>(take(count));
+      a_.lanes = reinterpret_cast<int32_t*>(take(spans * 64));
+      a_.sums = reinterpret_cast<int32_t*>(
+          take(n * a_.spans.blocks * sizeof(int32_t)));
+    } else {
+      a_.q = reinterpret_cast<int16_t*>(take(count * sizeof(int16_t)));
+    }
+  }
+
+  bool ok() const { return memory_ != nullptr; }
+  const Activations& get() const { return a_; }
+
+  // Row n of x, float32 or bfloat16.
+  void Row(Floats x, int64_t n) {
+    const int64_t cols = a_.cols;
+    if (!x.bf16) {
+      const float* row = static_cast<const float*>(x.data) + n * cols;
+      return kernels_.quantize(row, offset_, group_, a_, n);
+    }
+    thread_local Scratch memory;
+    float* row = static_cast<float*>(memory.Get(cols * sizeof(float)));
+    const uint16_t* in = static_cast<const uint16_t*>(x.data) + n * cols;
+    for (int64_t i = 0; i < cols; ++i) row[i] = FromBf16(in[i]);
+    kernels_.quantize(row, offset_, group_, a_, n);
+  }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+
+  static int64_t Round(int64_t bytes) { return CeilDiv(bytes, 64) * 64 + 64; }
+
+  const Kernels& kernels_;
+  int32_t offset_;
+  int64_t group_;
+  Activations a_;
+  std::unique_ptr<uint8_t, Free> memory_;
+};
+
+// Adds the phases of y = x W^T to a job.
+void AddMatmul(const Kernels& kernels, Quantized& q, const Weight& w, Floats x,
+               Floats y, int64_t threads, Job& job) {
+  const int64_t n = q.get().n;
+  // A few rows are not worth another thread.
+  const int64_t each = std::max<int64_t>(1, 8192 / w.cols);
+  job.Add(CeilDiv(n, each), [&q, x, n, each](int64_t i) {
+    for (int64_t r = i * each; r < std::min(n, (i + 1) * each); ++r) {
+      q.Row(x, r);
+    }
+  });
+  const bool tiles = kernels.tile != nullptr && n > kernels.few;
+  // Parts of about 64 KiB of codes, but several for each thread.
+  const int64_t row_bytes = w.planes * w.row_bytes();
+  const int64_t unit = tiles ? 32 : 4;
+  int64_t rows = std::max(unit, 65536 / row_bytes / unit * unit);
+  const int64_t even = CeilDiv(w.rows, 4 * threads);
+  rows = std::min(rows, CeilDiv(even, unit) * unit);
+  const int64_t pitch = w.rows;
+  job.Add(CeilDiv(w.rows, rows), [&kernels, &q, &w, y, rows, pitch,
+                                  tiles](int64_t i) {
+    const int64_t begin = i * rows, end = std::min(w.rows, begin + rows);
+    (tiles ? kernels.tile : kernels.rows)(w, q.get(), begin, end, y, pitch);
+  });
+}
+
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
+                  ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> y,
+                  int64_t layout, int64_t bits, int64_t planes, int64_t tied,
+                  int64_t ternary, int64_t group, int64_t wide,
+                  std::string_view named) {
+  GX_RETURN_IF(Check(x.dimensions().size() == 2, "x is not [N, I]"));
+  GX_RETURN_IF(Check(y->dimensions().size() == 2, "y is not [N, O]"));
+  const int64_t n = x.dimensions()[0], cols = x.dimensions()[1];
+  Weight w;
+  GX_RETURN_IF(MakeWeight(codes, scale, cols,
+                          {layout, bits, planes, tied, ternary, group}, &w));
+  GX_RETURN_IF(Check(
+      y->dimensions()[0] == n && y->dimensions()[1] == w.rows,
+      Number("rows of the weight", w.rows) + ", but y is another shape"));
+  Floats in, out;
+  GX_RETURN_IF(MakeFloats(x, &in));
+  GX_RETURN_IF(MakeFloats(*y, &out));
+  if (n == 0 || w.rows == 0) return ffi::Error::Success();
+  const Kernels* chosen = named.empty() ? &Best() : Named(std::string(named));
+  GX_RETURN_IF(Check(chosen != nullptr,
+                     "this machine has no kernels " + std::string(named)));
+  const Kernels& kernels = *chosen;
+  // Helpers that come late look at the job only, never at these.
+  Quantized q(kernels, n, w, wide != 0);
+  if (!q.ok()) return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                                 "no memory for activations");
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  auto job = std::make_shared<Job>();
+  AddMatmul(kernels, q, w, in, out, threads, *job);
+  job->Run(threads, [&pool](auto fn) { pool.Schedule(std::move(fn)); });
+  return ffi::Error::Success();
+}
+
+// Reads a buffer as fast as the memory allows, for benchmarks to compare with.
+ffi::Error Read(ffi::ThreadPool pool, ffi::AnyBuffer x,
+                ffi::Result<ffi::Buffer<ffi::DataType::U32>> y) {
+  constexpr int64_t kPart = 1 << 20, kLanes = 16;
+  const int64_t bytes = static_cast<int64_t>(x.size_bytes());
+  const int64_t parts = CeilDiv(bytes, kPart);
+  GX_RETURN_IF(Check(y->element_count() == 2, "y is not two words"));
+  const char* data = static_cast<const char*>(x.untyped_data());
+  std::atomic<uint64_t> total{0};
+  auto job = std::make_shared<Job>();
+  job->Add(parts, [&total, data, bytes](int64_t i) {
+    const int64_t end = std::min(bytes, (i + 1) * kPart);
+    uint64_t sums[kLanes] = {};
+    for (int64_t at = i * kPart; at + 8 * kLanes <= end; at += 8 * kLanes) {
+      uint64_t words[kLanes];
+      std::memcpy(words, data + at, sizeof(words));
+      for (int64_t k = 0; k < kLanes; ++k) sums[k] ^= words[k];
+    }
+    for (uint64_t sum : sums) total ^= sum;
+  });
+  job->Run(std::max<int64_t>(1, pool.num_threads()),
+           [&pool](auto fn) { pool.Schedule(std::move(fn)); });
+  const uint64_t sum = total;
+  std::memcpy(y->typed_data(), &sum, sizeof(sum));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace gemma_ext
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_ext_matmul, gemma_ext::Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("layout")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("planes")
+                                  .Attr<int64_t>("tied")
+                                  .Attr<int64_t>("ternary")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("wide")
+                                  .Attr<std::string_view>("kernels"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_ext_read, gemma_ext::Read,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::DataType::U32>>());
+
+// Name of the kernels in use.
+extern "C" const char* gemma_ext_kernels() { return gemma_ext::Best().name; }
+
+// Whether this machine has kernels of a name.
+extern "C" int gemma_ext_has_kernels(const char* name) {
+  return gemma_ext::Named(name) != nullptr;
+}
+
+#pragma GCC visibility pop

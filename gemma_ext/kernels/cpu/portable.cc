@@ -1,0 +1,29 @@
+// Copyright 2026 The gemma_ext Authors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// For every machine that a compiler knows, Arm among them.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "weight.h"
+
+namespace gemma_ext {
+namespace portable {
+#include "portable.inc"
+}  // namespace portable
+
+const Kernels& Portable() {
+  static const Kernels kernels = {
+      .name = "portable",
+      .split = false,
+      .few = 0,
+      .quantize = portable::Quantize,
+      .rows = portable::Rows,
+      .tile = nullptr,
+  };
+  return kernels;
+}
+
+}  // namespace gemma_ext

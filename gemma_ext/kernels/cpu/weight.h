@@ -1,0 +1,218 @@
+// Copyright 2026 The gemma_ext Authors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A packed weight and the quantised activations that it meets, as plain views
+// of memory. docs/formats.md draws every bit layout.
+
+#ifndef GEMMA_EXT_KERNELS_CPU_WEIGHT_H_
+#define GEMMA_EXT_KERNELS_CPU_WEIGHT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace gemma_ext {
+
+enum class Layout : int64_t { kBytes = 0, kFields = 1, kTrits = 2, kStream = 3 };
+
+// Bytes of a block of fields.
+inline constexpr int64_t kBlock = 32;
+// Codes that a decoder may write beyond the end of a row.
+inline constexpr int64_t kSlack = 320;
+// Codes of one step of a dot product.
+inline constexpr int64_t kChunk = 64;
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Weight {
+  const uint8_t* codes = nullptr;
+  const void* scale = nullptr;  // bfloat16, or ue5m3 in one byte
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t group = 0;
+  int64_t planes = 1;
+  int64_t bits = 0;  // of a field or of a code of a stream
+  Layout layout = Layout::kBytes;
+  bool ternary = false;
+  bool tied = false;
+  bool byte_scale = false;
+
+  // Codes of a byte in layouts of fields.
+  int64_t fields() const { return layout == Layout::kTrits ? 5 : 8 / bits; }
+
+  int64_t row_bytes() const {
+    switch (layout) {
+      case Layout::kBytes:
+        return cols;
+      case Layout::kStream:
+        return CeilDiv(cols, 8) * bits;
+      default:
+        return CeilDiv(cols, kBlock * fields()) * kBlock;
+    }
+  }
+
+  int64_t groups() const { return cols / group; }
+  int64_t scale_planes() const { return tied ? 1 : planes; }
+
+  // Tied planes are added up before they are multiplied: one term.
+  int64_t terms() const { return tied ? 1 : planes; }
+
+  // What is subtracted from a decoded code.
+  int32_t offset() const {
+    if (layout == Layout::kBytes) return 128;
+    if (!ternary) return 1 << (bits - 1);
+    if (!tied) return 1;
+    int32_t sum = 0, power = 1;
+    for (int64_t p = 0; p < planes; ++p, power *= 3) sum += power;
+    return sum;
+  }
+
+  const uint8_t* row(int64_t plane, int64_t r) const {
+    return codes + (plane * rows + r) * row_bytes();
+  }
+};
+
+// How activations are cut into blocks of one scale.
+//
+// `fine`: groups of 4, 8, 16 or 32 codes, several in a chunk of 64. Otherwise
+// a span lies within one group.
+struct Spans {
+  bool fine = false;
+  int64_t span = 0;    // codes
+  int64_t count = 0;   // spans of a row
+  int64_t padded = 0;  // codes of a span, padded to whole chunks
+  int64_t per_group = 1;  // spans of a group, if not fine
+  int64_t blocks = 0;  // scales of a padded row: groups if fine, else spans
+
+  Spans() = default;
+  Spans(int64_t cols, int64_t group, int64_t most) {
+    fine = group < kChunk && kChunk % group == 0 && group % 4 == 0;
+    if (fine) {
+      span = kChunk;
+      count = CeilDiv(cols, kChunk);
+    } else {
+      span = group;
+      if (group % kChunk == 0) {
+        for (span = most < group ? most : group; group % span != 0;) {
+          span -= kChunk;
+        }
+      }
+      count = cols / span;
+      per_group = group / span;
+    }
+    padded = CeilDiv(span, kChunk) * kChunk;
+    blocks = fine ? count * (kChunk / group) : count;
+  }
+};
+
+// Memory of one thread, aligned to cache lines, that only grows.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // What an earlier call returned is gone.
+  void* Get(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(64, size_);
+      if (data_ == nullptr) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Rows of x as integers: x = scale * q, |q| <= 16256 (or 127), one scale a span.
+struct Activations {
+  int64_t n = 0;
+  int64_t cols = 0;
+  bool wide = true;  // 15 bits and sign, in two bytes; else 8 bits
+  Spans spans;
+  int64_t pitch() const { return spans.count * spans.padded; }
+
+  // q, or its low part where it is split: q = 128 * high + low.
+  int16_t* q = nullptr;         // [n, pitch]; the portable kernels
+  int8_t* high = nullptr;       // [n, pitch]
+  int8_t* low = nullptr;        // [n, pitch]
+  int32_t* lanes = nullptr;     // [n, count, 16]: -offset * sums of 4 codes
+  int32_t* sums = nullptr;      // [n, blocks]: -offset * sums of a block
+  float* scale = nullptr;       // [n, count]
+};
+
+inline float FromBf16(uint16_t v) {
+  uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+inline uint16_t ToBf16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float FromUe5m3(uint8_t u) {
+  if (u == 0) return 0.0f;
+  uint32_t bits = (static_cast<uint32_t>(u) + ((127 - 20) << 3)) << 20;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// Numbers that an operation reads or writes: float32 or bfloat16.
+struct Floats {
+  void* data = nullptr;
+  bool bf16 = false;
+
+  void Store(int64_t i, float v) const {
+    if (bf16) {
+      static_cast<uint16_t*>(data)[i] = ToBf16(v);
+    } else {
+      static_cast<float*>(data)[i] = v;
+    }
+  }
+};
+
+// One implementation of the kernels. Every function may run in many threads at
+// once on parts that do not overlap.
+struct Kernels {
+  const char* name;
+  // Bytes of the buffers of `Activations` that it reads.
+  bool split;  // reads high, low, lanes and sums; otherwise q
+  // Rows of x from which `Tile` is the faster one.
+  int64_t few;
+
+  // Quantises row n of x; `work` holds cols floats.
+  void (*quantize)(const float* x, int32_t offset, int64_t group,
+                   Activations& out, int64_t n);
+  // y[n, r] for rows of the weight r in [begin, end), all rows of x.
+  void (*rows)(const Weight& w, const Activations& x, int64_t begin,
+               int64_t end, Floats y, int64_t pitch);
+  // The same for many rows of x; begin is a multiple of 32.
+  void (*tile)(const Weight& w, const Activations& x, int64_t begin,
+               int64_t end, Floats y, int64_t pitch);
+};
+
+const Kernels& Portable();
+#if defined(__x86_64__)
+const Kernels& Avx2();
+const Kernels& Avx512();
+#endif
+
+}  // namespace gemma_ext
+
+#endif  // GEMMA_EXT_KERNELS_CPU_WEIGHT_H_

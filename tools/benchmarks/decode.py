@@ -1,0 +1,273 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens a second: the official model, ours, and llama.cpp, in turn.
+
+  python -m tools.benchmarks.decode [--json=FILE] [--recipes=int8,mix4] \
+      [--checkpoint=gemma3-270m] [--peer=FILE.gguf] [--rounds=7]
+
+Decoding is that of the official sampler (`gm.text.Sampler`, greedy), called
+twice, for few and for many tokens: the difference is the time of the tokens in
+between, prefill and everything else of a call left out. llama.cpp is fed
+tokens one by one, its sampling left out. Prefill computes the logits of the
+last of 512 tokens. Compilation and loading come before; every round measures
+all contenders, and ratios are those of a round.
+
+`--recipes` takes presets, JSON files and directories of compressed
+checkpoints; `mix8` is int8 with an int6 head, `mix4` ternary feed-forward
+layers, the rest int4. Compressed on the spot, without calibration: for speed,
+not for quality.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import gc
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+from gemma import gm
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext import _cli
+from gemma_ext import ckpts
+from gemma_ext import compress as gx_compress
+from gemma_ext import errors
+from gemma_ext import evals
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.ckpts import _sample
+from gemma_ext.kernels import _cpu
+from tools.benchmarks import _timing
+
+_PROMPT = 'The history of the city begins in the year'
+_CACHE = 512
+_PREFILL = 512
+
+RECIPES = {
+  'mix8': recipe_lib.Recipe(
+    rules=(
+      ('embedder.*', recipe_lib.Int(bits=6, group=64)),
+      ('.*', recipe_lib.Int(bits=8, group=128)),
+    )
+  ),
+  'mix4': recipe_lib.Recipe(
+    rules=(
+      (r'layer_\d+/mlp2?', recipe_lib.Ternary(group=128)),
+      ('.*', recipe_lib.Int(bits=4, group=32)),
+    )
+  ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the benchmark; returns its exit status."""
+  return _cli.run(__doc__, _define_flags, _run, argv)
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+  string = lambda name, default, text: flags.DEFINE_string(
+    name, default, text, flag_values=values
+  )
+  integer = lambda name, default, text: flags.DEFINE_integer(
+    name, default, text, lower_bound=1, flag_values=values
+  )
+  string('checkpoint', 'gemma3-270m', 'The dense checkpoint.')
+  flags.DEFINE_list('recipes', ['mix8', 'mix4'], 'Ours.', flag_values=values)
+  string('peer', '', "GGUF for llama.cpp; 'none' for none; the sample's.")
+  flags.DEFINE_boolean(
+    'official', True, 'Whether to run the dense model.', flag_values=values
+  )
+  integer('rounds', 7, 'Rounds.')
+  integer('few', 8, 'Tokens of the short call.')
+  integer('many', 40, 'Tokens of the long call.')
+  string('json', None, 'File for the results.')
+
+
+class _Ours:
+  """A model in the official sampler and in a plain prefill."""
+
+  def __init__(self, name: str, model: Any, params: Any, tokenizer: Any):
+    self.name = name
+    self._model, self._params = model, params
+    special = tokenizer.special_tokens
+    self._sampler = gm.text.Sampler(
+      model=model,
+      params=params,
+      tokenizer=tokenizer,
+      # No end, so that all calls are as long as they should be.
+      forbidden_tokens=(special.EOS, special.END_OF_TURN),
+      stop_tokens=(),
+      cache_length=_CACHE,
+      max_out_length=128,
+      pad_length=64,
+    )
+    tokens = np.random.default_rng(0).integers(1000, 20_000, (1, _PREFILL))
+    self._tokens = jnp.asarray(tokens, jnp.int32)
+    # The model is an argument: two models must not share a trace.
+    self._prefill = jax.jit(
+      lambda params, tokens: (
+        model.apply({'params': params}, tokens, return_last_only=True).logits
+      )
+    )
+
+  def sample(self, count: int) -> float:
+    """Seconds of a call for so many tokens."""
+    return _timing.seconds(
+      lambda: self._sampler.sample(_PROMPT, max_new_tokens=count, rng=0)
+    )
+
+  def prefill(self) -> float:
+    """Seconds of 512 tokens."""
+    return _timing.seconds(
+      lambda: self._prefill(self._params, self._tokens).block_until_ready()
+    )
+
+  def nbytes(self) -> int:
+    """Bytes of all parameters."""
+    return sum(x.nbytes for x in jax.tree.leaves(self._params))
+
+
+class _LlamaCpp:
+  """The peer."""
+
+  def __init__(self, path: pathlib.Path):
+    # pylint: disable-next=g-import-not-at-top
+    from tools.benchmarks.peers import _llama_cpp
+
+    self.name = 'llama.cpp'
+    self._path = path
+    self._llama = _llama_cpp.LlamaCpp(path)
+    self._prompt = np.array(
+      [2, *self._llama.tokenize(_PROMPT, parse_special=False)]
+    )
+    tokens = np.random.default_rng(0).integers(1000, 20_000, _PREFILL)
+    self._tokens = tokens
+
+  def sample(self, count: int) -> float:
+    """Seconds of so many tokens after the prompt."""
+
+    def run():
+      self._llama.clear()
+      self._llama.extend(self._prompt, 0)
+      for i in range(count):
+        self._llama.extend(self._tokens[i : i + 1], len(self._prompt) + i)
+
+    return _timing.seconds(run)
+
+  def prefill(self) -> float:
+    """Seconds of 512 tokens."""
+
+    def run():
+      self._llama.clear()
+      self._llama.extend(self._tokens, 0)
+
+    return _timing.seconds(run)
+
+  def nbytes(self) -> int:
+    """Bytes of the file."""
+    return self._path.stat().st_size
+
+
+def _compressed(name: str, dense: ckpts.Checkpoint) -> tuple[Any, Any]:
+  if os.path.isdir(name):
+    found = ckpts.load(name, dtype=jnp.bfloat16)
+    return found.model, found.params
+  model = gx_nn.Compressed(model=dense.model, recipe=RECIPES.get(name, name))
+  params = gx_compress.compress(
+    dense.model, dense.params, model.recipe, progress=True
+  )
+  return model, params
+
+
+def _run(args: Any) -> None:
+  _cli.check_output(args.json)
+  if args.many <= args.few:
+    raise errors.ConfigError('--many must be more than --few.')
+  dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
+  assert dense.tokenizer is not None
+  make = functools.partial(_Ours, tokenizer=dense.tokenizer)
+  contenders: list[Any] = []
+  if args.official:
+    contenders.append(make('official bf16', dense.model, dense.params))
+  for name in args.recipes:
+    contenders.append(make(name, *_compressed(name, dense)))
+  if args.peer != 'none':
+    path = args.peer or _sample.sample_path()
+    contenders.append(_LlamaCpp(pathlib.Path(path)))
+  gc.collect()
+  _cli.note('compiling ...')
+  for c in contenders:
+    for count in (args.few, args.many):
+      c.sample(count)
+    c.prefill()
+
+  def per_token(c: Any) -> Callable[[], float]:
+    return lambda: (
+      (c.sample(args.many) - c.sample(args.few)) / (args.many - args.few)
+    )
+
+  decode = _timing.rounds(
+    {c.name: per_token(c) for c in contenders}, args.rounds, _cli.note
+  )
+  prefill = _timing.rounds(
+    {c.name: c.prefill for c in contenders}, args.rounds, _cli.note
+  )
+  machine = _timing.machine() | {
+    'instructions': _cpu.instructions(),
+    'versions': evals.package_versions(),
+  }
+  rows = []
+  result: dict[str, Any] = {'machine': machine, 'contenders': []}
+  for c in contenders:
+    speed = [1 / t for t in decode[c.name]]
+    fill = [_PREFILL / t for t in prefill[c.name]]
+    row = [
+      c.name,
+      _cli.human_bytes(c.nbytes()),
+      _timing.spread(speed),
+      _timing.spread(fill),
+    ]
+    ratios = {}
+    for other in ('official bf16', 'llama.cpp'):
+      if other not in decode:
+        continue
+      ratios[other] = {
+        'decode': _timing.ratio(decode[other], decode[c.name]),
+        'prefill': _timing.ratio(prefill[other], prefill[c.name]),
+      }
+      row += [
+        f'{ratios[other][what]["median"]:.2f}' for what in ('decode', 'prefill')
+      ]
+    rows.append(tuple(row))
+    result['contenders'].append(
+      {
+        'name': c.name,
+        'bytes': c.nbytes(),
+        'decode_tokens_per_second': _timing.summary(speed),
+        'prefill_tokens_per_second': _timing.summary(fill),
+        'times_as_fast_as': ratios,
+        'seconds_per_token': decode[c.name],
+        'seconds_prefill': prefill[c.name],
+      }
+    )
+  print(machine['cpu'], f'{machine["cores"]} cores', machine['instructions'])
+  columns: tuple[str, ...] = (
+    '',
+    'weights',
+    'decode, tok/s',
+    f'prefill {_PREFILL}, tok/s',
+  )
+  for other in ('official bf16', 'llama.cpp'):
+    if other in decode:
+      columns += (f'decode: x {other}', f'prefill: x {other}')
+  _cli.print_table(f'{args.checkpoint}', columns, rows)
+  if args.json:
+    _cli.write_json(args.json, result)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
