@@ -5,8 +5,8 @@
 First layer by layer in closed form, with errors moved to where they hurt least;
 then end to end, against the dense model's distribution, on text of which it
 writes a part itself. Tied planes and scales of one byte pay for groups of 8:
-4.22 bits a weight, as against 4.25 of the preset `tssn2` with groups of 128, and
-half its squared error.
+4.22 bits a weight, as against 4.25 of the preset `tssn2` with groups of 128,
+and half its squared error.
 
 python -m gemma_ext.train --config=examples/enhancements/heal_tssn2.py
 """

@@ -141,9 +141,8 @@ class _LlamaCpp:
     self.name = 'llama.cpp'
     self._path = path
     self._llama = _llama_cpp.LlamaCpp(path)
-    self._prompt = np.array(
-      [2, *self._llama.tokenize(_PROMPT, parse_special=False)]
-    )
+    prompt = self._llama.tokenize(_PROMPT, parse_special=False)
+    self._prompt = np.array([2, *prompt])
     tokens = np.random.default_rng(0).integers(1000, 20_000, _PREFILL)
     self._tokens = tokens
 
