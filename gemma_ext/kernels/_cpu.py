@@ -82,8 +82,7 @@ def why_not(
   """Why the kernels cannot run an operation; empty if they can."""
   if jax.default_backend() != 'cpu' or jax.device_count() > 1:
     return f'it runs on one CPU device, and there are {jax.devices()}'
-  tied = isinstance(fmt, _formats.TernaryFormat) and fmt.tied
-  if tied and fmt.planes > 5:
+  if isinstance(fmt, _formats.TernaryFormat) and fmt.tied and fmt.planes > 5:
     return f'it sums up to 5 tied planes, not {fmt.planes}'
   for what, array, types in (
     ('x', x, (jnp.float32, jnp.bfloat16)),
