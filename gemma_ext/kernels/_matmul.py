@@ -46,9 +46,9 @@ def matmul(
     x: Activations `[..., I]`, floating.
     p: `{'codes', 'scale'}` of a weight `[*rows, I]`.
     fmt: Their format.
-    backend: 'xla', the reference: unpack, then a dense dot. 'cpu', C++ on one
-      CPU device, for codes and scales as they are stored and x in float32 or
-      bfloat16. By default 'cpu' where it can be had.
+    backend: 'xla', the reference: unpack, then a dense dot. 'cpu', C++, for
+      codes and scales as they are stored and x in float32 or bfloat16. By
+      default 'cpu' where it can be had, on one CPU device.
     x_bits: What 'cpu' rounds x to, in blocks of at most 512: 16 (15 bits and a
       sign, finer than bfloat16), or 8, faster and coarser, in blocks of at most
       128. 'xla' does not round it.
@@ -76,7 +76,9 @@ def matmul(
     )
   _params.validate(p, fmt, _params.rows_of(p, fmt), x.shape[-1])
   if backend is None:
-    backend = 'xla' if _cpu.why_not(x, p, fmt) else 'cpu'
+    # An array may be sharded over devices, which a kernel would gather.
+    alone = jax.default_backend() == 'cpu' and jax.device_count() == 1
+    backend = 'cpu' if alone and not _cpu.why_not(x, p, fmt) else 'xla'
   if backend == 'xla':
     return matmul_xla(x, p, fmt)
   if reason := _cpu.why_not(x, p, fmt):
