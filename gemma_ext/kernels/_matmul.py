@@ -9,6 +9,7 @@ packed codes, see `cpu/`.
 from collections.abc import Mapping
 import functools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def matmul(
     fmt: Their format.
     backend: 'xla', the reference: unpack, then a dense dot. 'cpu', C++, for
       codes and scales as they are stored and x in float32 or bfloat16. By
-      default 'cpu' where it can be had, on one CPU device.
+      default 'cpu' where it can be had, on one CPU device, or what the
+      environment variable `GEMMA_EXT_BACKEND` names.
     x_bits: What 'cpu' rounds x to, in blocks of at most 512: 16 (15 bits and a
       sign, finer than bfloat16), or 8, faster and coarser, in blocks of at most
       128. 'xla' does not round it.
@@ -76,14 +78,23 @@ def matmul(
     )
   _params.validate(p, fmt, _params.rows_of(p, fmt), x.shape[-1])
   if backend is None:
-    # An array may be sharded over devices, which a kernel would gather.
-    alone = jax.default_backend() == 'cpu' and jax.device_count() == 1
-    backend = 'cpu' if alone and not _cpu.why_not(x, p, fmt) else 'xla'
+    backend = 'xla' if _cpu.why_not(x, p, fmt) else _preferred()
   if backend == 'xla':
     return matmul_xla(x, p, fmt)
   if reason := _cpu.why_not(x, p, fmt):
     raise errors.BackendError(f"backend='cpu' cannot run here: {reason}.")
   return _matmul_cpu(fmt, x_bits, x, p['codes'], p['scale'])
+
+
+def _preferred() -> str:
+  """The backend where all of them can run."""
+  named = os.environ.get('GEMMA_EXT_BACKEND', '')
+  if named and named not in BACKENDS:
+    raise errors.BackendError(
+      f'GEMMA_EXT_BACKEND={named!r}; expected one of {BACKENDS}.'
+    )
+  # An array may be sharded over devices, which a kernel would gather.
+  return named or ('cpu' if jax.device_count() == 1 else 'xla')
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
