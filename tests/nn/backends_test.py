@@ -51,7 +51,10 @@ def _ffi_calls(function, *args):
   return jax.jit(function).lower(*args).as_text().count('gemma_ext_matmul')
 
 
-@pytest.mark.parametrize('family', ['gemma2', 'gemma3', 'gemma3n', 'gemma4_moe'])
+FAMILIES = ('gemma2', 'gemma3', 'gemma3n', 'gemma4_moe')
+
+
+@pytest.mark.parametrize('family', FAMILIES)
 def test_logits(family, backend):
   model, params = _model(family)
   run = lambda params: model.apply({'params': params}, TOKENS).logits
