@@ -14,7 +14,8 @@ from gemma_ext.ckpts import _strict_json
 
 NAME = 'recipe.json'
 FORMAT = 'gemma_ext'
-VERSION = 1
+# 1 had other bytes for five trits, and rows that ended within a block.
+VERSION = 2
 MAX_BYTES = 8 << 20
 
 _KEYS = {
@@ -57,6 +58,11 @@ def read(path: os.PathLike | str) -> dict[str, Any]:
       f'{what}: format is {data.get("format")!r:.50}; expected {FORMAT!r}.'
     )
   version = data.get('version')
+  if version == 1 and not isinstance(version, bool):
+    raise errors.HeaderError(
+      f'{what}: version is 1, whose packed weights this gemma_ext no longer'
+      ' reads. Make the checkpoint again.'
+    )
   if version != VERSION or isinstance(version, bool):
     raise errors.HeaderError(
       f'{what}: version is {version!r:.50}; this gemma_ext reads {VERSION}.'

@@ -45,7 +45,8 @@ def _first_leaf(**changes):
 _LEAF = 'layer_0/mlp/linear/codes'
 _E, _P = errors.HeaderError, errors.ParamsMismatchError
 _BAD = {
-  'version_newer': (_put('version', 2), _E),
+  'version_newer': (_put('version', 3), _E),
+  'version_older': (_put('version', 1), _E),
   'version_true': (_put('version', True), _E),
   'key_unknown': (_put('exec', 'rm'), _E),
   'key_missing': (lambda d: d.pop('source'), _E),

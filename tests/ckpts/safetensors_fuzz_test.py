@@ -145,7 +145,7 @@ def test_changed_values_in_a_true_config(data):
 def test_changed_values_in_a_manifest(data):
   manifest = {
     'format': 'gemma_ext',
-    'version': 1,
+    'version': _manifest.VERSION,
     'model': {},
     'recipe': None,
     'dtype': 'bfloat16',

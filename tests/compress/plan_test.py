@@ -199,7 +199,7 @@ def test_table():
       '1',
       '32,768',
       'ternary density 0.25 5trit, group 128',
-      '1.750',
+      '2.125',
     ),
     (
       'layer_*/mlp/gating_einsum',
