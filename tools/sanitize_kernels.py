@@ -32,14 +32,18 @@ def main(argv: list[str] | None = None) -> int:
   for command in (configure, ['cmake', '--build', str(_BUILD), '-j2']):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
   compiler = os.environ.get('CXX', 'c++')
-  runtime = subprocess.run(
-    [compiler, '-print-file-name=libasan.so'],
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout.strip()
+  preload = ' '.join(
+    subprocess.run(
+      [compiler, f'-print-file-name={name}'],
+      check=True,
+      capture_output=True,
+      text=True,
+    ).stdout.strip()
+    # Exceptions are only seen by a runtime that finds the C++ library.
+    for name in ('libasan.so', 'libstdc++.so')
+  )
   environment = os.environ | {
-    'LD_PRELOAD': runtime,
+    'LD_PRELOAD': preload,
     # XLA and Python do things of their own at exit and with signals.
     'ASAN_OPTIONS': 'detect_leaks=0:handle_segv=0',
     'UBSAN_OPTIONS': 'print_stacktrace=1',

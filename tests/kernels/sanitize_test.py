@@ -1,0 +1,31 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Some of the kernel tests under AddressSanitizer and UBSan."""
+
+import platform
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(
+  platform.system() != 'Linux'
+  or not all(shutil.which(name) for name in ('cmake', 'c++')),
+  reason='needs cmake, a C++ compiler and LD_PRELOAD',
+)
+def test_no_memory_error():
+  # One format of each layout, all sizes and instructions.
+  chosen = 'sizes or finite or (float64 and (5trit or Int))'
+  run = subprocess.run(
+    [
+      *(sys.executable, '-m', 'tools.sanitize_kernels', '-q', '-s'),
+      *('tests/kernels/cpu_test.py', '-k', chosen),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+  assert ' passed' in run.stdout
