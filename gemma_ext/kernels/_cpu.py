@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_ext.kernels import _formats
+from gemma_ext.kernels import _params
 
 _NAMES = ('libgemma_ext_cpu.so', 'libgemma_ext_cpu.dylib')
 # Beside this file, or where an editable install puts what it builds.
@@ -112,11 +113,9 @@ def matmul(
 
   @jax.custom_batching.custom_vmap
   def call(x, codes, scale):
-    planes = scale.shape[0] if isinstance(fmt, _formats.TernaryFormat) else 1
-    rows = math.prod(scale.shape[:-1]) // planes
+    rows = math.prod(_params.rows_of({'scale': scale}, fmt))
     out = jax.ShapeDtypeStruct((x.shape[0], rows), x.dtype)
-    run = jax.ffi.ffi_call('gemma_ext_matmul', out, vmap_method='sequential')
-    return run(
+    return jax.ffi.ffi_call('gemma_ext_matmul', out)(
       x,
       codes,
       scale,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 import os
 import pathlib
 import platform
-import statistics
 import time
 from typing import Any
 
@@ -99,8 +98,3 @@ def spread(values: Sequence[float]) -> str:
   low, high = found['ci95']
   ends = '' if low is None else f' [{low:.3g}, {high:.3g}]'
   return f'{found["median"]:.3g}{ends}'
-
-
-def median(values: Sequence[float]) -> float:
-  """The middle value."""
-  return statistics.median(values)

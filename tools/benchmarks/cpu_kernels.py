@@ -11,6 +11,7 @@ second.
 """
 
 from collections.abc import Callable, Sequence
+import statistics
 import sys
 from typing import Any
 
@@ -149,7 +150,7 @@ def _run(args: Any) -> None:
           )
           row = [f'{shape} {part}', name]
           for bits in ('16', '8'):
-            t = _timing.median(times[bits])
+            t = statistics.median(times[bits])
             if n == 1:
               share = _timing.ratio(times['read'], times[bits])
               row += [
@@ -160,7 +161,7 @@ def _run(args: Any) -> None:
             else:
               row += [f'{t * 1e3:.1f}', f'{2 * n * rows * cols / t / 1e9:.0f}']
           if n == 1:
-            t = _timing.median(times['read'])
+            t = statistics.median(times['read'])
             row.append(f'{cell["bytes"] / t / 1e9:.1f}')
           table.append(tuple(row))
           _cli.note(' '.join(row))

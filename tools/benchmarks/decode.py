@@ -92,7 +92,7 @@ class _Ours:
 
   def __init__(self, name: str, model: Any, params: Any, tokenizer: Any):
     self.name = name
-    self._model, self._params = model, params
+    self._params = params
     special = tokenizer.special_tokens
     self._sampler = gm.text.Sampler(
       model=model,
@@ -107,7 +107,6 @@ class _Ours:
     )
     tokens = np.random.default_rng(0).integers(1000, 20_000, (1, _PREFILL))
     self._tokens = jnp.asarray(tokens, jnp.int32)
-    # The model is an argument: two models must not share a trace.
     self._prefill = jax.jit(
       lambda params, tokens: (
         model.apply({'params': params}, tokens, return_last_only=True).logits

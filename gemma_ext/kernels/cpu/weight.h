@@ -191,12 +191,12 @@ struct Floats {
 // once on parts that do not overlap.
 struct Kernels {
   const char* name;
-  // Bytes of the buffers of `Activations` that it reads.
-  bool split;  // reads high, low, lanes and sums; otherwise q
-  // Rows of x from which `Tile` is the faster one.
+  // Whether it reads high, low, lanes and sums of `Activations`; otherwise q.
+  bool split;
+  // Rows of x beyond which `tile`, if there is one, is the faster.
   int64_t few;
 
-  // Quantises row n of x; `work` holds cols floats.
+  // Quantises row n of x.
   void (*quantize)(const float* x, int32_t offset, int64_t group,
                    Activations& out, int64_t n);
   // y[n, r] for rows of the weight r in [begin, end), all rows of x.
