@@ -52,10 +52,11 @@ def get_config():
         integers='attn',
         optimizer=train.Gradient(
           steps=780,
-          learning_rate=1e-3,
+          learning_rate=2e-3,
           scale_rate=5e-4,
-          integer_rate=3e-4,
+          integer_rate=8e-4,
           norm_rate=3e-4,
+          margin=0.3,
         ),
       ),
     ),

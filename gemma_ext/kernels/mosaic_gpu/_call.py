@@ -1,0 +1,121 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels as functions of arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from gemma_ext.kernels import _formats
+from gemma_ext.kernels.mosaic_gpu import _few_rows
+
+# Offsets are numbers of 32 bits.
+_MOST_BYTES = 1 << 32
+
+
+def why_not(
+  x: jax.Array,
+  codes: jax.Array,
+  scale: jax.Array,
+  fmt: _formats.Format,
+) -> str:
+  """Returns why the kernels cannot take a product; '' if they can.
+
+  Args:
+    x: Activations `[N, I]`.
+    codes: Packed codes.
+    scale: Scales.
+    fmt: Their format.
+  """
+  if x.dtype != jnp.bfloat16:
+    return f'x is {x.dtype}, and only bfloat16 is supported'
+  if codes.dtype != fmt.codes_dtype or scale.dtype != fmt.scale_dtype:
+    return f'codes are {codes.dtype}, scales {scale.dtype}: not as stored'
+  if not _few_rows.most_rows(fmt):
+    return f'{fmt} is not supported'
+  cols = x.shape[-1]
+  if cols % 8 or (fmt.code_range == (-128, 127) and cols % _few_rows.BLOCK):
+    return f'an input axis of {cols} weights is no multiple of 8'
+  if math.prod(codes.shape) >= _MOST_BYTES:
+    return f'codes of {math.prod(codes.shape)} bytes are too many'
+  return ''
+
+
+def few_rows(
+  x: jax.Array,
+  codes: jax.Array,
+  scale: jax.Array,
+  fmt: _formats.Format,
+  *,
+  gated: bool = False,
+  tiles: int | None = None,
+  warps: int | None = None,
+  unroll: int | None = None,
+) -> jax.Array:
+  """Multiplies a few rows of x with a packed weight.
+
+  Args:
+    x: bfloat16 `[N, I]`; N is best at most 8.
+    codes: Codes of a weight `[O, I]`, as stored.
+    scale: Its scales, as stored.
+    fmt: The format of both.
+    gated: Whether the weight is gate and up `[2 H, I]`, and the result is
+      `gelu(gate) * up`, `[N, H]`.
+    tiles: Tiles of 16 rows of the weight a thread block; `None` chooses.
+    warps: Warps of a thread block, a multiple of 4; `None` chooses.
+    unroll: Blocks of codes that a warp has under way; `None` chooses.
+
+  Returns:
+    bfloat16 `[N, O]`, accumulated in float32.
+  """
+  rows = math.prod(scale.shape[int(isinstance(fmt, _formats.TernaryFormat)) : -1])
+  most = _few_rows.most_rows(fmt)
+  out = []
+  for start in range(0, x.shape[0], most):
+    part = x[start : start + most]
+    spec = _few_rows.Spec(
+      rows=rows,
+      cols=x.shape[1],
+      xs=part.shape[0],
+      fmt=fmt,
+      gated=gated,
+      tiles=tiles or (2 if gated else 1),
+      warps=warps or 8,
+      unroll=unroll or 2,
+    )
+    out.append(_compiled(spec)(part, codes, scale))
+  return out[0] if len(out) == 1 else jnp.concatenate(out)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(spec: _few_rows.Spec):
+  # Here, not above: what is beneath is there on no machine without a GPU.
+  from gemma_ext.kernels.mosaic_gpu import _ptx
+
+  ref = plgpu.RefType()
+
+  def body(x_ref, codes_ref, scale_ref, out_ref, shared_ref):
+    @plgpu.inline_mgpu(arg_types=(ref,) * 5)
+    def emit(ctx, x, codes, scale, out, shared):
+      del ctx
+      _few_rows.run(_ptx.Ptx(shared), spec, x, codes, scale, out)
+
+    emit(x_ref, codes_ref, scale_ref, out_ref, shared_ref)
+
+  return plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((spec.xs, spec.out_rows), jnp.bfloat16),
+    scratch_types=[plgpu.SMEM((spec.shared,), jnp.float32)],
+    grid=(spec.grid,),
+    grid_names=('block',),
+    num_threads=spec.warps // 4,
+    thread_name='warpgroup',
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+  )

@@ -1,0 +1,322 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Instructions of one thread, within a Mosaic GPU kernel.
+
+What `_few_rows` is written in: whole numbers of 32 bits without a sign, and
+PTX where Mosaic has no operation of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import scf
+
+
+def _i32() -> ir.Type:
+  return ir.IntegerType.get_signless(32)
+
+
+def _f32() -> ir.Type:
+  return ir.F32Type.get()
+
+
+class Flag:
+  """A bit."""
+
+  def __init__(self, value: ir.Value):
+    self.value = value
+
+  def __and__(self, other: Flag) -> Flag:
+    return Flag(arith.andi(self.value, other.value))
+
+
+class Int:
+  """A whole number of 32 bits, without a sign."""
+
+  def __init__(self, value: ir.Value):
+    self.value = value
+
+  def _with(self, op: Callable[..., Any], other: Int | int) -> Int:
+    return Int(op(self.value, _value(other)))
+
+  def __add__(self, other: Int | int) -> Int:
+    return self if isinstance(other, int) and not other else self._with(arith.addi, other)
+
+  def __mul__(self, other: Int | int) -> Int:
+    return self._with(arith.muli, other)
+
+  def __and__(self, other: Int | int) -> Int:
+    return self._with(arith.andi, other)
+
+  def __or__(self, other: Int | int) -> Int:
+    return self._with(arith.ori, other)
+
+  def __rshift__(self, other: int) -> Int:
+    return self._with(arith.shrui, other) if other else self
+
+  def __lshift__(self, other: int) -> Int:
+    return self._with(arith.shli, other) if other else self
+
+  def __floordiv__(self, other: int) -> Int:
+    return self._with(arith.divui, other) if other != 1 else self
+
+  def __mod__(self, other: int) -> Int:
+    return self._with(arith.remui, other)
+
+  def __lt__(self, other: Int | int) -> Flag:
+    return Flag(
+      arith.cmpi(arith.CmpIPredicate.ult, self.value, _value(other))
+    )
+
+  def equals(self, other: Int | int) -> Flag:
+    """Whether both are the same."""
+    return Flag(arith.cmpi(arith.CmpIPredicate.eq, self.value, _value(other)))
+
+  def min(self, other: int) -> Int:
+    """The smaller one."""
+    return self._with(arith.minui, other)
+
+
+def _value(x: Int | int) -> ir.Value:
+  if isinstance(x, Int):
+    return x.value
+  # MLIR takes signed attributes.
+  return utils.c(x - (1 << 32) if x >= 1 << 31 else x, _i32())
+
+
+def _asm(
+  results: Sequence[ir.Type],
+  args: Sequence[ir.Value],
+  text: str,
+  constraints: str,
+  effects: bool = False,
+) -> list[ir.Value]:
+  """Inlines PTX; one value for every result."""
+  if not results:
+    llvm.inline_asm(
+      ir.Type.parse('!llvm.void'),
+      args,
+      text,
+      constraints,
+      has_side_effects=True,
+    )
+    return []
+  kind = (
+    results[0]
+    if len(results) == 1
+    else llvm.StructType.get_literal(list(results))
+  )
+  out = llvm.inline_asm(
+    kind, args, text, constraints, has_side_effects=effects
+  )
+  if len(results) == 1:
+    return [out]
+  return [llvm.extractvalue(t, out, [i]) for i, t in enumerate(results)]
+
+
+class Ptx:
+  """Instructions; `shared` is memory of float32."""
+
+  def __init__(self, shared: ir.Value):
+    self._shared = utils.memref_ptr(shared)
+
+  def thread(self) -> Int:
+    """Number of the thread in its block."""
+    return Int(utils.thread_idx())
+
+  def block(self) -> Int:
+    """Number of the block."""
+    return Int(utils.block_idx())
+
+  def int(self, value: int) -> Int:
+    """A constant."""
+    return Int(_value(value))
+
+  def zero(self) -> ir.Value:
+    """0.0."""
+    return utils.c(0.0, _f32())
+
+  def loop(
+    self, count: int, body: Callable[[Int, Any], Any], carry: Any
+  ) -> Any:
+    """`body(i, carry)` for i below `count`."""
+    if count < 1:
+      return carry
+    leaves, tree = jax.tree.flatten(carry)
+    kinds = [type(leaf) for leaf in leaves]
+
+    def wrap(values):
+      return jax.tree.unflatten(
+        tree, [Int(v) if k is Int else v for k, v in zip(kinds, values)]
+      )
+
+    def bare(values):
+      return [v.value if isinstance(v, Int) else v for v in values]
+
+    op = scf.ForOp(
+      utils.c(0, _i32()), utils.c(count, _i32()), utils.c(1, _i32()),
+      bare(leaves),
+    )
+    with ir.InsertionPoint(op.body):
+      new = body(Int(op.induction_variable), wrap(list(op.inner_iter_args)))
+      scf.yield_(bare(jax.tree.leaves(new)))
+    return wrap(list(op.results))
+
+  def load(
+    self,
+    memory: ir.Value,
+    at: Int,
+    *,
+    words: int,
+    valid: Flag | None = None,
+    keep: bool = False,
+  ) -> list[Int]:
+    """Reads words at a byte; 0 where not `valid`.
+
+    Args:
+      memory: Global memory.
+      at: Where, a multiple of the bytes read.
+      words: 2 or 4.
+      valid: Whether to read.
+      keep: Whether others are to find it in L1.
+    """
+    hint = '' if keep else '.L1::no_allocate'
+    names = ', '.join(f'${i}' for i in range(words))
+    read = f'ld.global.nc{hint}.v{words}.b32 {{{names}}}, [${words}];'
+    constraints = ['=r'] * words + ['l']
+    args = [self._at(memory, at)]
+    if valid is not None:
+      args.append(arith.extui(_i32(), valid.value))
+      constraints = ['=&r'] * words + ['l', 'r']
+      clear = ' '.join(f'mov.b32 ${i}, 0;' for i in range(words))
+      read = (
+        f'{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {clear} @p {read} }}'
+      )
+    out = _asm([_i32()] * words, args, read, ','.join(constraints), True)
+    return [Int(v) for v in out]
+
+  def load_narrow(self, memory: ir.Value, at: Int, size: int) -> Int:
+    """Reads 1 or 2 bytes."""
+    if size == 2:
+      (v,) = _asm(
+        [ir.IntegerType.get_signless(16)],
+        [self._at(memory, at)],
+        'ld.global.nc.u16 $0, [$1];',
+        '=h,l',
+        True,
+      )
+      return Int(arith.extui(_i32(), v))
+    (v,) = _asm(
+      [_i32()], [self._at(memory, at)], 'ld.global.nc.u8 $0, [$1];', '=r,l', True
+    )
+    return Int(v)
+
+  def permute(self, a: Int, b: Int, selector: int) -> Int:
+    """Bytes of two words, `prmt`."""
+    (v,) = _asm(
+      [_i32()], [a.value, b.value], f'prmt.b32 $0, $1, $2, {selector};', '=r,r,r'
+    )
+    return Int(v)
+
+  def mma(
+    self, a: Sequence[Int], b: Sequence[Int], c: Sequence[ir.Value]
+  ) -> list[ir.Value]:
+    """16 x 16 by 16 x 8 bfloat16, added to float32."""
+    return _asm(
+      [_f32()] * 4,
+      [*(v.value for v in a), *(v.value for v in b), *c],
+      'mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32'
+      ' {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};',
+      '=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f',
+    )
+
+  def scale(self, bits: Int, kind: str, factor: float) -> ir.Value:
+    """A stored scale, times a constant."""
+    if kind == 'ue5m3':
+      word = (bits + (107 << 3)) << 20
+    else:
+      word = bits << 16
+    value = arith.bitcast(_f32(), word.value)
+    if kind == 'ue5m3':
+      zero = bits.equals(0).value
+      value = arith.select(zero, self.zero(), value)
+    if factor == 1.0:
+      return value
+    return arith.mulf(value, utils.c(factor, _f32()))
+
+  def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a b + c."""
+    (v,) = _asm([_f32()], [a, b, c], 'fma.rn.f32 $0, $1, $2, $3;', '=f,f,f,f')
+    return v
+
+  def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+    """a + b."""
+    return arith.addf(a, b)
+
+  def gelu_mul(self, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """`gelu(gate) * up`, by tanh, as `jax.nn.gelu` has it.
+
+    0.5 g (1 + tanh z) is g / (1 + exp(-2 z)).
+    """
+    # -2 log2(e) sqrt(2 / pi), and 0.044715 times it.
+    c1, c3 = -2.3022081983, -0.1029432396
+    constant = lambda v: utils.c(v, _f32())
+    square = arith.mulf(gate, gate)
+    inner = self.fma(square, constant(c3), constant(c1))
+    (power,) = _asm(
+      [_f32()],
+      [arith.mulf(inner, gate)],
+      'ex2.approx.f32 $0, $1;',
+      '=f,f',
+    )
+    below = arith.addf(power, constant(1.0))
+    return arith.mulf(arith.divf(gate, below), up)
+
+  def share(self, at: Int, value: ir.Value) -> None:
+    """Writes shared memory."""
+    _asm([], [self._slot(at), value], 'st.shared.f32 [$0], $1;', 'l,f')
+
+  def shared(self, at: Int) -> ir.Value:
+    """Reads shared memory."""
+    (v,) = _asm(
+      [_f32()], [self._slot(at)], 'ld.shared.f32 $0, [$1];', '=f,l', True
+    )
+    return v
+
+  def barrier(self) -> None:
+    """Waits for all threads of the block."""
+    _asm([], [], 'bar.sync 0;', '~{memory}')
+
+  def store(
+    self, memory: ir.Value, at: Int, value: ir.Value, inside: Flag
+  ) -> None:
+    """Writes a bfloat16 at a byte of global memory."""
+    _asm(
+      [],
+      [
+        self._at(memory, at),
+        value,
+        arith.extui(_i32(), inside.value),
+      ],
+      '{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0;'
+      ' cvt.rn.bf16.f32 h, $1; @p st.global.b16 [$0], h; }',
+      'l,f,r',
+    )
+
+  def _at(self, memory: ir.Value, at: Int) -> ir.Value:
+    base = utils.memref_ptr(memory)
+    offset = arith.extui(ir.IntegerType.get_signless(64), at.value)
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), base)
+    return arith.addi(address, offset)
+
+  def _slot(self, at: Int) -> ir.Value:
+    base = llvm.ptrtoint(ir.IntegerType.get_signless(64), self._shared)
+    offset = arith.extui(ir.IntegerType.get_signless(64), (at * 4).value)
+    return arith.addi(base, offset)

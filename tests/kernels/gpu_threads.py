@@ -1,0 +1,166 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The instructions of `kernels.mosaic_gpu`, for every thread at once, on numpy."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+
+class Flag:
+  """A bit of every thread."""
+
+  def __init__(self, value):
+    self.value = value
+
+  def __and__(self, other):
+    return Flag(self.value & other.value)
+
+
+class Int:
+  """A whole number of 32 bits of every thread."""
+
+  def __init__(self, value):
+    self.value = np.asarray(value, np.uint32)
+
+  def _with(self, op, other):
+    other = other.value if isinstance(other, Int) else np.uint32(other)
+    return Int(op(self.value, other))
+
+  def __add__(self, other):
+    return self._with(np.add, other)
+
+  def __mul__(self, other):
+    return self._with(np.multiply, other)
+
+  def __and__(self, other):
+    return self._with(np.bitwise_and, other)
+
+  def __or__(self, other):
+    return self._with(np.bitwise_or, other)
+
+  def __rshift__(self, other):
+    return self._with(np.right_shift, other)
+
+  def __lshift__(self, other):
+    return self._with(np.left_shift, other)
+
+  def __floordiv__(self, other):
+    return self._with(np.floor_divide, other)
+
+  def __mod__(self, other):
+    return self._with(np.remainder, other)
+
+  def __lt__(self, other):
+    return Flag(self._with(np.less, other).value.astype(bool))
+
+  def equals(self, other):
+    return Flag(self._with(np.equal, other).value.astype(bool))
+
+  def min(self, other):
+    return self._with(np.minimum, other)
+
+
+def _halves(word):  # uint32[...] -> float32[..., 2]
+  pair = np.stack([word & 0xFFFF, word >> 16], axis=-1).astype(np.uint16)
+  return pair.view(ml_dtypes.bfloat16).astype(np.float32)
+
+
+class Threads:
+  """Threads of all blocks; memory is bytes, and reads beyond it are errors."""
+
+  def __init__(self, blocks, warps, shared):
+    self._shape = (blocks, 32 * warps)
+    self._shared = np.full((blocks, shared), np.nan, np.float32)
+    self.written: dict[int, int] = {}
+
+  def thread(self):
+    return Int(np.broadcast_to(np.arange(self._shape[1]), self._shape))
+
+  def block(self):
+    return Int(np.broadcast_to(np.arange(self._shape[0])[:, None], self._shape))
+
+  def int(self, value):
+    return Int(np.full(self._shape, value, np.uint32))
+
+  def zero(self):
+    return np.zeros(self._shape, np.float32)
+
+  def loop(self, count, body, carry):
+    for i in range(max(count, 0)):
+      carry = body(self.int(i), carry)
+    return carry
+
+  def load(self, memory, at, *, words, valid=None, keep=False):
+    del keep
+    assert not np.any(at.value % (4 * words)), 'unaligned'
+    view = memory.view(np.uint32)
+    index = at.value.astype(np.int64) // 4
+    live = np.ones(self._shape, bool) if valid is None else valid.value
+    assert index[live].max(initial=0) + words <= len(view), 'out of bounds'
+    index = np.where(live, index, 0)
+    return [Int(np.where(live, view[index + k], 0)) for k in range(words)]
+
+  def load_narrow(self, memory, at, size):
+    view = memory.view({1: np.uint8, 2: np.uint16}[size])
+    assert not np.any(at.value % size), 'unaligned'
+    return Int(view[at.value // size])
+
+  def permute(self, a, b, selector):
+    both = a.value.astype(np.uint64) | b.value.astype(np.uint64) << np.uint64(32)
+    out = np.zeros(self._shape, np.uint32)
+    for k in range(4):
+      byte = np.uint64(8 * (selector >> 4 * k & 7))
+      out |= ((both >> byte) & np.uint64(255)).astype(np.uint32) << np.uint32(8 * k)
+    return Int(out)
+
+  def mma(self, a, b, c):
+    # By warp, group of four and thread of it, as PTX has it.
+    split = lambda v: v.reshape(self._shape[0], -1, 8, 4, *v.shape[2:])
+    a = [split(_halves(v.value)) for v in a]  # [B, W, 8, 4, 2]
+    b = [split(_halves(v.value)) for v in b]
+    rows = []
+    for upper, lower in ((0, 2), (1, 3)):
+      row = np.concatenate([a[upper], a[lower]], axis=3)
+      rows.append(row.reshape(*row.shape[:3], 16))
+    columns = np.concatenate(b, axis=3)
+    columns = columns.reshape(*columns.shape[:3], 16)
+    out = []
+    for row in rows:
+      d = np.einsum('bwrk,bwck->bwrc', row, columns)
+      d = d.reshape(self._shape[0], -1, 8, 4, 2)
+      out += [d[..., k].reshape(self._shape) for k in range(2)]
+    return [d + v for d, v in zip(out, c)]
+
+  def scale(self, bits, kind, factor):
+    word = (bits + (107 << 3)) << 20 if kind == 'ue5m3' else bits << 16
+    value = word.value.view(np.float32)
+    if kind == 'ue5m3':
+      value = np.where(bits.value == 0, 0, value)
+    return value * np.float32(factor)
+
+  def fma(self, a, b, c):
+    return a * b + c
+
+  def add(self, a, b):
+    return a + b
+
+  def gelu_mul(self, gate, up):
+    z = 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    return (gate / (1 + np.exp(-z)) * up).astype(np.float32)
+
+  def share(self, at, value):
+    np.put_along_axis(self._shared, at.value.astype(np.int64), value, axis=1)
+
+  def shared(self, at):
+    return np.take_along_axis(self._shared, at.value.astype(np.int64), axis=1)
+
+  def barrier(self):
+    pass
+
+  def store(self, memory, at, value, inside):
+    index = at.value[inside.value].astype(np.int64) // 2
+    assert len(np.unique(index)) == len(index), 'written twice'
+    value = value[inside.value].astype(ml_dtypes.bfloat16)
+    memory.view(ml_dtypes.bfloat16)[index] = value

@@ -1,0 +1,142 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for GPUs: numbers thread by thread on numpy, and that they lower."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma_ext import kernels
+from gemma_ext.kernels import _dequantize
+from gemma_ext.kernels import mosaic_gpu
+from gemma_ext.kernels.mosaic_gpu import _few_rows
+from tests.kernels import gpu_threads
+
+Int, Ternary = kernels.IntFormat, kernels.TernaryFormat
+FORMATS = (
+  Ternary(),
+  Ternary(group=64),
+  Ternary(group=32, planes=2),
+  Ternary(group=16, scale='ue5m3'),
+  Ternary(group=128, packing='5trit'),
+  Ternary(group=16, packing='5trit', scale='ue5m3'),
+  Ternary(planes=2, group=8, packing='5trit', scale='ue5m3', tied=True),
+  Ternary(planes=3, group=256, tied=True),
+  Int(bits=2, group=128),
+  Int(bits=4, group=32),
+  Int(bits=4, group=128),
+  Int(bits=8, group=128),
+  Int(bits=8),
+)
+name = lambda fmt: str(fmt).replace(' ', '')
+
+
+def weight(fmt, rows, cols, seed=0):
+  key, other = jax.random.split(jax.random.key(seed))
+  codes = kernels.random_codes(key, fmt, (rows,), cols)
+  scale = jax.random.uniform(
+    other, fmt.scale_shape((rows,), cols), minval=0.01, maxval=0.03
+  )
+  return codes, fmt.pack_scale(scale)
+
+
+def emulate(x, codes, scale, spec):
+  threads = gpu_threads.Threads(spec.grid, spec.warps, spec.shared)
+  out = np.full((spec.xs, spec.out_rows), np.nan, ml_dtypes.bfloat16)
+  flat = [
+    np.frombuffer(np.asarray(v).tobytes(), np.uint8) for v in (x, codes, scale)
+  ]
+  _few_rows.run(threads, spec, *flat, out.reshape(-1).view(np.uint8))
+  return out.astype(np.float64)
+
+
+def reference(x, codes, scale, fmt, gated=False):
+  w = _dequantize.dense({'codes': codes, 'scale': scale}, fmt, x.shape[1], jnp.float32)
+  w, x = (np.asarray(v, np.float64) for v in (w, x))
+  y, size = x @ w.T, np.abs(x) @ np.abs(w).T
+  if not gated:
+    return y, size
+  gate, up = np.split(y, 2, axis=1)
+  gelu = np.asarray(jax.nn.gelu(jnp.asarray(gate, jnp.float32)), np.float64)
+  return gelu * up, np.split(size, 2, axis=1)[1] * np.abs(gate)
+
+
+def check(fmt, rows, cols, xs, seed=0, **kwargs):
+  codes, scale = weight(fmt, rows, cols, seed)
+  x = jax.random.normal(jax.random.key(seed + 1), (xs, cols), jnp.bfloat16)
+  spec = _few_rows.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
+  got = emulate(x, codes, scale, spec)
+  want, size = reference(x, codes, scale, fmt, spec.gated)
+  error = np.linalg.norm(got - want)
+  assert error <= 2.0**-8 * np.linalg.norm(want) + 1e-5 * np.linalg.norm(size)
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=name)
+def test_every_thread_does_its_part(fmt):
+  check(fmt, 48, 1280, 1, tiles=1, warps=4, unroll=1)
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=name)
+def test_all_rows_of_x_that_fit(fmt):
+  check(fmt, 32, 768, _few_rows.most_rows(fmt), tiles=2, warps=4, unroll=2)
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=name)
+def test_odd_edges(fmt):
+  # Rows that fill no tile; a last block that is not full, where groups allow.
+  check(fmt, 41, 256 * 3, 2, seed=3, tiles=2, warps=8, unroll=2)
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=name)
+def test_gated(fmt):
+  check(fmt, 2 * 40, 512, 2, gated=True, tiles=4, warps=4, unroll=1)
+
+
+def test_a_wrong_surplus_is_seen(monkeypatch):
+  monkeypatch.setattr(_few_rows, '_bfloat16', lambda value: 0xC300)
+  with pytest.raises(AssertionError):
+    check(Ternary(), 16, 512, 1, warps=4)
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=name)
+@pytest.mark.parametrize('gated', [False, True])
+def test_lowers_for_cuda(fmt, gated):
+  rows, cols = 2 * 2048, 2560
+  shape = jax.ShapeDtypeStruct
+  text = (
+    jax.jit(lambda *args: mosaic_gpu.few_rows(*args, fmt, gated=gated))
+    .trace(
+      shape((1, cols), jnp.bfloat16),
+      shape(fmt.codes_shape((rows,), cols), fmt.codes_dtype),
+      shape(fmt.scale_shape((rows,), cols), fmt.scale_dtype),
+    )
+    .lower(lowering_platforms=('cuda',))
+    .as_text()
+  )
+  assert text.count('custom_call @mosaic_gpu') == 1
+
+
+@pytest.mark.parametrize(
+  'change, reason',
+  [
+    (dict(x=(1, 128, jnp.float32)), 'bfloat16'),
+    (dict(fmt=Int(bits=3, group=128)), 'not supported'),
+    (dict(fmt=Ternary(group=4)), 'not supported'),
+  ],
+)
+def test_why_not(change, reason):
+  fmt = change.get('fmt', Ternary())
+  codes, scale = weight(fmt, 16, 128)
+  *size, dtype = change.get('x', (1, 128, jnp.bfloat16))
+  assert reason in mosaic_gpu.why_not(jnp.zeros(size, dtype), codes, scale, fmt)
+
+
+def test_specs_say_what_they_take():
+  spec = _few_rows.Spec(rows=40, cols=256, xs=1, fmt=Ternary(), tiles=2)
+  assert (spec.grid, spec.blocks, spec.row_bytes) == (2, 2, 64)
+  gated = dataclasses.replace(spec, gated=True)
+  assert (gated.out_rows, gated.block_rows, gated.grid) == (20, 16, 2)

@@ -1,0 +1,388 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Packed kernels on a GPU against cuBLAS and the copy bandwidth of the device.
+
+  python -m tools.benchmarks.gpu_kernels [--json=FILE] [--shapes=4b,12b,27b]
+
+Builds every kernel, compares it with a reference in float64, and times it: the
+seconds that the kernels of a call take on the device, as CUPTI has them, in
+turn with the same product in bfloat16 as XLA compiles it. Weights are more than
+the caches hold. Needs jax with CUDA, numpy, scipy, absl-py and a Hopper GPU or
+newer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext import _cli
+from gemma_ext import errors
+from gemma_ext import kernels
+from gemma_ext.kernels import _dequantize
+from gemma_ext.kernels import mosaic_gpu
+from tools.benchmarks import _timing
+
+# Width of the residual stream and of the hidden layer.
+SHAPES = {
+  '270m': (640, 2048),
+  '1b': (1152, 6912),
+  '4b': (2560, 10240),
+  '12b': (3840, 15360),
+  '27b': (5376, 21504),
+}
+FORMATS = {
+  'ternary 2bit, group 128': kernels.TernaryFormat(group=128),
+  'ternary 5trit, group 128': kernels.TernaryFormat(group=128, packing='5trit'),
+  'ternary 5trit, group 16, ue5m3': kernels.TernaryFormat(
+    group=16, packing='5trit', scale='ue5m3'
+  ),
+  '2 tied planes, group 8, ue5m3': kernels.TernaryFormat(
+    group=8, packing='5trit', scale='ue5m3', planes=2, tied=True
+  ),
+  'int4, group 128': kernels.IntFormat(bits=4, group=128),
+  'int8, group 128': kernels.IntFormat(bits=8, group=128),
+}
+# What a second-level cache can hold, times three.
+_SPREAD = 192 << 20
+# Of the 2-norm, relative to that of the product of absolute values.
+_TOLERANCE = 1e-5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the benchmark; returns its exit status."""
+  # In a graph, products that do not depend on each other run side by side.
+  os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_enable_command_buffer='
+  )
+  return _cli.run(__doc__, _define_flags, _run, argv)
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_list(
+    'shapes', ['4b', '12b', '27b'], f'Of {", ".join(SHAPES)}.',
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    'parts', ['check', 'products', 'ffn'], 'Of check, tune, products, ffn.',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'rounds', 11, 'Times of each.', lower_bound=1, flag_values=values
+  )
+  flags.DEFINE_string(
+    'formats', '', 'Only formats whose name holds this.', flag_values=values
+  )
+  flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+  """A weight of a feed-forward layer."""
+
+  shape: str
+  part: str
+  rows: int
+  cols: int
+
+
+def _products(shapes: Sequence[str]) -> Iterator[_Product]:
+  for shape in shapes:
+    width, hidden = SHAPES[shape]
+    yield _Product(shape, 'gate and up', 2 * hidden, width)
+    yield _Product(shape, 'down', width, hidden)
+
+
+def _weight(
+  fmt: kernels.Format, rows: int, cols: int, seed: int = 0
+) -> dict[str, jax.Array]:
+  make = jax.jit(kernels.random_codes, static_argnums=(1, 2, 3))
+  key, other = jax.random.split(jax.random.key(seed))
+  scale = jax.random.uniform(
+    other, fmt.scale_shape((rows,), cols), minval=0.01, maxval=0.03
+  )
+  return {'codes': make(key, fmt, (rows,), cols), 'scale': fmt.pack_scale(scale)}
+
+
+def _x(rows: int, cols: int) -> jax.Array:
+  return jax.random.normal(jax.random.key(99), (rows, cols), jnp.bfloat16)
+
+
+def _kernel_seconds(run: Callable[..., Any], *args: Any) -> Callable[[], float]:
+  """Seconds that the kernels of a call take on the device."""
+  from jax.experimental.mosaic.gpu import profiler
+
+  call = profiler.measure(run)
+
+  def seconds() -> float:
+    _, milliseconds = call(*args)
+    return milliseconds / 1e3
+
+  return seconds
+
+
+def _copy_bandwidth(rounds: int) -> float:
+  """Bytes read and written a second by a plain kernel."""
+  x = jnp.ones((1 << 28,), jnp.uint32)
+  seconds = _kernel_seconds(jax.jit(lambda x: x ^ jnp.uint32(1)), x)
+  return 2 * x.nbytes / statistics.median(seconds() for _ in range(rounds))
+
+
+def _bfloat16(weights: Sequence[Mapping[str, jax.Array]], fmt, cols):
+  dense = jax.jit(lambda p: _dequantize.dense(p, fmt, cols, jnp.bfloat16))
+  return [dense(p) for p in weights]
+
+
+def _check(formats: Mapping[str, kernels.Format]) -> list[dict[str, Any]]:
+  """Compares with float64, at an odd shape and at a large one."""
+  found = []
+  for name, fmt in formats.items():
+    for rows, cols, n, gated in itertools.chain(
+      ((328, 768, n, gated) for n in (1, 2, 8) for gated in (False, True)),
+      [(1280, 5120, 1, False)],
+    ):
+      p, x = _weight(fmt, rows, cols, seed=n), _x(n, cols)
+      got = jax.jit(
+        lambda x, p: mosaic_gpu.few_rows(
+          x, p['codes'], p['scale'], fmt, gated=gated
+        )
+      )(x, p)
+      w = np.asarray(_dequantize.dense(p, fmt, cols, jnp.float32), np.float64)
+      x64 = np.asarray(x, np.float64)
+      want, size = x64 @ w.T, np.abs(x64) @ np.abs(w).T
+      if gated:
+        gate, up = np.split(want, 2, axis=1)
+        z = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+        want = 0.5 * gate * (1 + np.tanh(z)) * up
+        size = np.split(size, 2, axis=1)[1] * np.abs(gate)
+      error = np.linalg.norm(np.asarray(got, np.float64) - want)
+      most = 2.0**-8 * np.linalg.norm(want) + _TOLERANCE * np.linalg.norm(size)
+      ok = bool(error <= most)
+      found.append(
+        {
+          'format': name, 'rows': rows, 'cols': cols, 'n': n, 'gated': gated,
+          'error': float(error / np.linalg.norm(want)), 'ok': ok,
+        }
+      )
+      if not ok:
+        _cli.note(f'WRONG: {found[-1]}')
+  return found
+
+
+def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
+  """Times the kernel's own choices against each other."""
+  found = []
+  for product in products:
+    for name, fmt in _formats(args).items():
+      copies = max(2, _SPREAD // fmt.nbytes((product.rows,), product.cols) + 1)
+      weights = [
+        _weight(fmt, product.rows, product.cols, i) for i in range(copies)
+      ]
+      x = _x(1, product.cols)
+      best = []
+      for tiles, warps, unroll in itertools.product(
+        (1, 2, 4), (4, 8), (1, 2, 4)
+      ):
+        if tiles * unroll > 8:
+          continue
+        begun = time.perf_counter()
+        seconds = _kernel_seconds(
+          jax.jit(
+            lambda x, ws: [
+              mosaic_gpu.few_rows(
+                x, p['codes'], p['scale'], fmt,
+                tiles=tiles, warps=warps, unroll=unroll,
+              )
+              for p in ws
+            ]
+          ),
+          x,
+          weights,
+        )
+        try:
+          t = min(seconds() for _ in range(3)) / copies
+        except Exception as e:  # A choice that does not fit the device.
+          _cli.note(f'{tiles=} {warps=} {unroll=}: {e!s:.200}')
+          continue
+        rate = fmt.nbytes((product.rows,), product.cols) / t / 1e9
+        best.append((t, tiles, warps, unroll))
+        found.append(
+          dataclasses.asdict(product)
+          | {
+            'format': name, 'tiles': tiles, 'warps': warps, 'unroll': unroll,
+            'seconds': t, 'took': time.perf_counter() - begun,
+          }
+        )
+        _cli.note(
+          f'{product.shape} {product.part} {name} {tiles=} {warps=} {unroll=}'
+          f' {t * 1e6:.2f} us {rate:.0f} GB/s'
+        )
+      _cli.note(f'BEST {product} {name}: {sorted(best)[:3]}')
+  return found
+
+
+def _formats(args: Any) -> dict[str, kernels.Format]:
+  return {k: v for k, v in FORMATS.items() if args.formats in k}
+
+
+def _time_products(
+  products: Sequence[_Product], copy: float, args: Any
+) -> list[dict[str, Any]]:
+  """One row of x, packed and in bfloat16."""
+  found, table = [], []
+  for product in products:
+    for name, fmt in _formats(args).items():
+      cols = product.cols
+      nbytes = fmt.nbytes((product.rows,), cols)
+      copies = max(2, _SPREAD // nbytes + 1)
+      weights = [_weight(fmt, product.rows, cols, i) for i in range(copies)]
+      few = max(2, _SPREAD // (2 * product.rows * cols) + 1)
+      dense = _bfloat16(weights[:few], fmt, cols)
+      x = _x(1, cols)
+      packed = _kernel_seconds(
+        jax.jit(
+          lambda x, ws: [
+            mosaic_gpu.few_rows(x, p['codes'], p['scale'], fmt) for p in ws
+          ]
+        ),
+        x,
+        weights,
+      )
+      plain = _kernel_seconds(
+        jax.jit(lambda x, ws: [jnp.dot(x, w.T) for w in ws]), x, dense
+      )
+      seconds = _timing.rounds(
+        {
+          'packed': lambda: packed() / copies,
+          'bfloat16': lambda: plain() / len(dense),
+        },
+        args.rounds,
+      )
+      found.append(
+        dataclasses.asdict(product)
+        | {'format': name, 'bytes': nbytes, 'seconds': seconds}
+      )
+      t = statistics.median(seconds['packed'])
+      table.append(
+        (
+          f'{product.shape} {product.part}',
+          name,
+          f'{t * 1e6:.2f}',
+          f'{nbytes / t / 1e9:.0f}',
+          f'{nbytes / t / copy:.0%}',
+          f'{statistics.median(seconds["bfloat16"]) * 1e6:.2f}',
+          _timing.spread(
+            [a / b for a, b in zip(seconds['bfloat16'], seconds['packed'])]
+          ),
+        )
+      )
+  _cli.print_table(
+    'one row of x',
+    ('weight', 'format', 'us', 'GB/s', 'of a copy', 'bfloat16, us', 'ratio'),
+    table,
+  )
+  return found
+
+
+def _time_ffn(args: Any, copy: float) -> list[dict[str, Any]]:
+  """The whole feed-forward layer, one row of x."""
+  found, table = [], []
+  for shape in args.shapes:
+    width, hidden = SHAPES[shape]
+    for name, fmt in _formats(args).items():
+      nbytes = fmt.nbytes((2 * hidden,), width) + fmt.nbytes((width,), hidden)
+      copies = max(2, _SPREAD // nbytes + 1)
+      weights = [
+        (_weight(fmt, 2 * hidden, width, i), _weight(fmt, width, hidden, i))
+        for i in range(copies)
+      ]
+      few = weights[: max(2, _SPREAD // (6 * width * hidden) + 1)]
+      gates = _bfloat16([a for a, _ in few], fmt, width)
+      downs = _bfloat16([b for _, b in few], fmt, hidden)
+      x = _x(1, width)
+
+      def ours(x, ws):
+        for a, b in ws:
+          h = mosaic_gpu.few_rows(x, a['codes'], a['scale'], fmt, gated=True)
+          x = mosaic_gpu.few_rows(h, b['codes'], b['scale'], fmt)
+        return x
+
+      def plain(x, gates, downs):
+        for a, b in zip(gates, downs):
+          gate, up = jnp.dot(x, a[:hidden].T), jnp.dot(x, a[hidden:].T)
+          x = jnp.dot(jax.nn.gelu(gate) * up, b.T)
+        return x
+
+      packed = _kernel_seconds(jax.jit(ours), x, weights)
+      dense = _kernel_seconds(jax.jit(plain), x, gates, downs)
+      seconds = _timing.rounds(
+        {
+          'packed': lambda: packed() / copies,
+          'bfloat16': lambda: dense() / len(few),
+        },
+        args.rounds,
+      )
+      t = statistics.median(seconds['packed'])
+      found.append(
+        {'shape': shape, 'format': name, 'bytes': nbytes, 'seconds': seconds}
+      )
+      table.append(
+        (
+          shape,
+          name,
+          f'{t * 1e6:.2f}',
+          f'{nbytes / t / copy:.0%}',
+          f'{statistics.median(seconds["bfloat16"]) * 1e6:.2f}',
+          _timing.spread(
+            [a / b for a, b in zip(seconds['bfloat16'], seconds['packed'])]
+          ),
+        )
+      )
+  _cli.print_table(
+    'feed-forward layer, one row of x',
+    ('shape', 'format', 'us', 'of a copy', 'bfloat16, us', 'ratio'),
+    table,
+  )
+  return found
+
+
+def _run(args: Any) -> None:
+  _cli.check_output(args.json)
+  for shape in args.shapes:
+    if shape not in SHAPES:
+      raise errors.ConfigError(f'--shapes: {shape!r} is none of {[*SHAPES]}.')
+  if jax.default_backend() != 'gpu':
+    raise errors.BackendError(
+      f'JAX runs on {jax.default_backend()!r}; this benchmark needs a GPU.'
+    )
+  device = jax.devices()[0].device_kind
+  found: dict[str, Any] = {'device': device, 'jax': jax.__version__}
+  copy = _copy_bandwidth(args.rounds)
+  found['copy_bytes_per_second'] = copy
+  _cli.note(f'{device}: a copy moves {copy / 1e9:.0f} GB/s')
+  products = list(_products(args.shapes))
+  if 'check' in args.parts:
+    found['check'] = _check(_formats(args))
+    wrong = sum(not c['ok'] for c in found['check'])
+    _cli.note(f'{len(found["check"])} checks, {wrong} wrong')
+  if 'tune' in args.parts:
+    found['tune'] = _tune(products, args)
+  if 'products' in args.parts:
+    found['products'] = _time_products(products, copy, args)
+  if 'ffn' in args.parts:
+    found['ffn'] = _time_ffn(args, copy)
+  if args.json:
+    _cli.write_json(args.json, found)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
