@@ -45,7 +45,9 @@ def weight(fmt, rows, cols, seed=0):
 
 
 def emulate(x, codes, scale, spec):
-  threads = gpu_threads.Threads(spec.grid, spec.warps, spec.shared)
+  threads = gpu_threads.Threads(
+    spec.grid, spec.warps, spec.shared, spec.staged
+  )
   out = np.full((spec.xs, spec.out_rows), np.nan, ml_dtypes.bfloat16)
   flat = [
     np.frombuffer(np.asarray(v).tobytes(), np.uint8) for v in (x, codes, scale)

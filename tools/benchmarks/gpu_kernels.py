@@ -190,9 +190,9 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
       x = _x(1, product.cols)
       best = []
       for tiles, warps, unroll in itertools.product(
-        (1, 2, 4), (4, 8), (1, 2, 4)
+        (1, 2, 4), (4, 8), (1, 2)
       ):
-        if tiles * unroll > 8:
+        if tiles * unroll > 4:
           continue
         begun = time.perf_counter()
         seconds = _kernel_seconds(

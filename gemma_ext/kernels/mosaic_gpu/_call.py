@@ -12,10 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from gemma_ext.kernels import _formats
+from gemma_ext.kernels import _params
 from gemma_ext.kernels.mosaic_gpu import _few_rows
 
-# Offsets are numbers of 32 bits.
-_MOST_BYTES = 1 << 32
+# Offsets are numbers of 32 bits, with a sign where they are constants.
+_MOST_BYTES = 1 << 31
 
 
 def why_not(
@@ -38,6 +39,8 @@ def why_not(
     return f'codes are {codes.dtype}, scales {scale.dtype}: not as stored'
   if not _few_rows.most_rows(fmt):
     return f'{fmt} is not supported'
+  if math.prod(_rows(scale, fmt)) < 2 * _few_rows.TILE:
+    return f'a weight of {_rows(scale, fmt)} rows is too small'
   cols = x.shape[-1]
   if cols % 8 or (fmt.code_range == (-128, 127) and cols % _few_rows.BLOCK):
     return f'an input axis of {cols} weights is no multiple of 8'
@@ -68,12 +71,12 @@ def few_rows(
       `gelu(gate) * up`, `[N, H]`.
     tiles: Tiles of 16 rows of the weight a thread block; `None` chooses.
     warps: Warps of a thread block, a multiple of 4; `None` chooses.
-    unroll: Blocks of codes that a warp has under way; `None` chooses.
+    unroll: Pairs of blocks that a warp has under way; `None` chooses.
 
   Returns:
     bfloat16 `[N, O]`, accumulated in float32.
   """
-  rows = math.prod(scale.shape[int(isinstance(fmt, _formats.TernaryFormat)) : -1])
+  rows = math.prod(_rows(scale, fmt))
   most = _few_rows.most_rows(fmt)
   out = []
   for start in range(0, x.shape[0], most):
@@ -85,11 +88,15 @@ def few_rows(
       fmt=fmt,
       gated=gated,
       tiles=tiles or (2 if gated else 1),
-      warps=warps or 8,
-      unroll=unroll or 2,
+      warps=warps or 4,
+      unroll=unroll or 1,
     )
     out.append(_compiled(spec)(part, codes, scale))
   return out[0] if len(out) == 1 else jnp.concatenate(out)
+
+
+def _rows(scale: jax.Array, fmt: _formats.Format) -> tuple[int, ...]:
+  return _params.rows_of({'scale': scale}, fmt)
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,18 +106,21 @@ def _compiled(spec: _few_rows.Spec):
 
   ref = plgpu.RefType()
 
-  def body(x_ref, codes_ref, scale_ref, out_ref, shared_ref):
-    @plgpu.inline_mgpu(arg_types=(ref,) * 5)
-    def emit(ctx, x, codes, scale, out, shared):
+  def body(*refs):
+    @plgpu.inline_mgpu(arg_types=(ref,) * len(refs))
+    def emit(ctx, x, codes, scale, out, shared, staged):
       del ctx
-      _few_rows.run(_ptx.Ptx(shared), spec, x, codes, scale, out)
+      _few_rows.run(_ptx.Ptx(shared, staged), spec, x, codes, scale, out)
 
-    emit(x_ref, codes_ref, scale_ref, out_ref, shared_ref)
+    emit(*refs)
 
   return plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct((spec.xs, spec.out_rows), jnp.bfloat16),
-    scratch_types=[plgpu.SMEM((spec.shared,), jnp.float32)],
+    scratch_types=[
+      plgpu.SMEM((spec.shared,), jnp.float32),
+      plgpu.SMEM((-(-spec.staged // 16) * 4,), jnp.int32),
+    ],
     grid=(spec.grid,),
     grid_names=('block',),
     num_threads=spec.warps // 4,

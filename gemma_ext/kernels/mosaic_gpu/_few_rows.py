@@ -3,14 +3,14 @@
 """Packed matmul for a few rows of x, as one thread of the GPU runs it.
 
 Memory is what such a product waits for: every packed byte is read once, spread
-over all warps of a block, which each take every W-th block of 32 bytes of 16 R
-rows and meet in shared memory at the end.
+over all warps of a block, which take turns on 64 bytes of 16 R rows and meet in
+shared memory at the end.
 
 **Tensor cores** multiply. In `mma.m16n8k16` the weights are the 16 rows, and
 the 8 columns the rows of x. Which thread holds which code is free as long as
-weights and x agree, so that nobody moves a code: thread t of four takes bytes
-8t to 8t+7 of a block, and one shift of a word with one `(word & mask) | magic`
-makes two bfloat16 of it:
+weights and x agree, so that nobody moves a code: thread t of four takes 16
+bytes of 64, and one shift of a word with one `(word & mask) | magic` makes two
+bfloat16 of it:
 
     exponent 7 - p over a code at bit p: 2^(7 - p) + code, exactly.
 
@@ -18,14 +18,16 @@ What is too much, `2^(7 - p)` and the offset of the code, is the same for all
 rows: the product of x with minus that is where accumulators start. A byte is
 two terms, `128 + (c & 127)` and `-128 - (c & 128)`, whose surplus cancels.
 
-**Groups** of 32 and more end an accumulation. In smaller ones, each column
-of the product sees x of one group alone, and there are fewer rows of x.
+**Groups.** The four threads hold codes of two blocks of 32 bytes, which have
+scales of their own: a row of x takes as many columns as there are groups at a
+time, and in each of them, x of the threads of other groups is 0.
+
+Scales are read once into shared memory, all rows of a block together.
 
 The code speaks to the GPU through `ops` (see `_ptx`), so that a test can run
 every thread of it on numpy.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -35,7 +37,8 @@ from gemma_ext.kernels import _formats
 BLOCK = 32  # Bytes of a block, and codes of one of its fields.
 TILE = 16  # Rows of a tile.
 COLUMNS = 8
-# bfloat16, twice, of 2^(7 - p) and minus so much.
+_WORDS = 4  # Words that a thread reads of a row at a time.
+# bfloat16, twice, of 2^(7 - p).
 _MAGIC = {p: 0x0001_0001 * ((134 - p) << 7) for p in (0, 2, 4)}
 _HALVES = 0x00FF_00FF
 
@@ -53,7 +56,7 @@ class Spec:
       result is `gelu(gate) * up`.
     tiles: Tiles of 16 rows that a thread block takes.
     warps: Warps of a thread block.
-    unroll: Blocks of codes that a warp has under way.
+    unroll: Pairs of blocks that a warp has under way.
   """
 
   rows: int
@@ -63,7 +66,7 @@ class Spec:
   gated: bool = False
   tiles: int = 1
   warps: int = 8
-  unroll: int = 2
+  unroll: int = 1
 
   @property
   def out_rows(self) -> int:
@@ -86,6 +89,11 @@ class Spec:
     return getattr(self.fmt, 'planes', 1)
 
   @property
+  def scale_planes(self) -> int:
+    """Planes with scales of their own."""
+    return getattr(self.fmt, 'scale_planes', 1)
+
+  @property
   def fields(self) -> int:
     """Codes of a byte."""
     if isinstance(self.fmt, _formats.TernaryFormat):
@@ -103,14 +111,44 @@ class Spec:
     return self.row_bytes // BLOCK
 
   @property
+  def groups(self) -> int:
+    """Scales of a row."""
+    return self.fmt.scale_shape((), self.cols)[-1]
+
+  @property
+  def scale_bytes(self) -> int:
+    """Bytes of a scale."""
+    return self.fmt.scale_dtype.itemsize
+
+  @property
   def subgroups(self) -> int:
-    """Groups that share a field."""
-    return max(1, BLOCK // (self.fmt.group or BLOCK))
+    """Columns of the product that a row of x takes."""
+    return _columns(self.fmt)
+
+  @property
+  def halves(self) -> int:
+    """Ranges of rows that a thread block takes: gate and up, or one."""
+    return 2 if self.gated else 1
 
   @property
   def shared(self) -> int:
-    """Floats of shared memory."""
+    """Floats of shared memory for the sums."""
     return self.warps * self.tiles * TILE * COLUMNS
+
+  @property
+  def staged(self) -> int:
+    """Bytes of shared memory for the scales."""
+    return self.scale_planes * self.halves * self.part
+
+  @property
+  def part(self) -> int:
+    """Bytes of the scales of one plane and one range of rows."""
+    return self.block_rows * self.groups * self.scale_bytes
+
+
+def _columns(fmt: _formats.Format) -> int:
+  group = fmt.group
+  return 1 if group is None else 2 if group >= BLOCK else 4
 
 
 def most_rows(fmt: _formats.Format) -> int:
@@ -120,7 +158,7 @@ def most_rows(fmt: _formats.Format) -> int:
     return 0
   if group % BLOCK and group not in (8, 16):
     return 0
-  return COLUMNS // max(1, BLOCK // group)
+  return COLUMNS // _columns(fmt)
 
 
 def run(ops: Any, spec: Spec, x: Any, codes: Any, scale: Any, out: Any) -> None:
@@ -135,23 +173,54 @@ def run(ops: Any, spec: Spec, x: Any, codes: Any, scale: Any, out: Any) -> None:
     out: Memory of bfloat16 `[xs, out_rows]`.
   """
   thread = ops.thread()
-  place = _Place(
-    warp=thread >> 5, group=(thread & 31) >> 2, lane=thread & 3, ops=ops
-  )
+  place = _Place(warp=thread >> 5, group=(thread & 31) >> 2, lane=thread & 3)
   first = ops.block() * spec.block_rows
-  tiles = _tiles(spec, first, place.group)
-  reader = _Reader(ops, spec, place, x, codes, scale, tiles)
-  steps = -(-spec.blocks // (spec.warps * spec.unroll))
+  reader = _Reader(ops, spec, place, first, x, codes)
+  steps = -(-spec.blocks // (2 * spec.warps * spec.unroll))
 
   def step(j, carry):
     sums, now = carry
     following = reader.read(j + 1)
-    return reader.add(sums, now), following
+    return reader.add(sums, now, j), following
 
+  begun = reader.read(ops.int(0))
+  _stage(ops, spec, thread, first, scale)
   sums = [[ops.zero()] * 4 for _ in range(spec.tiles)]
-  sums, last = ops.loop(steps - 1, step, (sums, reader.read(ops.int(0))))
-  sums = reader.add(sums, last)
+  sums, last = ops.loop(steps - 1, step, (sums, begun))
+  sums = reader.add(sums, last, ops.int(steps - 1))
   _finish(ops, spec, thread, place, first, sums, out)
+
+
+def _stage(ops: Any, spec: Spec, thread: Any, first: Any, scale: Any) -> None:
+  """Copies the scales of the block's rows to shared memory."""
+  # Of the last block, what comes after the last row is read as other rows.
+  start = first.min(spec.out_rows - spec.block_rows) if _ragged(spec) else first
+  total = spec.out_rows * spec.groups * spec.scale_bytes
+  width = next(w for w in (16, 4, 1) if not (total % w or spec.part % w))
+  threads = 32 * spec.warps
+  for plane in range(spec.scale_planes):
+    for half in range(spec.halves):
+      base = (plane * spec.rows + half * spec.out_rows) * spec.groups
+      source = start * (spec.groups * spec.scale_bytes)
+      target = (plane * spec.halves + half) * spec.part
+      for at in range(0, spec.part, width * threads):
+        offset = (thread * width) + at
+        inside = offset < spec.part
+        offset = offset.min(spec.part - width)
+        ops.stage(
+          scale,
+          source + offset,
+          base * spec.scale_bytes,
+          offset + target,
+          width,
+          inside,
+        )
+  ops.barrier()
+
+
+def _ragged(spec: Spec) -> bool:
+  """Whether the last block has rows beyond the last one."""
+  return spec.out_rows % spec.block_rows != 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,192 +229,211 @@ class _Place:
 
   warp: Any
   group: Any  # Row of a tile, and column of the product.
-  lane: Any  # Which eighth of a block's bytes, of four.
-  ops: Any
-
-
-def _tiles(spec: Spec, first: Any, row: Any) -> list[list[Any]]:
-  """The two rows of each tile that a thread holds."""
-  out = []
-  for tile in range(spec.tiles):
-    if spec.gated:
-      base, half = (tile // 2) * TILE, (tile % 2) * spec.out_rows
-    else:
-      base, half = tile * TILE, 0
-    rows = [first + row + (base + more) for more in (0, 8)]
-    # Rows beyond the last one are read as another and not written.
-    out.append([r.min(spec.out_rows - 1) + half for r in rows])
-  return out
+  lane: Any  # Which quarter of 64 bytes.
 
 
 class _Reader:
-  """Reads blocks, and adds their products to sums."""
+  """Reads pairs of blocks, and adds their products to sums."""
 
   def __init__(
     self,
     ops: Any,
     spec: Spec,
     place: _Place,
+    first: Any,
     x: Any,
     codes: Any,
-    scale: Any,
-    tiles: Sequence[Sequence[Any]],
   ):
     self._ops, self._spec, self._place = ops, spec, place
-    self._x, self._codes, self._scale = x, codes, scale
-    self._tiles = tiles
+    self._x, self._codes = x, codes
+    self._first = first
+    if _ragged(spec):
+      self._first = first.min(spec.out_rows - spec.block_rows)
     sub = spec.subgroups
-    column = place.group
+    column, lane = place.group, place.lane
     self._x_row = (column // sub).min(spec.xs - 1) * spec.cols
-    # Of a small group, only some of the four threads hold codes.
-    self._sees = (
-      ((place.lane * sub) // 4).equals(column & (sub - 1)) if sub > 1 else None
-    )
+    # Of another group, a thread's x counts for nothing.
+    if sub == 1:
+      self._sees = None
+    else:
+      self._sees = (lane // (4 // sub)).equals(column & (sub - 1))
 
   def read(self, j: Any) -> list[Any]:
     """Asks for what step j needs."""
     spec = self._spec
     out = []
     for u in range(spec.unroll):
-      block = (j * spec.unroll + u) * spec.warps + self._place.warp
-      inside = block < spec.blocks
-      block = block.min(spec.blocks - 1)
+      block, inside = self._block(j, u, self._place.lane >> 1)
+      row = self._first + self._place.group
+      at = row * spec.row_bytes + block * BLOCK + (self._place.lane & 1) * 16
       codes = [
         [
-          [self._read_codes(plane, row, block) for row in rows]
-          for rows in self._tiles
+          [
+            self._ops.load(
+              self._codes,
+              at,
+              words=_WORDS,
+              plus=(plane * spec.rows + more) * spec.row_bytes,
+            )
+            for more in rows
+          ]
+          for rows in self._rows
         ]
         for plane in range(spec.planes)
       ]
-      scales = [
-        [
-          [
-            [self._read_scales(plane, row, block, run[0]) for row in rows]
-            for rows in self._tiles
-          ]
-          for plane in range(self._scale_planes)
-        ]
-        for run in self._runs
-      ]
       xs = [self._read_x(block, f, inside) for f in range(spec.fields)]
-      out.append((codes, scales, xs))
+      out.append((codes, xs))
     return out
 
-  def add(self, sums: list[list[Any]], read: list[Any]) -> list[list[Any]]:
-    """Returns the sums with what was read."""
+  def add(
+    self, sums: list[list[Any]], read: list[Any], j: Any
+  ) -> list[list[Any]]:
+    """Returns the sums with what was read in step j."""
     ops, spec = self._ops, self._spec
     sums = [list(s) for s in sums]
-    for codes, scales, xs in read:
+    for u, (codes, xs) in enumerate(read):
       b = [_pairs(ops, x) for x in xs]
       weights = [
-        [[[_unpack(spec, w) for w in words] for words in rows] for rows in tiles]
+        [
+          [[_unpack(spec, w) for w in words] for words in rows]
+          for rows in tiles
+        ]
         for tiles in codes
       ]
-      for run, scale in zip(self._runs, scales):
+      for run in self._runs:
         start = self._start(b, run)
         for plane in range(spec.planes):
           for tile in range(spec.tiles):
             upper, lower = weights[plane][tile]
-            d = start
-            for f in run:
-              for i in range(2):
-                for (a0, a2), (a1, a3) in zip(upper[i][f], lower[i][f]):
-                  d = ops.mma((a0, a1, a2, a3), b[f][i], d)
-            at = 0 if self._tied else plane
+            # Two chains, neither of which waits for the other.
+            chains = list(start)
+            for n, (f, i) in enumerate(run):
+              for (a0, a2), (a1, a3) in zip(upper[i][f], lower[i][f]):
+                chains[n % 2] = ops.mma((a0, a1, a2, a3), b[f][i], chains[n % 2])
+            tied = getattr(spec.fmt, 'tied', False)
             # Of tied planes the last one's scale is stored.
-            factor = 3.0 ** (spec.planes - 1 - plane) if self._tied else 1.0
-            s = [
-              [ops.scale(v, self._kind, factor) for v in row]
-              for row in scale[at][tile]
-            ]
+            factor = 3.0 ** (spec.planes - 1 - plane) if tied else 1.0
+            s = self._scales(0 if tied else plane, tile, run, j, u)
             for k in range(4):
-              of_row = s[k // 2]
-              by = of_row[k % len(of_row)]
-              sums[tile][k] = ops.fma(d[k], by, sums[tile][k])
+              d = ops.add(chains[0][k], chains[1][k])
+              by = ops.scale(s[k], self._kind, factor)
+              sums[tile][k] = ops.fma(d, by, sums[tile][k])
     return sums
 
   @functools.cached_property
-  def _tied(self) -> bool:
-    return getattr(self._spec.fmt, 'tied', False)
-
-  @functools.cached_property
-  def _scale_planes(self) -> int:
-    return getattr(self._spec.fmt, 'scale_planes', 1)
+  def _rows(self) -> list[list[int]]:
+    """The two rows of each tile that a thread holds, from its first."""
+    spec = self._spec
+    out = []
+    for tile in range(spec.tiles):
+      base = (tile // spec.halves) * TILE + (tile % spec.halves) * spec.out_rows
+      out.append([base, base + 8])
+    return out
 
   @functools.cached_property
   def _kind(self) -> str:
     return getattr(self._spec.fmt, 'scale', 'bf16')
 
   @functools.cached_property
-  def _runs(self) -> list[list[int]]:
-    """Fields of a block whose products share a scale."""
+  def _runs(self) -> list[list[tuple[int, int]]]:
+    """Fields and words of a thread whose products share a scale."""
     group, fields = self._spec.fmt.group, self._spec.fields
+    words = range(_WORDS)
+    every = [[(f, i) for i in words] for f in range(fields)]
     if group is None or group % (BLOCK * fields) == 0:
-      return [list(range(fields))]
+      return [sum(every, [])]
     size = group // BLOCK
     if size > 1 and fields % size == 0:
-      return [list(range(f, f + size)) for f in range(0, fields, size)]
-    return [[f] for f in range(fields)]
+      return [sum(every[f : f + size], []) for f in range(0, fields, size)]
+    if group == 8:
+      return [run[half : half + 2] for run in every for half in (0, 2)]
+    return every
 
-  def _read_codes(self, plane: int, row: Any, block: Any) -> Any:
+  def _block(self, j: Any, u: int, which: Any) -> tuple[Any, Any]:
+    """One of a pair of blocks, and whether there is one."""
     spec = self._spec
-    at = (row + plane * spec.rows) * spec.row_bytes
-    return self._ops.load(
-      self._codes, at + block * BLOCK + self._place.lane * 8, words=2
-    )
+    pair = (j * spec.unroll + u) * spec.warps + self._place.warp
+    block = pair * 2 + which
+    if spec.blocks % (2 * spec.warps * spec.unroll) == 0:
+      return block, None
+    return block.min(spec.blocks - 1), block < spec.blocks
 
-  def _read_scales(self, plane: int, row: Any, block: Any, field: int) -> Any:
-    """The scales of one row for the columns of the product that it holds."""
-    spec, ops = self._spec, self._ops
-    groups = spec.fmt.scale_shape((), spec.cols)[-1]
-    size = 1 if self._kind == 'ue5m3' else 2
-    at = (row + plane * spec.rows) * groups
-    if spec.fmt.group is None:
-      return [ops.load_narrow(self._scale, at * size, size)]
+  def _scales(
+    self, plane: int, tile: int, run: list[tuple[int, int]], j: Any, u: int
+  ) -> list[Any]:
+    """Stored scales of the four results that a thread has of a tile."""
+    spec = self._spec
+    columns = [self._scale_index(run[0], k, j, u) for k in (0, 1)]
+    out = []
+    for more in (0, 8):
+      row = (tile // spec.halves) * TILE + more
+      base = plane * spec.halves + tile % spec.halves
+      for column in columns:
+        at = self._place.group * spec.groups + column
+        plus = base * spec.part + row * spec.groups * spec.scale_bytes
+        out.append(
+          self._ops.staged(at * spec.scale_bytes, plus, spec.scale_bytes)
+        )
+    return out
+
+  def _scale_index(self, first: tuple[int, int], k: int, j: Any, u: int) -> Any:
+    """Which scale of its row belongs to column `2 lane + k`."""
+    spec, lane = self._spec, self._place.lane
+    group, (field, word) = spec.fmt.group, first
+    if group is None:
+      return self._ops.int(0)
     sub = spec.subgroups
-    index = block * spec.fields + field
-    if sub == 1:
-      q = (index // (spec.fmt.group // BLOCK)).min(groups - 1)
-      return [ops.load_narrow(self._scale, (at + q) * size, size)]
-    first = index * sub + ((self._place.lane * 2) & (sub - 1))
-    return [
-      ops.load_narrow(self._scale, (at + (first + k).min(groups - 1)) * size, size)
-      for k in (0, 1)
-    ]
+    # The thread of the four whose codes count in that column.
+    if sub == 2:
+      which, half = self._ops.int(k), 0
+    else:
+      which, half = lane & 1, k
+    block, _ = self._block(j, u, which)
+    field_at = block * spec.fields + field
+    if group >= BLOCK:
+      index = field_at // (group // BLOCK)
+    elif group == 16:
+      index = field_at * 2 + half
+    else:
+      index = field_at * 4 + (half * 2 + word // 2)
+    if spec.cols % (BLOCK * spec.fields):
+      index = index.min(spec.groups - 1)
+    return index
 
   def _read_x(self, block: Any, field: int, inside: Any) -> Any:
+    """16 neighbours: those that a thread's codes of a field multiply."""
     spec = self._spec
-    col = (block * spec.fields + field) * BLOCK + self._place.lane * 8
-    if spec.blocks % (spec.warps * spec.unroll) == 0:
-      inside = None
-    if spec.cols % (BLOCK * spec.fields):
-      within = col < spec.cols
-      inside = within if inside is None else inside & within
-      col = col.min(spec.cols - 8)
+    col = (block * spec.fields + field) * BLOCK + (self._place.lane & 1) * 16
     if self._sees is not None:
       inside = self._sees if inside is None else inside & self._sees
-    return self._ops.load(
-      self._x, (self._x_row + col) * 2, words=4, valid=inside, keep=True
-    )
+    out = []
+    for eight in (0, 8):
+      at, valid = col + eight, inside
+      if spec.cols % (BLOCK * spec.fields):
+        within = at < spec.cols
+        valid = within if inside is None else inside & within
+        at = at.min(spec.cols - 8)
+      out += self._ops.load(
+        self._x, (self._x_row + at) * 2, words=4, valid=valid, keep=True
+      )
+    return out
 
-  def _start(self, b: list[Any], run: list[int]) -> list[Any]:
-    """Minus what the weights of a run are too much, times x."""
+  def _start(self, b: list[Any], run: list[tuple[int, int]]) -> list[Any]:
+    """Minus what the weights of a run are too much, times x: two chains."""
     ops, spec = self._ops, self._spec
-    d = [ops.zero()] * 4
-    if spec.fields == 1:
-      return d
-    for f in run:
-      even, odd = (ops.int(v) for v in _surplus(spec, f))
-      for i in range(2):
-        d = ops.mma((even, even, odd, odd), b[f][i], d)
-    return d
+    chains = [[ops.zero()] * 4 for _ in range(2)]
+    if spec.fields > 1:
+      for n, (f, i) in enumerate(run):
+        even, odd = (ops.int(v) for v in _surplus(spec, f))
+        chains[n % 2] = ops.mma((even, even, odd, odd), b[f][i], chains[n % 2])
+    return chains
 
 
 def _pairs(ops: Any, x: Any) -> list[list[Any]]:
-  """Eight neighbours of x as the pairs of words 0 and 1: even, then odd."""
+  """Neighbours of x as the pairs of four bytes: even, then odd."""
   return [
     [ops.permute(x[i], x[i + 1], 0x5410), ops.permute(x[i], x[i + 1], 0x7632)]
-    for i in (0, 2)
+    for i in range(0, len(x), 2)
   ]
 
 
@@ -431,6 +519,7 @@ def _finish(
       at = (place.warp * spec.tiles + tile) * TILE + row
       ops.share(at * COLUMNS + place.lane * 2 + k % 2, sums[tile][k])
   ops.barrier()
+  start = first.min(spec.out_rows - spec.block_rows) if _ragged(spec) else first
   threads = 32 * spec.warps
   results = spec.block_rows * spec.xs
   sub = spec.subgroups
@@ -444,8 +533,8 @@ def _finish(
         value = part if value is None else ops.add(value, part)
     return value
 
-  for start in range(0, results, threads):
-    index = thread + start
+  for after in range(0, results, threads):
+    index = thread + after
     m, local = index // spec.block_rows, index % spec.block_rows
     safe = m.min(spec.xs - 1)
     if spec.gated:
@@ -453,6 +542,6 @@ def _finish(
       value = ops.gelu_mul(total(pair, safe), total(pair + TILE, safe))
     else:
       value = total(local, safe)
-    row = first + local
-    inside = (index < results) & (row < spec.out_rows)
+    row = start + local
+    inside = index < results
     ops.store(out, (safe * spec.out_rows + row) * 2, value, inside)

@@ -47,7 +47,9 @@ class Int:
     return Int(op(self.value, _value(other)))
 
   def __add__(self, other: Int | int) -> Int:
-    return self if isinstance(other, int) and not other else self._with(arith.addi, other)
+    if isinstance(other, int) and not other:
+      return self
+    return self._with(arith.addi, other)
 
   def __mul__(self, other: Int | int) -> Int:
     return self._with(arith.muli, other)
@@ -122,10 +124,15 @@ def _asm(
 
 
 class Ptx:
-  """Instructions; `shared` is memory of float32."""
+  """Instructions.
 
-  def __init__(self, shared: ir.Value):
-    self._shared = utils.memref_ptr(shared)
+  Args:
+    shared: Shared memory for sums, float32.
+    staged: Shared memory for scales, of any type.
+  """
+
+  def __init__(self, shared: ir.Value, staged: ir.Value):
+    self._shared, self._staged = shared, staged
 
   def thread(self) -> Int:
     """Number of the thread in its block."""
@@ -175,6 +182,7 @@ class Ptx:
     at: Int,
     *,
     words: int,
+    plus: int = 0,
     valid: Flag | None = None,
     keep: bool = False,
   ) -> list[Int]:
@@ -184,12 +192,13 @@ class Ptx:
       memory: Global memory.
       at: Where, a multiple of the bytes read.
       words: 2 or 4.
+      plus: Bytes to add to that.
       valid: Whether to read.
       keep: Whether others are to find it in L1.
     """
     hint = '' if keep else '.L1::no_allocate'
     names = ', '.join(f'${i}' for i in range(words))
-    read = f'ld.global.nc{hint}.v{words}.b32 {{{names}}}, [${words}];'
+    read = f'ld.global.nc{hint}.v{words}.b32 {{{names}}}, [${words}+{plus}];'
     constraints = ['=r'] * words + ['l']
     args = [self._at(memory, at)]
     if valid is not None:
@@ -202,21 +211,46 @@ class Ptx:
     out = _asm([_i32()] * words, args, read, ','.join(constraints), True)
     return [Int(v) for v in out]
 
-  def load_narrow(self, memory: ir.Value, at: Int, size: int) -> Int:
-    """Reads 1 or 2 bytes."""
-    if size == 2:
-      (v,) = _asm(
-        [ir.IntegerType.get_signless(16)],
-        [self._at(memory, at)],
-        'ld.global.nc.u16 $0, [$1];',
-        '=h,l',
-        True,
-      )
-      return Int(arith.extui(_i32(), v))
-    (v,) = _asm(
-      [_i32()], [self._at(memory, at)], 'ld.global.nc.u8 $0, [$1];', '=r,l', True
+  def stage(
+    self,
+    memory: ir.Value,
+    at: Int,
+    plus: int,
+    to: Int,
+    width: int,
+    inside: Flag,
+  ) -> None:
+    """Copies `width` bytes to shared memory for scales, if `inside`."""
+    kind = {16: 'v4.b32', 4: 'b32', 1: 'b8'}[width]
+    value = '{{a, b, c, d}}' if width == 16 else 'a'
+    text = (
+      '{{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0;'
+      f' @p ld.global.nc.{kind} {value}, [$0+{plus}];'
+      f' @p st.shared.{kind} [$1], {value}; }}}}'
     )
-    return Int(v)
+    _asm(
+      [],
+      [
+        self._at(memory, at),
+        self._at(self._staged, to),
+        arith.extui(_i32(), inside.value),
+      ],
+      text.replace('{{', '{').replace('}}', '}'),
+      'l,l,r',
+    )
+
+  def staged(self, at: Int, plus: int, size: int) -> Int:
+    """Reads 1 or 2 bytes of the scales in shared memory."""
+    kind, constraint = ('u16', '=h') if size == 2 else ('u8', '=r')
+    bits = 16 if size == 2 else 32
+    (v,) = _asm(
+      [ir.IntegerType.get_signless(bits)],
+      [self._at(self._staged, at)],
+      f'ld.shared.{kind} $0, [$1+{plus}];',
+      f'{constraint},l',
+      True,
+    )
+    return Int(arith.extui(_i32(), v) if size == 2 else v)
 
   def permute(self, a: Int, b: Int, selector: int) -> Int:
     """Bytes of two words, `prmt`."""
@@ -281,12 +315,12 @@ class Ptx:
 
   def share(self, at: Int, value: ir.Value) -> None:
     """Writes shared memory."""
-    _asm([], [self._slot(at), value], 'st.shared.f32 [$0], $1;', 'l,f')
+    _asm([], [self._at(self._shared, at * 4), value], 'st.shared.f32 [$0], $1;', 'l,f')
 
   def shared(self, at: Int) -> ir.Value:
     """Reads shared memory."""
     (v,) = _asm(
-      [_f32()], [self._slot(at)], 'ld.shared.f32 $0, [$1];', '=f,l', True
+      [_f32()], [self._at(self._shared, at * 4)], 'ld.shared.f32 $0, [$1];', '=f,l', True
     )
     return v
 
@@ -315,8 +349,3 @@ class Ptx:
     offset = arith.extui(ir.IntegerType.get_signless(64), at.value)
     address = llvm.ptrtoint(ir.IntegerType.get_signless(64), base)
     return arith.addi(address, offset)
-
-  def _slot(self, at: Int) -> ir.Value:
-    base = llvm.ptrtoint(ir.IntegerType.get_signless(64), self._shared)
-    offset = arith.extui(ir.IntegerType.get_signless(64), (at * 4).value)
-    return arith.addi(base, offset)
