@@ -70,10 +70,12 @@ def _halves(word):  # uint32[...] -> float32[..., 2]
 class Threads:
   """Threads of all blocks; memory is bytes, and reads beyond it are errors."""
 
-  def __init__(self, blocks, warps, shared, staged):
+  def __init__(self, blocks, warps, shared, staged, ring):
     self._shape = (blocks, 32 * warps)
     self._shared = np.full((blocks, shared), np.nan, np.float32)
     self._staged = np.full((blocks, staged), 0xFF, np.uint8)
+    self._ring = np.full((blocks, ring), 0xFF, np.uint8)
+    self._asked: list[list[tuple]] = [[]]
 
   def thread(self):
     return Int(np.broadcast_to(np.arange(self._shape[1]), self._shape))
@@ -118,6 +120,33 @@ class Threads:
     take = lambda k: np.take_along_axis(self._staged, at + k, axis=1)
     word = sum(take(k).astype(np.uint32) << np.uint32(8 * k) for k in range(size))
     return Int(word)
+
+  def fetch(self, memory, at, plus, to, to_plus, inside):
+    at, to = at + plus, to + to_plus
+    assert not np.any((at.value | to.value) % 16), 'unaligned'
+    self._asked[-1].append((memory, at.value, to.value, inside.value))
+
+  def commit(self):
+    self._asked.append([])
+
+  def wait(self, count):
+    # Nothing arrives before somebody waits for it.
+    while len(self._asked) > count + 1:
+      block = np.broadcast_to(np.arange(self._shape[0])[:, None], self._shape)
+      for memory, at, to, live in self._asked.pop(0):
+        for k in range(16):
+          values = memory[at[live].astype(np.int64) + k]
+          self._ring[block[live], to[live] + k] = values
+
+  def fetched(self, at, plus):
+    at = (at + plus).value.astype(np.int64)
+    assert not np.any(at % 16), 'unaligned'
+    words = self._ring.view(np.uint32)
+    take = lambda k: np.take_along_axis(words, at // 4 + k, axis=1)
+    return [Int(take(k)) for k in range(4)]
+
+  def mask(self, word, mask, bits):
+    return (word & mask) | bits
 
   def permute(self, a, b, selector):
     both = a.value.astype(np.uint64) | b.value.astype(np.uint64) << np.uint64(32)

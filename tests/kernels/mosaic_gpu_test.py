@@ -46,7 +46,7 @@ def weight(fmt, rows, cols, seed=0):
 
 def emulate(x, codes, scale, spec):
   threads = gpu_threads.Threads(
-    spec.grid, spec.warps, spec.shared, spec.staged
+    spec.grid, spec.warps, spec.shared, spec.staged, spec.ring
   )
   out = np.full((spec.xs, spec.out_rows), np.nan, ml_dtypes.bfloat16)
   flat = [

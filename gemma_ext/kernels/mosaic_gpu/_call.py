@@ -59,6 +59,7 @@ def few_rows(
   tiles: int | None = None,
   warps: int | None = None,
   unroll: int | None = None,
+  slices: int | None = None,
 ) -> jax.Array:
   """Multiplies a few rows of x with a packed weight.
 
@@ -71,7 +72,8 @@ def few_rows(
       `gelu(gate) * up`, `[N, H]`.
     tiles: Tiles of 16 rows of the weight a thread block; `None` chooses.
     warps: Warps of a thread block, a multiple of 4; `None` chooses.
-    unroll: Pairs of blocks that a warp has under way; `None` chooses.
+    unroll: Pairs of blocks of a slice that a warp takes; `None` chooses.
+    slices: Slices in shared memory; `None` chooses.
 
   Returns:
     bfloat16 `[N, O]`, accumulated in float32.
@@ -90,6 +92,7 @@ def few_rows(
       tiles=tiles or (2 if gated else 1),
       warps=warps or 4,
       unroll=unroll or 1,
+      slices=slices or 4,
     )
     out.append(_compiled(spec)(part, codes, scale))
   return out[0] if len(out) == 1 else jnp.concatenate(out)
@@ -108,9 +111,9 @@ def _compiled(spec: _few_rows.Spec):
 
   def body(*refs):
     @plgpu.inline_mgpu(arg_types=(ref,) * len(refs))
-    def emit(ctx, x, codes, scale, out, shared, staged):
+    def emit(ctx, x, codes, scale, out, *shared):
       del ctx
-      _few_rows.run(_ptx.Ptx(shared, staged), spec, x, codes, scale, out)
+      _few_rows.run(_ptx.Ptx(*shared), spec, x, codes, scale, out)
 
     emit(*refs)
 
@@ -120,6 +123,7 @@ def _compiled(spec: _few_rows.Spec):
     scratch_types=[
       plgpu.SMEM((spec.shared,), jnp.float32),
       plgpu.SMEM((-(-spec.staged // 16) * 4,), jnp.int32),
+      plgpu.SMEM((spec.ring // 4,), jnp.int32),
     ],
     grid=(spec.grid,),
     grid_names=('block',),

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed matmul for a few rows of x, as one thread of the GPU runs it.
 
-Memory is what such a product waits for: every packed byte is read once, spread
-over all warps of a block, which take turns on 64 bytes of 16 R rows and meet in
-shared memory at the end.
+Memory is what such a product waits for: every packed byte is read once. A block
+of threads takes 16 R rows, and asks for them ahead, a slice of their columns at
+a time, into a ring in shared memory (`cp.async`); its warps take turns on 64
+bytes of all rows of a slice, and add up what they have at the end.
 
 **Tensor cores** multiply. In `mma.m16n8k16` the weights are the 16 rows, and
 the 8 columns the rows of x. Which thread holds which code is free as long as
@@ -56,7 +57,8 @@ class Spec:
       result is `gelu(gate) * up`.
     tiles: Tiles of 16 rows that a thread block takes.
     warps: Warps of a thread block.
-    unroll: Pairs of blocks that a warp has under way.
+    unroll: Pairs of blocks of a slice that a warp takes.
+    slices: Slices in shared memory, all but one of them on their way.
   """
 
   rows: int
@@ -67,6 +69,7 @@ class Spec:
   tiles: int = 1
   warps: int = 8
   unroll: int = 1
+  slices: int = 4
 
   @property
   def out_rows(self) -> int:
@@ -141,6 +144,34 @@ class Spec:
     return self.scale_planes * self.halves * self.part
 
   @property
+  def width(self) -> int:
+    """Bytes of a row in a slice."""
+    return 2 * BLOCK * self.warps * self.unroll
+
+  @property
+  def stride(self) -> int:
+    """Bytes from row to row of a slice.
+
+    Eight threads read 64 bytes of two rows at once: from all banks.
+    """
+    return self.width + 64
+
+  @property
+  def ring(self) -> int:
+    """Bytes of shared memory for codes."""
+    return self.slices * self.slice
+
+  @property
+  def slice(self) -> int:
+    """Bytes of a slice."""
+    return self.planes * TILE * self.tiles * self.stride
+
+  @property
+  def steps(self) -> int:
+    """Slices of the weight."""
+    return -(-self.row_bytes // self.width)
+
+  @property
   def part(self) -> int:
     """Bytes of the scales of one plane and one range of rows."""
     return self.block_rows * self.groups * self.scale_bytes
@@ -175,33 +206,77 @@ def run(ops: Any, spec: Spec, x: Any, codes: Any, scale: Any, out: Any) -> None:
   thread = ops.thread()
   place = _Place(warp=thread >> 5, group=(thread & 31) >> 2, lane=thread & 3)
   first = ops.block() * spec.block_rows
-  reader = _Reader(ops, spec, place, first, x, codes)
-  steps = -(-spec.blocks // (2 * spec.warps * spec.unroll))
+  # The last block starts early, to end with the last row.
+  if spec.out_rows % spec.block_rows:
+    first = first.min(spec.out_rows - spec.block_rows)
+  ring = _Ring(ops, spec, thread, first, codes)
+  reader = _Reader(ops, spec, place, x)
+  for j in range(spec.slices - 1):
+    ring.ask(ops.int(j))
+  begun = reader.read(ops.int(0))
+  _stage(ops, spec, thread, first, scale)
 
   def step(j, carry):
     sums, now = carry
     following = reader.read(j + 1)
+    ring.wait()
+    ring.ask(j + (spec.slices - 1))
     return reader.add(sums, now, j), following
 
-  begun = reader.read(ops.int(0))
-  _stage(ops, spec, thread, first, scale)
   sums = [[ops.zero()] * 4 for _ in range(spec.tiles)]
-  sums, last = ops.loop(steps - 1, step, (sums, begun))
-  sums = reader.add(sums, last, ops.int(steps - 1))
+  sums, _ = ops.loop(spec.steps, step, (sums, begun))
   _finish(ops, spec, thread, place, first, sums, out)
+
+
+class _Ring:
+  """Codes on their way to shared memory."""
+
+  def __init__(self, ops: Any, spec: Spec, thread: Any, first: Any, codes: Any):
+    self._ops, self._spec, self._codes = ops, spec, codes
+    each = spec.width // 16  # Threads that copy a row.
+    row, self._at = thread // each, (thread & (each - 1)) * 16
+    self._from = (first + row) * spec.row_bytes + self._at
+    self._to = row * spec.stride + self._at
+    self._rows = 32 * spec.warps // each  # Rows that all threads copy at once.
+
+  def ask(self, j: Any) -> None:
+    """Asks for slice j, if there is one."""
+    spec, ops = self._spec, self._ops
+    skip = j * spec.width
+    inside = skip + self._at < spec.row_bytes
+    source = self._from + skip.min((spec.steps - 1) * spec.width)
+    target = (j % spec.slices) * spec.slice + self._to
+    count = TILE * spec.tiles // spec.halves
+    for plane in range(spec.planes):
+      for half in range(spec.halves):
+        base = plane * spec.rows + half * spec.out_rows
+        to = (plane * spec.halves + half) * count
+        for row in range(0, count, self._rows):
+          ops.fetch(
+            self._codes,
+            source,
+            (base + row) * spec.row_bytes,
+            target,
+            (to + row) * spec.stride,
+            inside,
+          )
+    ops.commit()
+
+  def wait(self) -> None:
+    """Waits for the oldest slice, in all threads."""
+    self._ops.wait(self._spec.slices - 2)
+    self._ops.barrier()
 
 
 def _stage(ops: Any, spec: Spec, thread: Any, first: Any, scale: Any) -> None:
   """Copies the scales of the block's rows to shared memory."""
-  # Of the last block, what comes after the last row is read as other rows.
-  start = first.min(spec.out_rows - spec.block_rows) if _ragged(spec) else first
   total = spec.out_rows * spec.groups * spec.scale_bytes
   width = next(w for w in (16, 4, 1) if not (total % w or spec.part % w))
   threads = 32 * spec.warps
   for plane in range(spec.scale_planes):
     for half in range(spec.halves):
       base = (plane * spec.rows + half * spec.out_rows) * spec.groups
-      source = start * (spec.groups * spec.scale_bytes)
+      source = first * (spec.groups * spec.scale_bytes)
       target = (plane * spec.halves + half) * spec.part
       for at in range(0, spec.part, width * threads):
         offset = (thread * width) + at
@@ -215,12 +290,6 @@ def _stage(ops: Any, spec: Spec, thread: Any, first: Any, scale: Any) -> None:
           width,
           inside,
         )
-  ops.barrier()
-
-
-def _ragged(spec: Spec) -> bool:
-  """Whether the last block has rows beyond the last one."""
-  return spec.out_rows % spec.block_rows != 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,86 +302,61 @@ class _Place:
 
 
 class _Reader:
-  """Reads pairs of blocks, and adds their products to sums."""
+  """Reads x, and adds products to sums."""
 
-  def __init__(
-    self,
-    ops: Any,
-    spec: Spec,
-    place: _Place,
-    first: Any,
-    x: Any,
-    codes: Any,
-  ):
-    self._ops, self._spec, self._place = ops, spec, place
-    self._x, self._codes = x, codes
-    self._first = first
-    if _ragged(spec):
-      self._first = first.min(spec.out_rows - spec.block_rows)
+  def __init__(self, ops: Any, spec: Spec, place: _Place, x: Any):
+    self._ops, self._spec, self._place, self._x = ops, spec, place, x
     sub = spec.subgroups
     column, lane = place.group, place.lane
     self._x_row = (column // sub).min(spec.xs - 1) * spec.cols
-    # Of another group, a thread's x counts for nothing.
-    if sub == 1:
-      self._sees = None
-    else:
-      self._sees = (lane // (4 // sub)).equals(column & (sub - 1))
+    # Of another group, or of no row of x, a thread's x counts for nothing.
+    self._sees = column < sub * spec.xs
+    if sub > 1:
+      self._sees &= (lane // (4 // sub)).equals(column & (sub - 1))
 
   def read(self, j: Any) -> list[Any]:
-    """Asks for what step j needs."""
+    """Asks for x of step j."""
     spec = self._spec
     out = []
     for u in range(spec.unroll):
       block, inside = self._block(j, u, self._place.lane >> 1)
-      row = self._first + self._place.group
-      at = row * spec.row_bytes + block * BLOCK + (self._place.lane & 1) * 16
-      codes = [
-        [
-          [
-            self._ops.load(
-              self._codes,
-              at,
-              words=_WORDS,
-              plus=(plane * spec.rows + more) * spec.row_bytes,
-            )
-            for more in rows
-          ]
-          for rows in self._rows
-        ]
-        for plane in range(spec.planes)
-      ]
-      xs = [self._read_x(block, f, inside) for f in range(spec.fields)]
-      out.append((codes, xs))
+      out.append([self._read_x(block, f, inside) for f in range(spec.fields)])
     return out
 
   def add(
     self, sums: list[list[Any]], read: list[Any], j: Any
   ) -> list[list[Any]]:
-    """Returns the sums with what was read in step j."""
+    """Returns the sums with slice j and what was read of x for it."""
     ops, spec = self._ops, self._spec
     sums = [list(s) for s in sums]
-    for u, (codes, xs) in enumerate(read):
+    tied = getattr(spec.fmt, 'tied', False)
+    slot = (j % spec.slices) * spec.slice
+    for u, xs in enumerate(read):
       b = [_pairs(ops, x) for x in xs]
-      weights = [
-        [
-          [[_unpack(spec, w) for w in words] for words in rows]
-          for rows in tiles
-        ]
-        for tiles in codes
-      ]
-      for run in self._runs:
-        start = self._start(b, run)
-        for plane in range(spec.planes):
-          for tile in range(spec.tiles):
-            upper, lower = weights[plane][tile]
+      starts = [self._start(b, run) for run in self._runs]
+      at = (self._place.warp * 2 * BLOCK) + self._place.lane * 16
+      at = slot + at + self._place.group * spec.stride
+      for plane in range(spec.planes):
+        # Of tied planes the last one's scale is stored.
+        factor = 3.0 ** (spec.planes - 1 - plane) if tied else 1.0
+        for tile in range(spec.tiles):
+          upper, lower = (
+            [
+              _unpack(ops, spec, word)
+              for word in ops.fetched(
+                at, self._row(plane, tile, more) + u * 2 * BLOCK * spec.warps
+              )
+            ]
+            for more in (0, 8)
+          )
+          for run, start in zip(self._runs, starts):
             # Two chains, neither of which waits for the other.
             chains = list(start)
             for n, (f, i) in enumerate(run):
               for (a0, a2), (a1, a3) in zip(upper[i][f], lower[i][f]):
-                chains[n % 2] = ops.mma((a0, a1, a2, a3), b[f][i], chains[n % 2])
-            tied = getattr(spec.fmt, 'tied', False)
-            # Of tied planes the last one's scale is stored.
-            factor = 3.0 ** (spec.planes - 1 - plane) if tied else 1.0
+                chains[n % 2] = ops.mma(
+                  (a0, a1, a2, a3), b[f][i], chains[n % 2]
+                )
             s = self._scales(0 if tied else plane, tile, run, j, u)
             for k in range(4):
               d = ops.add(chains[0][k], chains[1][k])
@@ -320,15 +364,12 @@ class _Reader:
               sums[tile][k] = ops.fma(d, by, sums[tile][k])
     return sums
 
-  @functools.cached_property
-  def _rows(self) -> list[list[int]]:
-    """The two rows of each tile that a thread holds, from its first."""
+  def _row(self, plane: int, tile: int, more: int) -> int:
+    """Where in a slice a row of a tile is."""
     spec = self._spec
-    out = []
-    for tile in range(spec.tiles):
-      base = (tile // spec.halves) * TILE + (tile % spec.halves) * spec.out_rows
-      out.append([base, base + 8])
-    return out
+    half = plane * spec.halves + tile % spec.halves
+    row = half * (spec.tiles // spec.halves) + tile // spec.halves
+    return (row * TILE + more) * spec.stride
 
   @functools.cached_property
   def _kind(self) -> str:
@@ -350,12 +391,10 @@ class _Reader:
     return every
 
   def _block(self, j: Any, u: int, which: Any) -> tuple[Any, Any]:
-    """One of a pair of blocks, and whether there is one."""
+    """One of a pair of blocks, or the last one, and whether there is one."""
     spec = self._spec
     pair = (j * spec.unroll + u) * spec.warps + self._place.warp
     block = pair * 2 + which
-    if spec.blocks % (2 * spec.warps * spec.unroll) == 0:
-      return block, None
     return block.min(spec.blocks - 1), block < spec.blocks
 
   def _scales(
@@ -404,14 +443,13 @@ class _Reader:
     """16 neighbours: those that a thread's codes of a field multiply."""
     spec = self._spec
     col = (block * spec.fields + field) * BLOCK + (self._place.lane & 1) * 16
-    if self._sees is not None:
-      inside = self._sees if inside is None else inside & self._sees
+    inside &= self._sees
     out = []
     for eight in (0, 8):
       at, valid = col + eight, inside
       if spec.cols % (BLOCK * spec.fields):
         within = at < spec.cols
-        valid = within if inside is None else inside & within
+        valid = inside & within
         at = at.min(spec.cols - 8)
       out += self._ops.load(
         self._x, (self._x_row + at) * 2, words=4, valid=valid, keep=True
@@ -437,7 +475,7 @@ def _pairs(ops: Any, x: Any) -> list[list[Any]]:
   ]
 
 
-def _unpack(spec: Spec, word: Any) -> list[list[tuple[Any, Any]]]:
+def _unpack(ops: Any, spec: Spec, word: Any) -> list[list[tuple[Any, Any]]]:
   """Splits four bytes into bfloat16s.
 
   Returns:
@@ -446,8 +484,8 @@ def _unpack(spec: Spec, word: Any) -> list[list[tuple[Any, Any]]]:
   if spec.fields == 1:
     return [
       [
-        tuple((w & 0x007F_007F) | 0x4300_4300 for w in (word, word >> 8)),
-        tuple((w & 0x0080_0080) | 0xC300_C300 for w in (word, word >> 8)),
+        tuple(ops.mask(w, 0x007F_007F, 0x4300_4300) for w in (word, word >> 8)),
+        tuple(ops.mask(w, 0x0080_0080, 0xC300_C300) for w in (word, word >> 8)),
       ]
     ]
   if spec.fields == 5:
@@ -455,7 +493,7 @@ def _unpack(spec: Spec, word: Any) -> list[list[tuple[Any, Any]]]:
     out = []
     for _ in range(5):
       halves = [v * 3 for v in halves]
-      out.append([tuple(((v >> 8) & 0x0003_0003) | _MAGIC[0] for v in halves)])
+      out.append([tuple(ops.mask(v >> 8, 0x0003_0003, _MAGIC[0]) for v in halves)])
       halves = [v & _HALVES for v in halves]
     return out
   bits = 8 // spec.fields
@@ -466,7 +504,7 @@ def _unpack(spec: Spec, word: Any) -> list[list[tuple[Any, Any]]]:
     shift, p = _shift(bits, at)
     if shift not in shifted:
       shifted[shift] = word >> shift
-    return (shifted[shift] & (mask << p)) | _MAGIC[p]
+    return ops.mask(shifted[shift], mask << p, _MAGIC[p])
 
   return [
     [(field(f * bits), field(8 + f * bits))] for f in range(spec.fields)
@@ -519,7 +557,6 @@ def _finish(
       at = (place.warp * spec.tiles + tile) * TILE + row
       ops.share(at * COLUMNS + place.lane * 2 + k % 2, sums[tile][k])
   ops.barrier()
-  start = first.min(spec.out_rows - spec.block_rows) if _ragged(spec) else first
   threads = 32 * spec.warps
   results = spec.block_rows * spec.xs
   sub = spec.subgroups
@@ -542,6 +579,6 @@ def _finish(
       value = ops.gelu_mul(total(pair, safe), total(pair + TILE, safe))
     else:
       value = total(local, safe)
-    row = start + local
+    row = first + local
     inside = index < results
     ops.store(out, (safe * spec.out_rows + row) * 2, value, inside)

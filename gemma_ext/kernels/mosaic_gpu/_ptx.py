@@ -129,10 +129,11 @@ class Ptx:
   Args:
     shared: Shared memory for sums, float32.
     staged: Shared memory for scales, of any type.
+    ring: Shared memory for codes, of any type.
   """
 
-  def __init__(self, shared: ir.Value, staged: ir.Value):
-    self._shared, self._staged = shared, staged
+  def __init__(self, shared: ir.Value, staged: ir.Value, ring: ir.Value):
+    self._shared, self._staged, self._ring = shared, staged, ring
 
   def thread(self) -> Int:
     """Number of the thread in its block."""
@@ -251,6 +252,60 @@ class Ptx:
       True,
     )
     return Int(arith.extui(_i32(), v) if size == 2 else v)
+
+  def fetch(
+    self,
+    memory: ir.Value,
+    at: Int,
+    plus: int,
+    to: Int,
+    to_plus: int,
+    inside: Flag,
+  ) -> None:
+    """Asks for 16 bytes of global memory in shared memory for codes."""
+    _asm(
+      [],
+      [
+        self._at(memory, at),
+        self._at(self._ring, to),
+        arith.extui(_i32(), inside.value),
+      ],
+      '{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.cg.shared.global'
+      f' [$1+{to_plus}], [$0+{plus}], 16; }}',
+      'l,l,r',
+    )
+
+  def commit(self) -> None:
+    """Ends a group of `fetch`es."""
+    _asm([], [], 'cp.async.commit_group;', '~{memory}')
+
+  def wait(self, count: int) -> None:
+    """Waits until at most `count` groups of this thread are on their way."""
+    _asm([], [], f'cp.async.wait_group {count};', '~{memory}')
+
+  def fetched(self, at: Int, plus: int) -> list[Int]:
+    """Reads four words of the codes in shared memory."""
+    out = _asm(
+      [_i32()] * 4,
+      [self._at(self._ring, at)],
+      f'ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{plus}];',
+      '=r,=r,=r,=r,l',
+      True,
+    )
+    return [Int(v) for v in out]
+
+  def mask(self, word: Int, mask: int, bits: int) -> Int:
+    """`(word & mask) | bits`, in one instruction.
+
+    Of two constants ptxas would make two.
+    """
+    (v,) = _asm(
+      [_i32()],
+      [word.value, _value(mask), _value(bits)],
+      'lop3.b32 $0, $1, $2, $3, 0xEA;',
+      '=r,r,r,r',
+    )
+    return Int(v)
 
   def permute(self, a: Int, b: Int, selector: int) -> Int:
     """Bytes of two words, `prmt`."""
