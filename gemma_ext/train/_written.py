@@ -35,7 +35,10 @@ _PAD, _EOS, _BOS = 0, 1, 2
 # Words of the text that a window goes on from: enough for the language, too few
 # for the topic.
 _PROMPT = 4
-_ROWS = 32  # Texts that are written at a time.
+# Texts that are written at a time; more on an accelerator, where a step takes
+# as long as its launches.
+_ROWS = 32
+_MANY_ROWS = 512
 # Tokens of a text. A step reads all of what was written before, so that twice
 # the length takes four times the time; and more texts hold more topics.
 _LENGTH = 256
@@ -85,14 +88,18 @@ def attempt(
   digest = hashlib.sha256(_calibration.params_fingerprint(params).encode())
   digest.update(f'{_VERSION} {model!r} {count} {seed} {windows.shape}'.encode())
   digest.update(np.ascontiguousarray(windows, np.int32))
+  at_once = _ROWS
+  if jax.default_backend() != 'cpu':
+    at_once = _MANY_ROWS
+    digest.update(str(at_once).encode())
   folder = pathlib.Path(directory).expanduser().absolute()
   folder = folder / f'written-{digest.hexdigest()[:24]}'
   group = _processes.Group()
   pieces = max(1, length // _LENGTH)
   prompts = _prompts(windows, count * pieces, seed)
-  batches = -(-len(prompts) // _ROWS)
+  batches = -(-len(prompts) // at_once)
   file = lambda i: folder / f'batch_{i}.npz'
-  shape = (_ROWS, 1 - (1 - length) // pieces)
+  shape = (at_once, 1 - (1 - length) // pieces)
   bar = tqdm.tqdm(
     range(batches), desc='write', unit='batch', disable=not progress
   )
@@ -108,8 +115,8 @@ def attempt(
     def write(i: int = i, shortlist: Any = shortlist) -> None:
       with _calibration.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-      rows = prompts[i * _ROWS : (i + 1) * _ROWS]
-      rows = np.resize(rows, (_ROWS, rows.shape[1]))
+      rows = prompts[i * at_once : (i + 1) * at_once]
+      rows = np.resize(rows, (at_once, rows.shape[1]))
       key = jax.random.fold_in(jax.random.key(seed), i)
       made = _write(
         params, rows, key, shortlist, model=model, new=shape[1] - rows.shape[1]

@@ -70,11 +70,15 @@ def _halves(word):  # uint32[...] -> float32[..., 2]
 class Threads:
   """Threads of all blocks; memory is bytes, and reads beyond it are errors."""
 
-  def __init__(self, blocks, warps, shared, staged, ring):
+  def __init__(self, spec):
+    blocks, warps, shared = spec.grid, spec.warps, spec.shared
+    staged, ring = spec.staged, spec.ring
     self._shape = (blocks, 32 * warps)
     self._shared = np.full((blocks, shared), np.nan, np.float32)
     self._staged = np.full((blocks, staged), 0xFF, np.uint8)
     self._ring = np.full((blocks, ring), 0xFF, np.uint8)
+    self._rounded = np.full((blocks, spec.rounded), 0x7F, np.uint8)
+    self._scales = np.full((blocks, spec.rounded_scales), np.nan, np.float32)
     self._asked: list[list[tuple]] = [[]]
 
   def thread(self):
@@ -180,6 +184,83 @@ class Threads:
     if kind == 'ue5m3':
       value = np.where(bits.value == 0, 0, value)
     return value * np.float32(factor)
+
+  def mma8(self, a, b, c, *, signed):
+    split = lambda v: v.reshape(self._shape[0], -1, 8, 4, 4)
+    kind = np.int8 if signed else np.uint8
+    bytes_ = lambda v, kind: np.ascontiguousarray(v.value)[..., None].view(kind)
+    a = [split(bytes_(v, kind).astype(np.int64)) for v in a]
+    b = [split(bytes_(v, np.int8).astype(np.int64)) for v in b]
+    columns = np.concatenate(b, axis=3).reshape(*b[0].shape[:3], 32)
+    out = []
+    for upper, lower in ((0, 2), (1, 3)):
+      row = np.concatenate([a[upper], a[lower]], axis=3)
+      row = row.reshape(*row.shape[:3], 32)
+      d = np.einsum('bwrk,bwck->bwrc', row, columns)
+      d = d.reshape(self._shape[0], -1, 8, 4, 2)
+      out += [d[..., k].reshape(self._shape) for k in range(2)]
+    return [Int((d & 0xFFFFFFFF).astype(np.uint32)) + v for d, v in zip(out, c)]
+
+  def max16(self, a, b):
+    halves = lambda v: np.ascontiguousarray(v.value)[..., None].view(np.uint16)
+    out = np.ascontiguousarray(np.maximum(halves(a), halves(b)))
+    return Int(out.view(np.uint32)[..., 0])
+
+  def shuffle(self, a, distance):
+    return Int(a.value[:, np.arange(self._shape[1]) ^ distance])
+
+  def bfloat16(self, high):
+    return high.value.view(np.float32)
+
+  def fmax(self, a, b):
+    return np.maximum(a, np.float32(b))
+
+  def multiply(self, a, b):
+    return a * np.float32(b)
+
+  def times(self, a, b):
+    return a * b
+
+  def reciprocal(self, a):
+    return np.float32(1) / a
+
+  def round(self, a, b):
+    value = (a.astype(np.float64) * b + 1.5 * 2.0**23).astype(np.float32)
+    return Int(value.view(np.uint32))
+
+  def to_float(self, a):
+    return a.value.view(np.int32).astype(np.float32)
+
+  def pack(self, values, byte):
+    out = []
+    for start in range(0, len(values), 4):
+      word = self.int(0)
+      for k, value in enumerate(values[start : start + 4]):
+        word = word | ((value >> (8 * byte)) & 0xFF) << (8 * k)
+      out.append(word)
+    return out
+
+  def put_bytes(self, at, words, count):
+    assert not np.any(at.value % count), 'unaligned'
+    index = at.value.astype(np.int64)
+    for k in range(count):
+      byte = (words[k // 4] >> (8 * (k % 4))).value.astype(np.uint8)
+      np.put_along_axis(self._rounded, index + k, byte, axis=1)
+
+  def get_bytes(self, at, plus, valid):
+    index = (at + plus).value.astype(np.int64)
+    assert not np.any(index % 16), 'unaligned'
+    words = self._rounded.view(np.uint32)
+    take = lambda k: np.take_along_axis(words, index // 4 + k, axis=1)
+    return [Int(np.where(valid.value, take(k), 0)) for k in range(4)]
+
+  def put_scale(self, at, value, inside):
+    block = np.broadcast_to(np.arange(self._shape[0])[:, None], self._shape)
+    live = inside.value
+    self._scales[block[live], at.value[live].astype(np.int64)] = value[live]
+
+  def get_scale(self, at):
+    return np.take_along_axis(self._scales, at.value.astype(np.int64), axis=1)
 
   def fma(self, a, b, c):
     return a * b + c

@@ -14,6 +14,9 @@ from gemma_ext import kernels
 from gemma_ext.kernels import _dequantize
 from gemma_ext.kernels import mosaic_gpu
 from gemma_ext.kernels.mosaic_gpu import _few_rows
+from gemma_ext.kernels.mosaic_gpu import _floats
+from gemma_ext.kernels.mosaic_gpu import _integers
+from gemma_ext.kernels.mosaic_gpu import _spec
 from tests.kernels import gpu_threads
 
 Int, Ternary = kernels.IntFormat, kernels.TernaryFormat
@@ -45,9 +48,7 @@ def weight(fmt, rows, cols, seed=0):
 
 
 def emulate(x, codes, scale, spec):
-  threads = gpu_threads.Threads(
-    spec.grid, spec.warps, spec.shared, spec.staged, spec.ring
-  )
+  threads = gpu_threads.Threads(spec)
   out = np.full((spec.xs, spec.out_rows), np.nan, ml_dtypes.bfloat16)
   flat = [
     np.frombuffer(np.asarray(v).tobytes(), np.uint8) for v in (x, codes, scale)
@@ -70,7 +71,7 @@ def reference(x, codes, scale, fmt, gated=False):
 def check(fmt, rows, cols, xs, seed=0, **kwargs):
   codes, scale = weight(fmt, rows, cols, seed)
   x = jax.random.normal(jax.random.key(seed + 1), (xs, cols), jnp.bfloat16)
-  spec = _few_rows.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
+  spec = _spec.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
   got = emulate(x, codes, scale, spec)
   want, size = reference(x, codes, scale, fmt, spec.gated)
   error = np.linalg.norm(got - want)
@@ -84,7 +85,7 @@ def test_every_thread_does_its_part(fmt):
 
 @pytest.mark.parametrize('fmt', FORMATS, ids=name)
 def test_all_rows_of_x_that_fit(fmt):
-  check(fmt, 32, 768, _few_rows.most_rows(fmt), tiles=2, warps=4, unroll=2)
+  check(fmt, 32, 768, _spec.most_rows(fmt), tiles=2, warps=4, unroll=2)
 
 
 @pytest.mark.parametrize('fmt', FORMATS, ids=name)
@@ -98,8 +99,23 @@ def test_gated(fmt):
   check(fmt, 2 * 40, 512, 2, gated=True, tiles=4, warps=4, unroll=1)
 
 
+WHOLE = [fmt for fmt in FORMATS if _integers.fits(fmt)]
+
+
+@pytest.mark.parametrize('fmt', WHOLE, ids=name)
+@pytest.mark.parametrize('xs', [1, 2])
+def test_in_integers(fmt, xs):
+  check(fmt, 48, 1280, xs, integers=True, tiles=2, warps=4)
+
+
+@pytest.mark.parametrize('fmt', WHOLE, ids=name)
+def test_in_integers_at_odd_edges(fmt):
+  check(fmt, 2 * 41, 256 * 3, 2, seed=5, integers=True, tiles=4, warps=8,
+        gated=True)
+
+
 def test_a_wrong_surplus_is_seen(monkeypatch):
-  monkeypatch.setattr(_few_rows, '_bfloat16', lambda value: 0xC300)
+  monkeypatch.setattr(_floats, '_bfloat16', lambda value: 0xC300)
   with pytest.raises(AssertionError):
     check(Ternary(), 16, 512, 1, warps=4)
 
@@ -138,7 +154,7 @@ def test_why_not(change, reason):
 
 
 def test_specs_say_what_they_take():
-  spec = _few_rows.Spec(rows=40, cols=256, xs=1, fmt=Ternary(), tiles=2)
+  spec = _spec.Spec(rows=40, cols=256, xs=1, fmt=Ternary(), tiles=2)
   assert (spec.grid, spec.blocks, spec.row_bytes) == (2, 2, 64)
   gated = dataclasses.replace(spec, gated=True)
   assert (gated.out_rows, gated.block_rows, gated.grid) == (20, 16, 2)

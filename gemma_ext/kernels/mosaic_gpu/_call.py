@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from gemma_ext.kernels import _formats
 from gemma_ext.kernels import _params
 from gemma_ext.kernels.mosaic_gpu import _few_rows
+from gemma_ext.kernels.mosaic_gpu import _integers
+from gemma_ext.kernels.mosaic_gpu import _spec
 
 # Offsets are numbers of 32 bits, with a sign where they are constants.
 _MOST_BYTES = 1 << 31
@@ -37,12 +39,12 @@ def why_not(
     return f'x is {x.dtype}, and only bfloat16 is supported'
   if codes.dtype != fmt.codes_dtype or scale.dtype != fmt.scale_dtype:
     return f'codes are {codes.dtype}, scales {scale.dtype}: not as stored'
-  if not _few_rows.most_rows(fmt):
+  if not _spec.most_rows(fmt):
     return f'{fmt} is not supported'
-  if math.prod(_rows(scale, fmt)) < 2 * _few_rows.TILE:
+  if math.prod(_rows(scale, fmt)) < 2 * _spec.TILE:
     return f'a weight of {_rows(scale, fmt)} rows is too small'
   cols = x.shape[-1]
-  if cols % 8 or (fmt.code_range == (-128, 127) and cols % _few_rows.BLOCK):
+  if cols % 8 or (fmt.code_range == (-128, 127) and cols % _spec.BLOCK):
     return f'an input axis of {cols} weights is no multiple of 8'
   if math.prod(codes.shape) >= _MOST_BYTES:
     return f'codes of {math.prod(codes.shape)} bytes are too many'
@@ -60,6 +62,7 @@ def few_rows(
   warps: int | None = None,
   unroll: int | None = None,
   slices: int | None = None,
+  integers: bool | None = None,
 ) -> jax.Array:
   """Multiplies a few rows of x with a packed weight.
 
@@ -72,18 +75,23 @@ def few_rows(
       `gelu(gate) * up`, `[N, H]`.
     tiles: Tiles of 16 rows of the weight a thread block; `None` chooses.
     warps: Warps of a thread block, a multiple of 4; `None` chooses.
-    unroll: Pairs of blocks of a slice that a warp takes; `None` chooses.
+    unroll: Pairs of blocks of a slice that a warp takes; 1 in integers; `None`
+      chooses.
     slices: Slices in shared memory; `None` chooses.
+    integers: Whether x is rounded to 16 bits, in blocks of at most 128 that
+      share a scale; `None` does so where it is faster.
 
   Returns:
     bfloat16 `[N, O]`, accumulated in float32.
   """
   rows = math.prod(_rows(scale, fmt))
-  most = _few_rows.most_rows(fmt)
+  if integers is None:
+    integers = _integers.fits(fmt) and x.shape[0] <= _integers.MOST_ROWS
+  most = _integers.MOST_ROWS if integers else _spec.most_rows(fmt)
   out = []
   for start in range(0, x.shape[0], most):
     part = x[start : start + most]
-    spec = _few_rows.Spec(
+    spec = _spec.Spec(
       rows=rows,
       cols=x.shape[1],
       xs=part.shape[0],
@@ -91,8 +99,9 @@ def few_rows(
       gated=gated,
       tiles=tiles or (2 if gated else 1),
       warps=warps or 4,
-      unroll=unroll or 1,
-      slices=slices or 4,
+      unroll=1 if integers else unroll or 1,
+      slices=slices or 3,
+      integers=integers,
     )
     out.append(_compiled(spec)(part, codes, scale))
   return out[0] if len(out) == 1 else jnp.concatenate(out)
@@ -103,7 +112,7 @@ def _rows(scale: jax.Array, fmt: _formats.Format) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(spec: _few_rows.Spec):
+def _compiled(spec: _spec.Spec):
   # Here, not above: what is beneath is there on no machine without a GPU.
   from gemma_ext.kernels.mosaic_gpu import _ptx
 
@@ -124,6 +133,8 @@ def _compiled(spec: _few_rows.Spec):
       plgpu.SMEM((spec.shared,), jnp.float32),
       plgpu.SMEM((-(-spec.staged // 16) * 4,), jnp.int32),
       plgpu.SMEM((spec.ring // 4,), jnp.int32),
+      plgpu.SMEM((spec.rounded // 4 if spec.integers else 1,), jnp.int32),
+      plgpu.SMEM((spec.rounded_scales if spec.integers else 1,), jnp.float32),
     ],
     grid=(spec.grid,),
     grid_names=('block',),

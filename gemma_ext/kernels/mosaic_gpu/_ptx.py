@@ -130,10 +130,20 @@ class Ptx:
     shared: Shared memory for sums, float32.
     staged: Shared memory for scales, of any type.
     ring: Shared memory for codes, of any type.
+    rounded: Shared memory for x in integers, of any type.
+    scales: Shared memory for its scales, float32.
   """
 
-  def __init__(self, shared: ir.Value, staged: ir.Value, ring: ir.Value):
+  def __init__(
+    self,
+    shared: ir.Value,
+    staged: ir.Value,
+    ring: ir.Value,
+    rounded: ir.Value,
+    scales: ir.Value,
+  ):
     self._shared, self._staged, self._ring = shared, staged, ring
+    self._rounded, self._scales = rounded, scales
 
   def thread(self) -> Int:
     """Number of the thread in its block."""
@@ -192,14 +202,17 @@ class Ptx:
     Args:
       memory: Global memory.
       at: Where, a multiple of the bytes read.
-      words: 2 or 4.
+      words: 1, 2 or 4.
       plus: Bytes to add to that.
       valid: Whether to read.
       keep: Whether others are to find it in L1.
     """
     hint = '' if keep else '.L1::no_allocate'
     names = ', '.join(f'${i}' for i in range(words))
-    read = f'ld.global.nc{hint}.v{words}.b32 {{{names}}}, [${words}+{plus}];'
+    vector = f'.v{words}' if words > 1 else ''
+    if words > 1:
+      names = f'{{{names}}}'
+    read = f'ld.global.nc{hint}{vector}.b32 {names}, [${words}+{plus}];'
     constraints = ['=r'] * words + ['l']
     args = [self._at(memory, at)]
     if valid is not None:
@@ -339,6 +352,141 @@ class Ptx:
     if factor == 1.0:
       return value
     return arith.mulf(value, utils.c(factor, _f32()))
+
+  def mma8(
+    self,
+    a: Sequence[Int],
+    b: Sequence[Int],
+    c: Sequence[Int],
+    *,
+    signed: bool,
+  ) -> list[Int]:
+    """16 x 32 bytes, `signed` or not, by 32 x 8 signed ones, added to int32."""
+    kind = 's8' if signed else 'u8'
+    out = _asm(
+      [_i32()] * 4,
+      [v.value for v in (*a, *b, *c)],
+      f'mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32'
+      ' {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};',
+      '=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r',
+    )
+    return [Int(v) for v in out]
+
+  def max16(self, a: Int, b: Int) -> Int:
+    """The larger of two halves, both without a sign: twice."""
+    return self._simple('max.u16x2 $0, $1, $2;', a, b)
+
+  def shuffle(self, a: Int, distance: int) -> Int:
+    """The value of the thread whose number differs in a bit."""
+    (v,) = _asm(
+      [_i32()],
+      [a.value],
+      f'shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;',
+      '=r,r',
+      True,
+    )
+    return Int(v)
+
+  def bfloat16(self, high: Int) -> ir.Value:
+    """A bfloat16 in the upper half of a word."""
+    return arith.bitcast(_f32(), high.value)
+
+  def fmax(self, a: ir.Value, b: float) -> ir.Value:
+    """The larger of a and a constant."""
+    return arith.maximumf(a, utils.c(b, _f32()))
+
+  def multiply(self, a: ir.Value, b: float) -> ir.Value:
+    """a times a constant."""
+    return arith.mulf(a, utils.c(b, _f32()))
+
+  def times(self, a: ir.Value, b: ir.Value) -> ir.Value:
+    """a b."""
+    return arith.mulf(a, b)
+
+  def reciprocal(self, a: ir.Value) -> ir.Value:
+    """1 / a, nearly."""
+    (v,) = _asm([_f32()], [a], 'rcp.approx.ftz.f32 $0, $1;', '=f,f')
+    return v
+
+  def round(self, a: ir.Value, b: ir.Value) -> Int:
+    """a b to the nearest: its lowest 16 bits are those of the result."""
+    value = self.fma(a, b, utils.c(1.5 * 2.0**23, _f32()))
+    return Int(arith.bitcast(_i32(), value))
+
+  def to_float(self, a: Int) -> ir.Value:
+    """A whole number with a sign."""
+    return arith.sitofp(_f32(), a.value)
+
+  def pack(self, values: Sequence[Int], byte: int) -> list[Int]:
+    """Byte 0 or 1 of each, four a word; of two values, a half."""
+    choose = 0x0040 if byte == 0 else 0x0051
+    pairs = [
+      self.permute(a, b, choose) for a, b in zip(values[::2], values[1::2])
+    ]
+    if len(pairs) == 1:
+      return pairs
+    return [
+      self.permute(a, b, 0x5410) for a, b in zip(pairs[::2], pairs[1::2])
+    ]
+
+  def put_bytes(self, at: Int, words: Sequence[Int], count: int) -> None:
+    """Writes 2, 4 or 8 bytes of x."""
+    address = self._at(self._rounded, at)
+    if count == 2:
+      low = arith.trunci(ir.IntegerType.get_signless(16), words[0].value)
+      _asm([], [address, low], 'st.shared.b16 [$0], $1;', 'l,h')
+    elif count == 4:
+      _asm([], [address, words[0].value], 'st.shared.b32 [$0], $1;', 'l,r')
+    else:
+      _asm(
+        [],
+        [address, *(w.value for w in words)],
+        'st.shared.v2.b32 [$0], {$1, $2};',
+        'l,r,r',
+      )
+
+  def get_bytes(self, at: Int, plus: int, valid: Flag) -> list[Int]:
+    """Reads 16 bytes of x; 0 where not `valid`."""
+    out = _asm(
+      [_i32()] * 4,
+      [self._at(self._rounded, at), arith.extui(_i32(), valid.value)],
+      '{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0;'
+      ' mov.b32 $2, 0; mov.b32 $3, 0;'
+      f' @p ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{plus}]; }}',
+      '=&r,=&r,=&r,=&r,l,r',
+      True,
+    )
+    return [Int(v) for v in out]
+
+  def put_scale(self, at: Int, value: ir.Value, inside: Flag) -> None:
+    """Writes a scale of x, if `inside`."""
+    _asm(
+      [],
+      [
+        self._at(self._scales, at * 4),
+        value,
+        arith.extui(_i32(), inside.value),
+      ],
+      '{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }',
+      'l,f,r',
+    )
+
+  def get_scale(self, at: Int) -> ir.Value:
+    """Reads a scale of x."""
+    (v,) = _asm(
+      [_f32()],
+      [self._at(self._scales, at * 4)],
+      'ld.shared.f32 $0, [$1];',
+      '=f,l',
+      True,
+    )
+    return v
+
+  def _simple(self, text: str, *args: Int) -> Int:
+    (v,) = _asm(
+      [_i32()], [a.value for a in args], text, ','.join(['=r'] + ['r'] * len(args))
+    )
+    return Int(v)
 
   def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a b + c."""

@@ -1,0 +1,222 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Products of a row or two of x in whole numbers.
+
+`mma.m16n8k32` takes codes as bytes, where they stand in their word: the mask of
+a field leaves `4^f code` of 2-bit ones, `16^f code` of 4-bit ones, and sums are
+put right once a block. Half of the instructions of bfloat16.
+
+x becomes 16 bits, in blocks that share a scale with a power of two of codes:
+two planes of bytes, `256 high + low`, each in a column of the product. The
+threads round the next slice of x, together, while tensor cores are busy.
+"""
+
+from typing import Any
+
+from gemma_ext.kernels import _formats
+from gemma_ext.kernels.mosaic_gpu import _spec
+
+_MOST = 127 * 256  # Of x, so that the high byte stays within its sign.
+_ABS = 0x7FFF_7FFF
+MOST_ROWS = 2  # Of x.
+
+
+def fits(fmt: _formats.Format) -> bool:
+  """Whether scales are those of whole blocks."""
+  if isinstance(fmt, _formats.TernaryFormat):
+    if fmt.packing != '2bit':
+      return False
+    size = 128
+  elif fmt.bits in (2, 4, 8):
+    size = 32 * 8 // fmt.bits
+  else:
+    return False
+  return fmt.group is None or fmt.group % size == 0
+
+
+class Integers:
+  """Rounds x, and adds products to sums: two a tile and thread."""
+
+  results = 2
+
+  def __init__(
+    self, ops: Any, spec: _spec.Spec, place: _spec.Place, thread: Any, x: Any
+  ):
+    self._ops, self._spec, self._place, self._x = ops, spec, place, x
+    self._thread = thread
+    # 16 threads round a block, so many codes each.
+    self._each = 2 * spec.fields
+    column, lane = place.group, place.lane
+    self._plane = column & 1
+    self._x_row = (column >> 2).min(spec.xs - 1)
+    # In a column, one plane of one row of x, and of it the codes of one block.
+    sees = (lane >> 1).equals((column >> 1) & 1)
+    self._sees = sees & ((column >> 2) < spec.xs)
+
+  def begin(self) -> Any:
+    """Before the first slice."""
+    self._round(self._read(self._ops.int(0)), self._ops.int(0))
+    return self._read(self._ops.int(1))
+
+  def step(self, sums: Any, read: Any, j: Any) -> tuple[Any, Any]:
+    """The sums with slice j; `read` is x of the next one."""
+    self._round(read, j + 1)
+    following = self._read(j + 2)
+    return self._add(sums, j), following
+
+  def _read(self, j: Any) -> list[list[Any]]:
+    """Asks for what a thread rounds of each row of x."""
+    spec = self._spec
+    col = j * (spec.width * spec.fields) + self._thread * self._each
+    inside = col < spec.cols
+    col = col.min(spec.cols - self._each)
+    return [
+      self._ops.load(
+        self._x,
+        col * 2,
+        words=self._each // 2,
+        plus=row * spec.cols * 2,
+        valid=inside,
+        keep=True,
+      )
+      for row in range(spec.xs)
+    ]
+
+  def _round(self, read: list[list[Any]], j: Any) -> None:
+    """Writes slice j of x to shared memory, rounded."""
+    ops, spec = self._ops, self._spec
+    for row, words in enumerate(read):
+      most = None
+      for word in words:
+        size = word & _ABS
+        most = size if most is None else ops.max16(most, size)
+      for distance in (1, 2, 4, 8):
+        most = ops.max16(most, ops.shuffle(most, distance))
+      peak = ops.bfloat16(ops.max16(most, most >> 16) << 16)
+      peak = ops.fmax(peak, 1e-30)
+      inverse = ops.multiply(ops.reciprocal(peak), float(_MOST))
+      codes = []
+      for word in words:
+        for half in (word << 16, word & 0xFFFF_0000):
+          codes.append(ops.round(ops.bfloat16(half), inverse))
+      at = self._slot(j, row)
+      for plane, more in ((0, 128), (1, 0)):  # High, low.
+        byte = 1 - plane
+        put = [code + more for code in codes]
+        ops.put_bytes(
+          at + (self._thread * self._each + plane * self._plane_bytes),
+          ops.pack(put, byte),
+          self._each,
+        )
+      ops.put_scale(
+        self._scale_slot(j, row) + (self._thread >> 4),
+        ops.multiply(peak, 1.0 / (_MOST * self._unit)),
+        (self._thread & 15).equals(0),
+      )
+
+  def _add(self, sums: list[list[Any]], j: Any) -> list[list[Any]]:
+    """The sums with slice j."""
+    ops, spec, place = self._ops, self._spec, self._place
+    sums = [list(s) for s in sums]
+    tied = getattr(spec.fmt, 'tied', False)
+    block = place.warp * 2 + (place.lane >> 1)
+    at = self._slot(j, 0) + self._x_row * (2 * self._plane_bytes)
+    at = at + self._plane * self._plane_bytes
+    at = at + block * (32 * spec.fields) + (place.lane & 1) * 16
+    b = [ops.get_bytes(at, f * 32, self._sees) for f in range(spec.fields)]
+    start = self._start(b)
+    # Of x, the scale of the block and row that the thread's columns are of.
+    row = (place.lane >> 1).min(spec.xs - 1) * self._blocks
+    of_x = ops.get_scale(
+      self._scale_slot(j, 0) + row + (place.warp * 2) + (place.lane & 1)
+    )
+    size = spec.scale_bytes
+    of_w = (place.group * spec.groups + self._group(j)) * size
+    codes = (j % spec.slices) * spec.slice + (place.warp * 64)
+    codes = codes + place.lane * 16 + place.group * spec.stride
+    for plane in range(spec.planes):
+      # Of tied planes the last one's scale is stored.
+      factor = 3.0 ** (spec.planes - 1 - plane) if tied else 1.0
+      for tile in range(spec.tiles):
+        upper, lower = (
+          ops.fetched(codes, spec.row_at(plane, tile, more)) for more in (0, 8)
+        )
+        d = self._product(upper, lower, b, start)
+        for k, more in enumerate((0, 8)):
+          whole = ops.to_float(d[2 * k] * 256 + d[2 * k + 1])
+          by = ops.scale(
+            ops.staged(
+              of_w, spec.scale_at(0 if tied else plane, tile, more), size
+            ),
+            getattr(spec.fmt, 'scale', 'bf16'),
+            factor,
+          )
+          sums[tile][k] = ops.fma(whole, ops.times(by, of_x), sums[tile][k])
+    return sums
+
+  def _product(self, upper: Any, lower: Any, b: Any, start: Any) -> list[Any]:
+    """Codes of 16 rows times b, in units of `_unit`."""
+    ops, spec = self._ops, self._spec
+    bits = 8 // spec.fields
+    total = None
+    for f in range(spec.fields):
+      mask = 0x0101_0101 * (((1 << bits) - 1) << (bits * f))
+      d = start if f == 0 else [ops.int(0)] * 4
+      for i in (0, 2):
+        words = (upper[i], lower[i], upper[i + 1], lower[i + 1])
+        if spec.fields > 1:
+          words = tuple(w & mask for w in words)
+        d = ops.mma8(words, b[f][i : i + 2], d, signed=spec.fields == 1)
+      if total is None:
+        total = d
+      else:
+        total = [t * (1 << bits) + v for t, v in zip(total, d)]
+    return total
+
+  @property
+  def _unit(self) -> int:
+    """What the sum of all fields is in units of."""
+    spec = self._spec
+    return 1 << (8 // spec.fields * (spec.fields - 1))
+
+  def _start(self, b: list[Any]) -> list[Any]:
+    """Minus the offset of the codes, times x."""
+    ops, spec = self._ops, self._spec
+    d = [ops.int(0)] * 4
+    if spec.fields == 1:
+      return d
+    if isinstance(spec.fmt, _formats.TernaryFormat):
+      offset = 1
+    else:
+      offset = 1 << (spec.fmt.bits - 1)
+    minus = ops.int(0x0101_0101 * (256 - offset))
+    for f in range(spec.fields):
+      for i in (0, 2):
+        d = ops.mma8((minus,) * 4, b[f][i : i + 2], d, signed=True)
+    return d
+
+  def _group(self, j: Any) -> Any:
+    """Which scale of a row the thread's columns have."""
+    spec, place = self._spec, self._place
+    if spec.fmt.group is None:
+      return self._ops.int(0)
+    block = (j * spec.warps + place.warp) * 2 + (place.lane & 1)
+    block = block.min(spec.blocks - 1)
+    return block // (spec.fmt.group // (32 * spec.fields))
+
+  @property
+  def _plane_bytes(self) -> int:
+    return self._spec.width * self._spec.fields
+
+  @property
+  def _blocks(self) -> int:
+    """Blocks of a slice."""
+    return 2 * self._spec.warps
+
+  def _slot(self, j: Any, row: int) -> Any:
+    """Where in shared memory slice j of a row of x is."""
+    of_row = 2 * self._plane_bytes
+    return (j & 1) * (self._spec.xs * of_row) + row * of_row
+
+  def _scale_slot(self, j: Any, row: int) -> Any:
+    return (j & 1) * (self._spec.xs * self._blocks) + row * self._blocks
