@@ -71,9 +71,13 @@ class Threads:
   """Threads of all blocks; memory is bytes, and reads beyond it are errors."""
 
   def __init__(self, spec):
-    blocks, warps, shared = spec.grid, spec.warps, spec.shared
+    blocks, warps, shared = spec.grid * spec.split, spec.warps, spec.shared
+    self._split = spec.split
     staged, ring = spec.staged, spec.ring
     self._shape = (blocks, 32 * warps)
+    self._blocks = np.broadcast_to(
+      np.arange(blocks)[:, None], self._shape
+    )
     self._shared = np.full((blocks, shared), np.nan, np.float32)
     self._staged = np.full((blocks, staged), 0xFF, np.uint8)
     self._ring = np.full((blocks, ring), 0xFF, np.uint8)
@@ -85,7 +89,10 @@ class Threads:
     return Int(np.broadcast_to(np.arange(self._shape[1]), self._shape))
 
   def block(self):
-    return Int(np.broadcast_to(np.arange(self._shape[0])[:, None], self._shape))
+    return Int(self._blocks // self._split)
+
+  def rank(self):
+    return Int(self._blocks % self._split)
 
   def int(self, value):
     return Int(np.full(self._shape, value, np.uint32))
@@ -112,11 +119,9 @@ class Threads:
   def stage(self, memory, at, plus, to, width, inside):
     at = at + plus
     assert not np.any((at.value | to.value) % width), 'unaligned'
-    block = np.broadcast_to(np.arange(self._shape[0])[:, None], self._shape)
-    live = inside.value
-    for k in range(width):
-      values = memory[at.value[live].astype(np.int64) + k]
-      self._staged[block[live], to.value[live] + k] = values
+    self._asked[-1].append(
+      (memory, self._staged, width, at.value, to.value, inside.value)
+    )
 
   def staged(self, at, plus, size):
     at = (at + plus).value.astype(np.int64)
@@ -128,7 +133,9 @@ class Threads:
   def fetch(self, memory, at, plus, to, to_plus, inside):
     at, to = at + plus, to + to_plus
     assert not np.any((at.value | to.value) % 16), 'unaligned'
-    self._asked[-1].append((memory, at.value, to.value, inside.value))
+    self._asked[-1].append(
+      (memory, self._ring, 16, at.value, to.value, inside.value)
+    )
 
   def commit(self):
     self._asked.append([])
@@ -136,11 +143,10 @@ class Threads:
   def wait(self, count):
     # Nothing arrives before somebody waits for it.
     while len(self._asked) > count + 1:
-      block = np.broadcast_to(np.arange(self._shape[0])[:, None], self._shape)
-      for memory, at, to, live in self._asked.pop(0):
-        for k in range(16):
+      for memory, target, width, at, to, live in self._asked.pop(0):
+        for k in range(width):
           values = memory[at[live].astype(np.int64) + k]
-          self._ring[block[live], to[live] + k] = values
+          target[self._blocks[live], to[live] + k] = values
 
   def fetched(self, at, plus):
     at = (at + plus).value.astype(np.int64)
@@ -255,9 +261,8 @@ class Threads:
     return [Int(np.where(valid.value, take(k), 0)) for k in range(4)]
 
   def put_scale(self, at, value, inside):
-    block = np.broadcast_to(np.arange(self._shape[0])[:, None], self._shape)
     live = inside.value
-    self._scales[block[live], at.value[live].astype(np.int64)] = value[live]
+    self._scales[self._blocks[live], at.value[live].astype(np.int64)] = value[live]
 
   def get_scale(self, at):
     return np.take_along_axis(self._scales, at.value.astype(np.int64), axis=1)
@@ -273,12 +278,16 @@ class Threads:
     return (gate / (1 + np.exp(-z)) * up).astype(np.float32)
 
   def share(self, at, value):
-    np.put_along_axis(self._shared, at.value.astype(np.int64), value, axis=1)
+    first = self._blocks // self._split * self._split
+    self._shared[first, at.value.astype(np.int64)] = value
 
   def shared(self, at):
     return np.take_along_axis(self._shared, at.value.astype(np.int64), axis=1)
 
   def barrier(self):
+    pass
+
+  def meet(self):
     pass
 
   def store(self, memory, at, value, inside):

@@ -114,6 +114,13 @@ def test_in_integers_at_odd_edges(fmt):
         gated=True)
 
 
+@pytest.mark.parametrize('fmt', [Ternary(), Int(bits=4, group=32)], ids=name)
+@pytest.mark.parametrize('split', [2, 4])
+def test_clusters_share_columns(fmt, split):
+  integers = _integers.fits(fmt)
+  check(fmt, 56, 1280, 1, split=split, tiles=2, warps=4, integers=integers)
+
+
 def test_a_wrong_surplus_is_seen(monkeypatch):
   monkeypatch.setattr(_floats, '_bfloat16', lambda value: 0xC300)
   with pytest.raises(AssertionError):

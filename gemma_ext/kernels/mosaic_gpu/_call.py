@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -19,6 +20,8 @@ from gemma_ext.kernels.mosaic_gpu import _spec
 
 # Offsets are numbers of 32 bits, with a sign where they are constants.
 _MOST_BYTES = 1 << 31
+# Thread blocks that fill a device.
+_BLOCKS = 400
 
 
 def why_not(
@@ -62,6 +65,7 @@ def few_rows(
   warps: int | None = None,
   unroll: int | None = None,
   slices: int | None = None,
+  split: int | None = None,
   integers: bool | None = None,
 ) -> jax.Array:
   """Multiplies a few rows of x with a packed weight.
@@ -78,6 +82,8 @@ def few_rows(
     unroll: Pairs of blocks of a slice that a warp takes; 1 in integers; `None`
       chooses.
     slices: Slices in shared memory; `None` chooses.
+    split: Thread blocks that share the columns of a tile: 1, 2, 4 or 8; `None`
+      chooses.
     integers: Whether x is rounded to 16 bits, in blocks of at most 128 that
       share a scale; `None` does so where it is faster.
 
@@ -91,20 +97,44 @@ def few_rows(
   out = []
   for start in range(0, x.shape[0], most):
     part = x[start : start + most]
-    spec = _spec.Spec(
-      rows=rows,
-      cols=x.shape[1],
-      xs=part.shape[0],
-      fmt=fmt,
-      gated=gated,
-      tiles=tiles or (2 if gated else 1),
-      warps=warps or 4,
-      unroll=1 if integers else unroll or 1,
-      slices=slices or 3,
-      integers=integers,
+    spec = _choose(
+      _spec.Spec(
+        rows=rows,
+        cols=x.shape[1],
+        xs=part.shape[0],
+        fmt=fmt,
+        gated=gated,
+        integers=integers,
+      ),
+      tiles=tiles,
+      warps=warps,
+      unroll=unroll,
+      slices=slices,
+      split=split,
     )
     out.append(_compiled(spec)(part, codes, scale))
   return out[0] if len(out) == 1 else jnp.concatenate(out)
+
+
+def _choose(spec: _spec.Spec, **given: int | None) -> _spec.Spec:
+  """Fills in what was not given, as measured on Hopper.
+
+  Tiles share x, which has to be read, and rounded, by each thread block. What
+  is lost to tiles that do not fill the device, splitting columns wins back.
+  """
+  def with_(**chosen: int) -> _spec.Spec:
+    chosen |= {k: v for k, v in given.items() if v is not None}
+    return dataclasses.replace(spec, **chosen)
+
+  found = with_(tiles=4, warps=4, unroll=1, slices=2)
+  while found.tiles > 1 + spec.gated and found.grid < _BLOCKS // 8:
+    found = with_(tiles=found.tiles // 2, warps=4, unroll=1, slices=2)
+  chosen = {'tiles': found.tiles, 'warps': 4, 'unroll': 1, 'slices': 2}
+  split = 1
+  while split < 4 and found.grid * split < _BLOCKS and found.steps > 2:
+    split *= 2
+    found = with_(**chosen, split=split)
+  return found
 
 
 def _rows(scale: jax.Array, fmt: _formats.Format) -> tuple[int, ...]:
@@ -122,10 +152,12 @@ def _compiled(spec: _spec.Spec):
     @plgpu.inline_mgpu(arg_types=(ref,) * len(refs))
     def emit(ctx, x, codes, scale, out, *shared):
       del ctx
-      _few_rows.run(_ptx.Ptx(*shared), spec, x, codes, scale, out)
+      ops = _ptx.Ptx(*shared, split=spec.split)
+      _few_rows.run(ops, spec, x, codes, scale, out)
 
     emit(*refs)
 
+  cluster = {'cluster': (spec.split,), 'cluster_names': ('part',)}
   return plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct((spec.xs, spec.out_rows), jnp.bfloat16),
@@ -138,6 +170,7 @@ def _compiled(spec: _spec.Spec):
     ],
     grid=(spec.grid,),
     grid_names=('block',),
+    **(cluster if spec.split > 1 else {}),
     num_threads=spec.warps // 4,
     thread_name='warpgroup',
     compiler_params=plgpu.CompilerParams(

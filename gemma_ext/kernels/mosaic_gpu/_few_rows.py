@@ -40,15 +40,17 @@ def run(ops: Any, spec: _spec.Spec, x: Any, codes: Any, scale: Any, out: Any) ->
   # The last block starts early, to end with the last row.
   if spec.out_rows % spec.block_rows:
     first = first.min(spec.out_rows - spec.block_rows)
+  begin = ops.rank() * spec.steps if spec.split > 1 else ops.int(0)
+  _stage(ops, spec, thread, first, scale)
   ring = _Ring(ops, spec, thread, first, codes)
   kind = _integers.Integers if spec.integers else _floats.Floats
   products = kind(ops, spec, place, thread, x)
   for j in range(spec.slices - 1):
-    ring.ask(ops.int(j))
-  begun = products.begin()
-  _stage(ops, spec, thread, first, scale)
+    ring.ask(begin + j)
+  begun = products.begin(begin)
 
-  def step(j, carry):
+  def step(i, carry):
+    j = begin + i
     ring.wait()
     ring.ask(j + (spec.slices - 1))
     return products.step(*carry, j)
@@ -74,7 +76,8 @@ class _Ring:
     spec, ops = self._spec, self._ops
     skip = j * spec.width
     inside = skip + self._at < spec.row_bytes
-    source = self._from + skip.min((spec.steps - 1) * spec.width)
+    last = (spec.row_bytes - 1) // spec.width * spec.width
+    source = self._from + skip.min(last)
     target = (j % spec.slices) * spec.slice + self._to
     count = _spec.TILE * spec.tiles // spec.halves
     for plane in range(spec.planes):
@@ -99,7 +102,10 @@ class _Ring:
 
 
 def _stage(ops: Any, spec: _spec.Spec, thread: Any, first: Any, scale: Any) -> None:
-  """Copies the scales of the block's rows to shared memory."""
+  """Asks for the scales of the block's rows in shared memory.
+
+  They come no later than the first slice.
+  """
   total = spec.out_rows * spec.groups * spec.scale_bytes
   width = next(w for w in (16, 4, 1) if not (total % w or spec.part % w))
   threads = 32 * spec.warps
@@ -131,22 +137,24 @@ def _finish(
   sums: list[list[Any]],
   out: Any,
 ) -> None:
-  """Adds up what the warps have, and writes it."""
+  """Adds up what the warps have, and writes it: the first block of a cluster."""
+  rank = ops.rank() if spec.split > 1 else ops.int(0)
   for tile in range(spec.tiles):
     # Each of two rows, and of a row what one or two columns have.
     each = len(sums[tile]) // 2
     for k, value in enumerate(sums[tile]):
       row = place.group + 8 * (k // each)
       at = (place.warp * spec.tiles + tile) * _spec.TILE + row
-      ops.share(at * spec.sums + place.lane * each + k % each, value)
-  ops.barrier()
+      at = at * spec.sums + place.lane * each + k % each
+      ops.share(rank * (spec.shared // spec.split) + at, value)
+  ops.meet()
   threads = 32 * spec.warps
   results = spec.block_rows * spec.xs
   sub = spec.subgroups
 
   def total(tile_row, m):
     value = None
-    for warp in range(spec.warps):
+    for warp in range(spec.split * spec.warps):
       for s in range(sub):
         at = (tile_row + warp * spec.tiles * _spec.TILE) * spec.sums + m * sub + s
         part = ops.shared(at)
@@ -163,5 +171,5 @@ def _finish(
     else:
       value = total(local, safe)
     row = first + local
-    inside = index < results
+    inside = (index < results) & rank.equals(0)
     ops.store(out, (safe * spec.out_rows + row) * 2, value, inside)

@@ -47,9 +47,9 @@ class Floats:
     if sub > 1:
       self._sees &= (lane // (4 // sub)).equals(column & (sub - 1))
 
-  def begin(self) -> Any:
-    """Before the first slice."""
-    return self._read(self._ops.int(0))
+  def begin(self, j: Any) -> Any:
+    """Before slice j, the first."""
+    return self._read(j)
 
   def step(self, sums: Any, read: Any, j: Any) -> tuple[Any, Any]:
     """The sums with slice j; `read` is x of it."""

@@ -53,10 +53,10 @@ class Integers:
     sees = (lane >> 1).equals((column >> 1) & 1)
     self._sees = sees & ((column >> 2) < spec.xs)
 
-  def begin(self) -> Any:
-    """Before the first slice."""
-    self._round(self._read(self._ops.int(0)), self._ops.int(0))
-    return self._read(self._ops.int(1))
+  def begin(self, j: Any) -> Any:
+    """Before slice j, the first."""
+    self._round(self._read(j), j)
+    return self._read(j + 1)
 
   def step(self, sums: Any, read: Any, j: Any) -> tuple[Any, Any]:
     """The sums with slice j; `read` is x of the next one."""

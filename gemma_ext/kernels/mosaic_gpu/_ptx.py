@@ -132,6 +132,7 @@ class Ptx:
     ring: Shared memory for codes, of any type.
     rounded: Shared memory for x in integers, of any type.
     scales: Shared memory for its scales, float32.
+    split: Blocks of a cluster.
   """
 
   def __init__(
@@ -141,7 +142,10 @@ class Ptx:
     ring: ir.Value,
     rounded: ir.Value,
     scales: ir.Value,
+    *,
+    split: int = 1,
   ):
+    self._split = split
     self._shared, self._staged, self._ring = shared, staged, ring
     self._rounded, self._scales = rounded, scales
 
@@ -150,8 +154,16 @@ class Ptx:
     return Int(utils.thread_idx())
 
   def block(self) -> Int:
-    """Number of the block."""
-    return Int(utils.block_idx())
+    """Number of the block, or of its cluster."""
+    if self._split == 1:
+      return Int(utils.block_idx())
+    x, y, z = (self._special(f'clusterid.{axis}') for axis in 'xyz')
+    width, height = (self._special(f'nclusterid.{axis}') for axis in 'xy')
+    return x + (y + z * height) * width
+
+  def rank(self) -> Int:
+    """Number of the block in its cluster."""
+    return self._special('cluster_ctarank')
 
   def int(self, value: int) -> Int:
     """A constant."""
@@ -234,22 +246,19 @@ class Ptx:
     width: int,
     inside: Flag,
   ) -> None:
-    """Copies `width` bytes to shared memory for scales, if `inside`."""
-    kind = {16: 'v4.b32', 4: 'b32', 1: 'b8'}[width]
-    value = '{{a, b, c, d}}' if width == 16 else 'a'
-    text = (
-      '{{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0;'
-      f' @p ld.global.nc.{kind} {value}, [$0+{plus}];'
-      f' @p st.shared.{kind} [$1], {value}; }}}}'
-    )
+    """Asks for 16, 4 or 1 bytes in shared memory for scales, if `inside`."""
+    source, target = self._at(memory, at), self._at(self._staged, to)
+    if width == 1:  # Too little for `cp.async`.
+      move = (
+        f'@p ld.global.nc.b8 a, [$0+{plus}]; @p st.shared.b8 [$1], a;'
+      )
+    else:
+      cache = 'cg' if width == 16 else 'ca'
+      move = f'@p cp.async.{cache}.shared.global [$1], [$0+{plus}], {width};'
     _asm(
       [],
-      [
-        self._at(memory, at),
-        self._at(self._staged, to),
-        arith.extui(_i32(), inside.value),
-      ],
-      text.replace('{{', '{').replace('}}', '}'),
+      [source, target, arith.extui(_i32(), inside.value)],
+      f'{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $2, 0; {move} }}',
       'l,l,r',
     )
 
@@ -482,6 +491,10 @@ class Ptx:
     )
     return v
 
+  def _special(self, name: str) -> Int:
+    (v,) = _asm([_i32()], [], f'mov.u32 $0, %{name};', '=r')
+    return Int(v)
+
   def _simple(self, text: str, *args: Int) -> Int:
     (v,) = _asm(
       [_i32()], [a.value for a in args], text, ','.join(['=r'] + ['r'] * len(args))
@@ -517,8 +530,18 @@ class Ptx:
     return arith.mulf(arith.divf(gate, below), up)
 
   def share(self, at: Int, value: ir.Value) -> None:
-    """Writes shared memory."""
-    _asm([], [self._at(self._shared, at * 4), value], 'st.shared.f32 [$0], $1;', 'l,f')
+    """Writes shared memory, that of the first block of the cluster."""
+    address = self._at(self._shared, at * 4)
+    if self._split == 1:
+      _asm([], [address, value], 'st.shared.f32 [$0], $1;', 'l,f')
+      return
+    _asm(
+      [],
+      [address, value],
+      '{ .reg .b64 there; mapa.shared::cluster.u64 there, $0, 0;'
+      ' st.shared::cluster.f32 [there], $1; }',
+      'l,f',
+    )
 
   def shared(self, at: Int) -> ir.Value:
     """Reads shared memory."""
@@ -530,6 +553,18 @@ class Ptx:
   def barrier(self) -> None:
     """Waits for all threads of the block."""
     _asm([], [], 'bar.sync 0;', '~{memory}')
+
+  def meet(self) -> None:
+    """Waits for all threads of the cluster."""
+    if self._split == 1:
+      self.barrier()
+      return
+    _asm(
+      [],
+      [],
+      'barrier.cluster.arrive.release; barrier.cluster.wait.acquire;',
+      '~{memory}',
+    )
 
   def store(
     self, memory: ir.Value, at: Int, value: ir.Value, inside: Flag

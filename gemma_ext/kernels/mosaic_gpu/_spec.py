@@ -27,6 +27,7 @@ class Spec:
     warps: Warps of a thread block.
     unroll: Pairs of blocks of a slice that a warp takes.
     slices: Slices in shared memory, all but one of them on their way.
+    split: Thread blocks, a cluster, that share the columns of a tile.
     integers: Whether x is rounded to 16 bits; see `_integers`.
   """
 
@@ -39,6 +40,7 @@ class Spec:
   warps: int = 8
   unroll: int = 1
   slices: int = 3
+  split: int = 1
   integers: bool = False
 
   @property
@@ -53,7 +55,7 @@ class Spec:
 
   @property
   def grid(self) -> int:
-    """Number of thread blocks."""
+    """Number of clusters."""
     return -(-self.out_rows // self.block_rows)
 
   @property
@@ -111,7 +113,7 @@ class Spec:
   @property
   def shared(self) -> int:
     """Floats of shared memory for the sums."""
-    return self.warps * self.tiles * TILE * self.sums
+    return self.split * self.warps * self.tiles * TILE * self.sums
 
   @property
   def staged(self) -> int:
@@ -143,8 +145,8 @@ class Spec:
 
   @property
   def steps(self) -> int:
-    """Slices of the weight."""
-    return -(-self.row_bytes // self.width)
+    """Slices that a thread block takes."""
+    return -(-self.row_bytes // (self.width * self.split))
 
   @property
   def part(self) -> int:
