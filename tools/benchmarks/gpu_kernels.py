@@ -189,8 +189,8 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
       ]
       x = _x(1, product.cols)
       best = []
-      for tiles, warps, split in itertools.product((1, 2, 4), (4, 8), (1, 2, 4)):
-        if (tiles == 1 and warps == 4) or (tiles > 1 and warps == 8):
+      for tiles, slices, split in itertools.product((2, 4), (2, 3, 4), (1, 2, 4)):
+        if split > 1 and product.part != 'down':
           continue
         begun = time.perf_counter()
         seconds = _kernel_seconds(
@@ -198,7 +198,7 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
             lambda x, ws: [
               mosaic_gpu.few_rows(
                 x, p['codes'], p['scale'], fmt,
-                tiles=tiles, warps=warps, split=split,
+                tiles=tiles, slices=slices, split=split,
               )
               for p in ws
             ]
@@ -209,19 +209,19 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
         try:
           t = min(seconds() for _ in range(3)) / copies
         except Exception as e:  # A choice that does not fit the device.
-          _cli.note(f'{tiles=} {warps=} {split=}: {e!s:.200}')
+          _cli.note(f'{tiles=} {slices=} {split=}: {e!s:.200}')
           continue
         rate = fmt.nbytes((product.rows,), product.cols) / t / 1e9
-        best.append((t, tiles, warps, split))
+        best.append((t, tiles, slices, split))
         found.append(
           dataclasses.asdict(product)
           | {
-            'format': name, 'tiles': tiles, 'warps': warps, 'split': split,
+            'format': name, 'tiles': tiles, 'slices': slices, 'split': split,
             'seconds': t, 'took': time.perf_counter() - begun,
           }
         )
         _cli.note(
-          f'{product.shape} {product.part} {name} {tiles=} {warps=} {split=}'
+          f'{product.shape} {product.part} {name} {tiles=} {slices=} {split=}'
           f' {t * 1e6:.2f} us {rate:.0f} GB/s'
         )
       _cli.note(f'BEST {product} {name}: {sorted(best)[:3]}')

@@ -21,7 +21,7 @@ from gemma_ext.kernels.mosaic_gpu import _spec
 # Offsets are numbers of 32 bits, with a sign where they are constants.
 _MOST_BYTES = 1 << 31
 # Thread blocks that fill a device.
-_BLOCKS = 400
+_BLOCKS = 320
 
 
 def why_not(
@@ -122,18 +122,20 @@ def _choose(spec: _spec.Spec, **given: int | None) -> _spec.Spec:
   Tiles share x, which has to be read, and rounded, by each thread block. What
   is lost to tiles that do not fill the device, splitting columns wins back.
   """
+
   def with_(**chosen: int) -> _spec.Spec:
     chosen |= {k: v for k, v in given.items() if v is not None}
     return dataclasses.replace(spec, **chosen)
 
-  found = with_(tiles=4, warps=4, unroll=1, slices=2)
-  while found.tiles > 1 + spec.gated and found.grid < _BLOCKS // 8:
-    found = with_(tiles=found.tiles // 2, warps=4, unroll=1, slices=2)
-  chosen = {'tiles': found.tiles, 'warps': 4, 'unroll': 1, 'slices': 2}
-  split = 1
-  while split < 4 and found.grid * split < _BLOCKS and found.steps > 2:
-    split *= 2
-    found = with_(**chosen, split=split)
+  chosen = {'tiles': 4, 'warps': 4, 'unroll': 1, 'slices': 2, 'split': 1}
+  if with_(**chosen).grid < _BLOCKS:
+    chosen['tiles'] = 2
+  found = with_(**chosen)
+  while found.split < 4 and found.grid * found.split < _BLOCKS:
+    if found.steps < 3:
+      break
+    chosen['split'] *= 2
+    found = with_(**chosen)
   return found
 
 

@@ -41,13 +41,15 @@ def run(ops: Any, spec: _spec.Spec, x: Any, codes: Any, scale: Any, out: Any) ->
   if spec.out_rows % spec.block_rows:
     first = first.min(spec.out_rows - spec.block_rows)
   begin = ops.rank() * spec.steps if spec.split > 1 else ops.int(0)
-  _stage(ops, spec, thread, first, scale)
   ring = _Ring(ops, spec, thread, first, codes)
   kind = _integers.Integers if spec.integers else _floats.Floats
   products = kind(ops, spec, place, thread, x)
+  # Memory answers in order: what is needed first is asked for first.
+  asked = products.ask(begin)
+  _stage(ops, spec, thread, first, scale)
   for j in range(spec.slices - 1):
     ring.ask(begin + j)
-  begun = products.begin(begin)
+  begun = products.begin(asked, begin)
 
   def step(i, carry):
     j = begin + i

@@ -47,9 +47,14 @@ class Floats:
     if sub > 1:
       self._sees &= (lane // (4 // sub)).equals(column & (sub - 1))
 
-  def begin(self, j: Any) -> Any:
-    """Before slice j, the first."""
+  def ask(self, j: Any) -> Any:
+    """Asks for x of slice j, the first."""
     return self._read(j)
+
+  def begin(self, asked: Any, j: Any) -> Any:
+    """Before slice j, the first; `asked` is what `ask` returned."""
+    del j
+    return asked
 
   def step(self, sums: Any, read: Any, j: Any) -> tuple[Any, Any]:
     """The sums with slice j; `read` is x of it."""

@@ -53,16 +53,20 @@ class Integers:
     sees = (lane >> 1).equals((column >> 1) & 1)
     self._sees = sees & ((column >> 2) < spec.xs)
 
-  def begin(self, j: Any) -> Any:
-    """Before slice j, the first."""
-    self._round(self._read(j), j)
-    return self._read(j + 1)
+  def ask(self, j: Any) -> Any:
+    """Asks for x of slice j, the first, and of as many as are on their way."""
+    return [self._read(j + i) for i in range(self._spec.slices)]
 
-  def step(self, sums: Any, read: Any, j: Any) -> tuple[Any, Any]:
-    """The sums with slice j; `read` is x of the next one."""
-    self._round(read, j + 1)
-    following = self._read(j + 2)
-    return self._add(sums, j), following
+  def begin(self, asked: Any, j: Any) -> Any:
+    """Before slice j, the first; `asked` is what `ask` returned."""
+    self._round(asked[0], j)
+    return asked[1:]
+
+  def step(self, sums: Any, asked: Any, j: Any) -> tuple[Any, Any]:
+    """The sums with slice j; `asked` is x of those that follow."""
+    self._round(asked[0], j + 1)
+    following = self._read(j + self._spec.slices)
+    return self._add(sums, j), [*asked[1:], following]
 
   def _read(self, j: Any) -> list[list[Any]]:
     """Asks for what a thread rounds of each row of x."""
