@@ -194,9 +194,7 @@ def init_cache(
       lengths = dict.fromkeys(lengths, 0)
     return {
       key: jnp.zeros(
-        (batch_size, lengths[key], *x.shape[2:])
-        if key in lengths
-        else x.shape,
+        (batch_size, lengths[key], *x.shape[2:]) if key in lengths else x.shape,
         x.dtype,
       )
       for key, x in shapes.items()
@@ -242,9 +240,7 @@ def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     for name, layer in cache.items()
     if name != CONTEXT
   }
-  intercept = _Interceptor(
-    roles=roles, window=model.config.sliding_window_size
-  )
+  intercept = _Interceptor(roles=roles, window=model.config.sliding_window_size)
   with nn.intercept_methods(intercept):
     out = model(*args, **kwargs)
   first = out.cache[min(roles.rolling)]
