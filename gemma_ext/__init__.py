@@ -25,6 +25,7 @@ _MODULES = (
   'kernels',
   'nn',
   'recipe',
+  'text',
   'train',
 )
 _NAMES = {
@@ -46,6 +47,7 @@ if _typing.TYPE_CHECKING:
   from gemma_ext import kernels
   from gemma_ext import nn
   from gemma_ext import recipe
+  from gemma_ext import text
   from gemma_ext import train
   from gemma_ext.compress import Plan
   from gemma_ext.compress import plan

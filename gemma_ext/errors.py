@@ -112,6 +112,13 @@ class OptionalDependencyError(GemmaExtError, ImportError):
   """A package of an optional extra is missing; says how to install it."""
 
 
+# ------------------------------------ text -----------------------------------
+
+
+class SamplingError(GemmaExtError, ValueError):
+  """Text cannot be generated as it was asked to."""
+
+
 # ---------------------------------- training ---------------------------------
 
 

@@ -22,9 +22,9 @@ from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
 from gemma_ext import data
 from gemma_ext import evals
-from gemma_ext import generate
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
+from gemma_ext import text as gx_text
 
 _WINDOW = 512
 _RECIPES = {
@@ -150,14 +150,13 @@ def _run(args: Any) -> None:
 
 
 def _write(model: Any, params: Any, tokenizer: Any, args: Any) -> str:
-  pieces = generate.generate(
-    model,
-    params,
-    tokenizer,
-    args.prompt,
-    max_new_tokens=args.max_new_tokens,
+  return ''.join(
+    gx_text.stream(
+      (model, params, tokenizer),
+      args.prompt,
+      max_new_tokens=args.max_new_tokens,
+    )
   )
-  return ''.join(text for _, text in pieces)
 
 
 def _row(

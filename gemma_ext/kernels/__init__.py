@@ -8,6 +8,7 @@ from gemma_ext.kernels._formats import Format
 from gemma_ext.kernels._formats import IntFormat
 from gemma_ext.kernels._formats import TernaryFormat
 from gemma_ext.kernels._matmul import matmul
+from gemma_ext.kernels._params import first
 from gemma_ext.kernels._params import random_codes
 from gemma_ext.kernels._params import validate
 from gemma_ext.kernels._scales import round_scale

@@ -97,9 +97,16 @@ def why_not(
   return ''
 
 
+def contiguous(p: Mapping[str, jax.Array], fmt: _formats.Format) -> bool:
+  """Whether the codes of a part of a weight lie one after another."""
+  if not isinstance(fmt, _formats.TernaryFormat) or fmt.planes == 1:
+    return True
+  return p['codes'].shape[1:-1] == _params.rows_of(p, fmt)
+
+
 def matmul(
   x: jax.Array,  # [N, I]
-  codes: jax.Array,  # packed, of [*rows, I]
+  codes: jax.Array,  # packed, of [*rows, I] or a weight that begins so
   scale: jax.Array,
   fmt: _formats.Format,
   *,

@@ -32,7 +32,7 @@ def dequantize(
   Raises:
     ParamsMismatchError: If `p` does not have the shapes that `fmt` expects.
   """
-  _params.validate(p, fmt, _params.rows_of(p, fmt), cols)
+  _params.validate(p, fmt, _params.rows_of(p, fmt), cols, part=True)
   return dense(p, fmt, cols, dtype)
 
 
@@ -43,7 +43,7 @@ def dense(
   dtype: DTypeLike,
 ) -> jax.Array:
   """`dequantize` for parameters that were checked."""
-  codes = _params.integer_codes(p['codes'], fmt, cols)
+  codes = _params.integer_codes(_params.own(p, fmt)['codes'], fmt, cols)
   scale = fmt.unpack_scale(p['scale'])[..., None]
   w = codes.reshape(*scale.shape[:-1], -1).astype(jnp.float32) * scale
   w = w.reshape(*w.shape[:-2], cols)

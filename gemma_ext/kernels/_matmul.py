@@ -76,13 +76,16 @@ def matmul(
     raise errors.ShapeError(
       f'x is {x.dtype}{list(x.shape)}; expected floating [..., I].'
     )
-  _params.validate(p, fmt, _params.rows_of(p, fmt), x.shape[-1])
+  rows = _params.rows_of(p, fmt)
+  _params.validate(p, fmt, rows, x.shape[-1], part=True)
   if backend is None:
     backend = 'xla' if _cpu.why_not(x, p, fmt) else _preferred()
   if backend == 'xla':
     return matmul_xla(x, p, fmt)
   if reason := _cpu.why_not(x, p, fmt):
     raise errors.BackendError(f"backend='cpu' cannot run here: {reason}.")
+  if not _cpu.contiguous(p, fmt):
+    p = _params.own(p, fmt)
   return _matmul_cpu(fmt, x_bits, x, p['codes'], p['scale'])
 
 
@@ -152,6 +155,7 @@ def matmul_xla(
   dtype = jnp.dtype(jnp.float32) if few and alone else x.dtype
   axis = int(isinstance(fmt, _formats.TernaryFormat))
   rows = _params.rows_of(p, fmt)
+  p = _params.own(p, fmt)
 
   @jax.checkpoint
   def run(x, p):

@@ -3,6 +3,7 @@
 """Packed weights `{'codes', 'scale'}`: checks, initial values, the codes."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ def validate(
   fmt: _formats.Format,
   rows: tuple[int, ...],
   cols: int,
+  *,
+  part: bool = False,
 ) -> None:
   """Checks shapes and types of a packed weight, without looking at values.
 
@@ -25,6 +28,7 @@ def validate(
     fmt: The format that they should have.
     rows: Leading axes of the dense weight.
     cols: Its input axis.
+    part: Whether its codes may be those of a weight that it is the `first` of.
 
   Raises:
     ParamsMismatchError: If a key, shape or type is not the expected one.
@@ -50,7 +54,11 @@ def validate(
     want, dtype = fmt.latent_shape(rows, cols), codes.dtype
   else:
     want, dtype = fmt.codes_shape(rows, cols), fmt.codes_dtype
-  if tuple(codes.shape) != want or codes.dtype != dtype:
+  found = tuple(codes.shape)
+  if part and len(found) == len(want):
+    axes = min(_part_axes(fmt), len(want) - 1)
+    found = tuple(map(min, found[:axes], want)) + found[axes:]
+  if found != want or codes.dtype != dtype:
     raise errors.ParamsMismatchError(
       f'codes are {codes.dtype}{list(codes.shape)}; expected'
       f' {dtype}{list(want)} for {fmt} and a weight of {(*rows, cols)}.'
@@ -61,6 +69,75 @@ def rows_of(p: Mapping[str, Any], fmt: _formats.Format) -> tuple[int, ...]:
   """Returns the leading axes of the dense weight."""
   planes = isinstance(fmt, _formats.TernaryFormat)
   return tuple(p['scale'].shape[int(planes) : -1])
+
+
+def _part_axes(fmt: _formats.Format) -> int:
+  """Leading axes along which the codes of a larger weight may be longer.
+
+  Scales, which a part has of its own, tell how long they are meant to be; those
+  of tied planes do not tell the number of planes.
+  """
+  if not isinstance(fmt, _formats.TernaryFormat):
+    return 1
+  return 0 if fmt.tied else 2
+
+
+def first(
+  p: Mapping[str, jax.Array],
+  fmt: _formats.Format,
+  *,
+  planes: int | None = None,
+  rows: int | None = None,
+) -> tuple[dict[str, jax.Array], _formats.Format]:
+  """Returns the weight that is made of the first planes or rows of another.
+
+  The codes are those of the other weight, whole: no memory is copied, and every
+  operation reads as many of them as the scales say.
+
+  Args:
+    p: Packed weight.
+    fmt: Its format.
+    planes: Ternary planes to take; all by default.
+    rows: Rows to take of the first axis, all by default.
+
+  Returns:
+    The packed weight and its format.
+
+  Raises:
+    ShapeError: If there are not so many.
+  """
+  codes, scale = p['codes'], p['scale']
+  if planes is not None:
+    if not isinstance(fmt, _formats.TernaryFormat) or not (
+      1 <= planes <= fmt.planes
+    ):
+      raise errors.ShapeError(f'{planes=} of {fmt}; expected 1 or more of it.')
+    if fmt.tied:
+      # Threefold scales have more digits than one byte holds.
+      scale = fmt.unpack_scale(scale)
+      fmt = dataclasses.replace(fmt, tied=False, scale='bf16')
+      scale = fmt.pack_scale(scale)
+    scale = scale[:planes]
+    fmt = dataclasses.replace(fmt, planes=planes)
+  if rows is not None:
+    axis = int(isinstance(fmt, _formats.TernaryFormat))
+    if not 1 <= rows <= scale.shape[axis]:
+      raise errors.ShapeError(
+        f'{rows=} of a weight of {scale.shape[axis]}; expected 1 or more of it.'
+      )
+    if axis and fmt.tied and rows < scale.shape[axis]:
+      raise errors.ShapeError(f'{rows=} of tied planes, {fmt}.')
+    scale = jax.lax.slice_in_dim(scale, 0, rows, axis=axis)
+  return {'codes': codes, 'scale': scale}, fmt
+
+
+def own(
+  p: Mapping[str, jax.Array], fmt: _formats.Format
+) -> dict[str, jax.Array]:
+  """Returns a packed weight whose codes are no more than its own."""
+  lead = fmt.codes_shape(rows_of(p, fmt), 1)[:-1]
+  lead = lead[: _part_axes(fmt)]
+  return {**p, 'codes': p['codes'][tuple(slice(n) for n in lead)]}
 
 
 def random_codes(

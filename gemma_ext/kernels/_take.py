@@ -46,12 +46,13 @@ def take(
   if backend not in BACKENDS:
     raise errors.ShapeError(f'{backend=}; expected one of {BACKENDS}.')
   rows = _params.rows_of(p, fmt)
-  _params.validate(p, fmt, rows, cols)
+  _params.validate(p, fmt, rows, cols, part=True)
   if not rows or not jnp.issubdtype(ids.dtype, jnp.integer):
     raise errors.ShapeError(
       f'Got {ids.dtype} ids and a table of rows {rows}; expected integer ids'
       ' and at least one row axis.'
     )
+  p = _params.own(p, fmt)
   if isinstance(fmt, _formats.TernaryFormat):
     found = {name: value[:, ids] for name, value in p.items()}
   else:

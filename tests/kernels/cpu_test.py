@@ -219,7 +219,7 @@ def test_sizes_are_checked_before_memory_is_read():
     (_x((3, 96)), codes[:, :-1], scale, 'bytes of codes'),
     (_x((3, 96)), codes, scale[:, :-1], 'scales=14; expected 21'),
     (_x((3, 97)), codes, scale, 'does not divide'),
-    (_x((3, 320)), codes, scale, 'is no multiple'),
+    (_x((3, 320)), codes, scale, 'bytes of codes=448; expected 1120'),
     (_x((3, 96)), codes, scale.astype(jnp.float32), 'neither bfloat16'),
     (_x((3, 96)).astype(np.float16), codes, scale, 'neither float32'),
     (_x((3, 96)), codes.astype(jnp.int8), scale, 'wrong type'),

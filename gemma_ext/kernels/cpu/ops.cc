@@ -78,9 +78,11 @@ ffi::Error Check(bool ok, const std::string& message) {
     if (ffi::Error found = (expression); found.failure()) return found; \
   } while (false)
 
-ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale, int64_t cols,
-                      const Description& d, Weight* w) {
+// `codes` may go on after those of the weight.
+ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale, int64_t rows,
+                      int64_t cols, const Description& d, Weight* w) {
   GX_RETURN_IF(Check(0 < cols && cols < kMost, Number("cols", cols)));
+  GX_RETURN_IF(Check(0 <= rows && rows < kMost / cols, Number("rows", rows)));
   GX_RETURN_IF(Check(0 < d.group && d.group <= cols && cols % d.group == 0,
                      Number("group", d.group) + " does not divide " +
                          Number("cols", cols)));
@@ -126,12 +128,12 @@ ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale, int64_t cols,
                                        ? ffi::DataType::S8
                                        : ffi::DataType::U8),
                      "codes are of the wrong type"));
-  const int64_t per_row = w->planes * w->row_bytes();
+  w->rows = rows;
+  const int64_t needed = w->planes * rows * w->row_bytes();
   const int64_t bytes = static_cast<int64_t>(codes.size_bytes());
-  GX_RETURN_IF(Check(bytes % per_row == 0 && bytes < kMost,
-                     Number("bytes of codes", bytes) + " is no multiple of " +
-                         std::to_string(per_row)));
-  w->rows = bytes / per_row;
+  GX_RETURN_IF(Check(bytes >= needed && bytes < kMost,
+                     Number("bytes of codes", bytes) + "; expected " +
+                         std::to_string(needed)));
   const int64_t scales = w->scale_planes() * w->rows * w->groups();
   GX_RETURN_IF(
       Check(static_cast<int64_t>(scale.element_count()) == scales,
@@ -254,11 +256,10 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
   GX_RETURN_IF(Check(y->dimensions().size() == 2, "y is not [N, O]"));
   const int64_t n = x.dimensions()[0], cols = x.dimensions()[1];
   Weight w;
-  GX_RETURN_IF(MakeWeight(codes, scale, cols,
+  GX_RETURN_IF(MakeWeight(codes, scale, y->dimensions()[1], cols,
                           {layout, bits, planes, tied, ternary, group}, &w));
-  GX_RETURN_IF(Check(
-      y->dimensions()[0] == n && y->dimensions()[1] == w.rows,
-      Number("rows of the weight", w.rows) + ", but y is another shape"));
+  GX_RETURN_IF(Check(y->dimensions()[0] == n,
+                     Number("rows of x", n) + ", but y is another shape"));
   Floats in, out;
   GX_RETURN_IF(MakeFloats(x, &in));
   GX_RETURN_IF(MakeFloats(*y, &out));

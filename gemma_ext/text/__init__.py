@@ -1,0 +1,6 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a checkpoint, as it comes."""
+
+from gemma_ext.text._stream import Stream
+from gemma_ext.text._stream import stream
