@@ -21,6 +21,7 @@ from gemma_ext import ckpts
 from gemma_ext import errors
 from gemma_ext import text
 
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   return _cli.run(__doc__, _define_flags, _run, argv)

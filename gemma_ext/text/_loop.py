@@ -80,9 +80,7 @@ class Plain:
     return run.replace(state=state, rounds=run.rounds + 1)
 
 
-@functools.partial(
-  jax.jit, static_argnames='stepper', donate_argnames='run'
-)
+@functools.partial(jax.jit, static_argnames='stepper', donate_argnames='run')
 def advance(
   stepper: Stepper, run: Run, params: Any, limit: jax.Array, chunk: jax.Array
 ) -> tuple[Run, Progress]:

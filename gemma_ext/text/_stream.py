@@ -90,9 +90,7 @@ def stream(
     params=params,
     input=inputs,
     last_state=None,
-    cache_length=_round_up(
-      max(bucket, length + max_new_tokens), _CACHE_STEP
-    ),
+    cache_length=_round_up(max(bucket, length + max_new_tokens), _CACHE_STEP),
     pad_length=bucket,
     max_out_length=_round_up(max_new_tokens, _OUT_STEP),
     rng=jax.random.key(seed),

@@ -81,9 +81,7 @@ def test_the_kernels_copy_no_codes(planes, rows):
 
   @jax.jit
   def run(x, p):
-    part, part_fmt = kernels.first(
-      p, fmt, planes=planes, rows=rows and 1024
-    )
+    part, part_fmt = kernels.first(p, fmt, planes=planes, rows=rows and 1024)
     return kernels.matmul(x, part, part_fmt, backend='cpu')
 
   compiled = run.lower(jnp.ones((1, 1024)), p).compile()

@@ -75,9 +75,7 @@ class Threads:
     self._split = spec.split
     staged, ring = spec.staged, spec.ring
     self._shape = (blocks, 32 * warps)
-    self._blocks = np.broadcast_to(
-      np.arange(blocks)[:, None], self._shape
-    )
+    self._blocks = np.broadcast_to(np.arange(blocks)[:, None], self._shape)
     self._shared = np.full((blocks, shared), np.nan, np.float32)
     self._staged = np.full((blocks, staged), 0xFF, np.uint8)
     self._ring = np.full((blocks, ring), 0xFF, np.uint8)
@@ -127,7 +125,9 @@ class Threads:
     at = (at + plus).value.astype(np.int64)
     assert not np.any(at % size), 'unaligned'
     take = lambda k: np.take_along_axis(self._staged, at + k, axis=1)
-    word = sum(take(k).astype(np.uint32) << np.uint32(8 * k) for k in range(size))
+    word = sum(
+      take(k).astype(np.uint32) << np.uint32(8 * k) for k in range(size)
+    )
     return Int(word)
 
   def fetch(self, memory, at, plus, to, to_plus, inside):
@@ -159,11 +159,15 @@ class Threads:
     return (word & mask) | bits
 
   def permute(self, a, b, selector):
-    both = a.value.astype(np.uint64) | b.value.astype(np.uint64) << np.uint64(32)
+    both = a.value.astype(np.uint64) | b.value.astype(np.uint64) << np.uint64(
+      32
+    )
     out = np.zeros(self._shape, np.uint32)
     for k in range(4):
       byte = np.uint64(8 * (selector >> 4 * k & 7))
-      out |= ((both >> byte) & np.uint64(255)).astype(np.uint32) << np.uint32(8 * k)
+      out |= ((both >> byte) & np.uint64(255)).astype(np.uint32) << np.uint32(
+        8 * k
+      )
     return Int(out)
 
   def mma(self, a, b, c):
@@ -262,7 +266,9 @@ class Threads:
 
   def put_scale(self, at, value, inside):
     live = inside.value
-    self._scales[self._blocks[live], at.value[live].astype(np.int64)] = value[live]
+    self._scales[self._blocks[live], at.value[live].astype(np.int64)] = value[
+      live
+    ]
 
   def get_scale(self, at):
     return np.take_along_axis(self._scales, at.value.astype(np.int64), axis=1)

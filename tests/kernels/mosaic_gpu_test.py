@@ -58,7 +58,9 @@ def emulate(x, codes, scale, spec):
 
 
 def reference(x, codes, scale, fmt, gated=False):
-  w = _dequantize.dense({'codes': codes, 'scale': scale}, fmt, x.shape[1], jnp.float32)
+  w = _dequantize.dense(
+    {'codes': codes, 'scale': scale}, fmt, x.shape[1], jnp.float32
+  )
   w, x = (np.asarray(v, np.float64) for v in (w, x))
   y, size = x @ w.T, np.abs(x) @ np.abs(w).T
   if not gated:
@@ -110,8 +112,9 @@ def test_in_integers(fmt, xs):
 
 @pytest.mark.parametrize('fmt', WHOLE, ids=name)
 def test_in_integers_at_odd_edges(fmt):
-  check(fmt, 2 * 41, 256 * 3, 2, seed=5, integers=True, tiles=4, warps=8,
-        gated=True)
+  check(
+    fmt, 2 * 41, 256 * 3, 2, seed=5, integers=True, tiles=4, warps=8, gated=True
+  )
 
 
 @pytest.mark.parametrize('fmt', [Ternary(), Int(bits=4, group=32)], ids=name)

@@ -69,11 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
-    'shapes', ['4b', '12b', '27b'], f'Of {", ".join(SHAPES)}.',
+    'shapes',
+    ['4b', '12b', '27b'],
+    f'Of {", ".join(SHAPES)}.',
     flag_values=values,
   )
   flags.DEFINE_list(
-    'parts', ['check', 'products', 'ffn'], 'Of check, tune, products, ffn.',
+    'parts',
+    ['check', 'products', 'ffn'],
+    'Of check, tune, products, ffn.',
     flag_values=values,
   )
   flags.DEFINE_integer(
@@ -110,7 +114,10 @@ def _weight(
   scale = jax.random.uniform(
     other, fmt.scale_shape((rows,), cols), minval=0.01, maxval=0.03
   )
-  return {'codes': make(key, fmt, (rows,), cols), 'scale': fmt.pack_scale(scale)}
+  return {
+    'codes': make(key, fmt, (rows,), cols),
+    'scale': fmt.pack_scale(scale),
+  }
 
 
 def _x(rows: int, cols: int) -> jax.Array:
@@ -169,8 +176,13 @@ def _check(formats: Mapping[str, kernels.Format]) -> list[dict[str, Any]]:
       ok = bool(error <= most)
       found.append(
         {
-          'format': name, 'rows': rows, 'cols': cols, 'n': n, 'gated': gated,
-          'error': float(error / np.linalg.norm(want)), 'ok': ok,
+          'format': name,
+          'rows': rows,
+          'cols': cols,
+          'n': n,
+          'gated': gated,
+          'error': float(error / np.linalg.norm(want)),
+          'ok': ok,
         }
       )
       if not ok:
@@ -189,7 +201,9 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
       ]
       x = _x(1, product.cols)
       best = []
-      for tiles, slices, split in itertools.product((2, 4), (2, 3, 4), (1, 2, 4)):
+      for tiles, slices, split in itertools.product(
+        (2, 4), (2, 3, 4), (1, 2, 4)
+      ):
         if split > 1 and product.part != 'down':
           continue
         begun = time.perf_counter()
@@ -197,8 +211,13 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
           jax.jit(
             lambda x, ws: [
               mosaic_gpu.few_rows(
-                x, p['codes'], p['scale'], fmt,
-                tiles=tiles, slices=slices, split=split,
+                x,
+                p['codes'],
+                p['scale'],
+                fmt,
+                tiles=tiles,
+                slices=slices,
+                split=split,
               )
               for p in ws
             ]
@@ -216,8 +235,12 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
         found.append(
           dataclasses.asdict(product)
           | {
-            'format': name, 'tiles': tiles, 'slices': slices, 'split': split,
-            'seconds': t, 'took': time.perf_counter() - begun,
+            'format': name,
+            'tiles': tiles,
+            'slices': slices,
+            'split': split,
+            'seconds': t,
+            'took': time.perf_counter() - begun,
           }
         )
         _cli.note(

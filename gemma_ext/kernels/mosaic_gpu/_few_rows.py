@@ -23,7 +23,9 @@ from gemma_ext.kernels.mosaic_gpu import _integers
 from gemma_ext.kernels.mosaic_gpu import _spec
 
 
-def run(ops: Any, spec: _spec.Spec, x: Any, codes: Any, scale: Any, out: Any) -> None:
+def run(
+  ops: Any, spec: _spec.Spec, x: Any, codes: Any, scale: Any, out: Any
+) -> None:
   """Emits the kernel.
 
   Args:
@@ -35,7 +37,9 @@ def run(ops: Any, spec: _spec.Spec, x: Any, codes: Any, scale: Any, out: Any) ->
     out: Memory of bfloat16 `[xs, out_rows]`.
   """
   thread = ops.thread()
-  place = _spec.Place(warp=thread >> 5, group=(thread & 31) >> 2, lane=thread & 3)
+  place = _spec.Place(
+    warp=thread >> 5, group=(thread & 31) >> 2, lane=thread & 3
+  )
   first = ops.block() * spec.block_rows
   # The last block starts early, to end with the last row.
   if spec.out_rows % spec.block_rows:
@@ -65,7 +69,9 @@ def run(ops: Any, spec: _spec.Spec, x: Any, codes: Any, scale: Any, out: Any) ->
 class _Ring:
   """Codes on their way to shared memory."""
 
-  def __init__(self, ops: Any, spec: _spec.Spec, thread: Any, first: Any, codes: Any):
+  def __init__(
+    self, ops: Any, spec: _spec.Spec, thread: Any, first: Any, codes: Any
+  ):
     self._ops, self._spec, self._codes = ops, spec, codes
     each = spec.width // 16  # Threads that copy a row.
     row, self._at = thread // each, (thread & (each - 1)) * 16
@@ -103,7 +109,9 @@ class _Ring:
     self._ops.barrier()
 
 
-def _stage(ops: Any, spec: _spec.Spec, thread: Any, first: Any, scale: Any) -> None:
+def _stage(
+  ops: Any, spec: _spec.Spec, thread: Any, first: Any, scale: Any
+) -> None:
   """Asks for the scales of the block's rows in shared memory.
 
   They come no later than the first slice.
@@ -158,7 +166,9 @@ def _finish(
     value = None
     for warp in range(spec.split * spec.warps):
       for s in range(sub):
-        at = (tile_row + warp * spec.tiles * _spec.TILE) * spec.sums + m * sub + s
+        at = (
+          (tile_row + warp * spec.tiles * _spec.TILE) * spec.sums + m * sub + s
+        )
         part = ops.shared(at)
         value = part if value is None else ops.add(value, part)
     return value

@@ -91,7 +91,9 @@ class Floats:
             [
               _unpack(ops, spec, word)
               for word in ops.fetched(
-                at, spec.row_at(plane, tile, more) + u * 2 * _spec.BLOCK * spec.warps
+                at,
+                spec.row_at(plane, tile, more)
+                + u * 2 * _spec.BLOCK * spec.warps,
               )
             ]
             for more in (0, 8)
@@ -180,7 +182,9 @@ class Floats:
   def _read_x(self, block: Any, field: int, inside: Any) -> Any:
     """16 neighbours: those that a thread's codes of a field multiply."""
     spec = self._spec
-    col = (block * spec.fields + field) * _spec.BLOCK + (self._place.lane & 1) * 16
+    col = (block * spec.fields + field) * _spec.BLOCK + (
+      self._place.lane & 1
+    ) * 16
     inside &= self._sees
     out = []
     for eight in (0, 8):
@@ -213,7 +217,9 @@ def _pairs(ops: Any, x: Any) -> list[list[Any]]:
   ]
 
 
-def _unpack(ops: Any, spec: _spec.Spec, word: Any) -> list[list[tuple[Any, Any]]]:
+def _unpack(
+  ops: Any, spec: _spec.Spec, word: Any
+) -> list[list[tuple[Any, Any]]]:
   """Splits four bytes into bfloat16s.
 
   Returns:
@@ -231,7 +237,9 @@ def _unpack(ops: Any, spec: _spec.Spec, word: Any) -> list[list[tuple[Any, Any]]
     out = []
     for _ in range(5):
       halves = [v * 3 for v in halves]
-      out.append([tuple(ops.mask(v >> 8, 0x0003_0003, _MAGIC[0]) for v in halves)])
+      out.append(
+        [tuple(ops.mask(v >> 8, 0x0003_0003, _MAGIC[0]) for v in halves)]
+      )
       halves = [v & _HALVES for v in halves]
     return out
   bits = 8 // spec.fields
@@ -244,9 +252,7 @@ def _unpack(ops: Any, spec: _spec.Spec, word: Any) -> list[list[tuple[Any, Any]]
       shifted[shift] = word >> shift
     return ops.mask(shifted[shift], mask << p, _MAGIC[p])
 
-  return [
-    [(field(f * bits), field(8 + f * bits))] for f in range(spec.fields)
-  ]
+  return [[(field(f * bits), field(8 + f * bits))] for f in range(spec.fields)]
 
 
 def _shift(bits: int, at: int) -> tuple[int, int]:

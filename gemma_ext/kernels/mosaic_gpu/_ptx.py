@@ -73,9 +73,7 @@ class Int:
     return self._with(arith.remui, other)
 
   def __lt__(self, other: Int | int) -> Flag:
-    return Flag(
-      arith.cmpi(arith.CmpIPredicate.ult, self.value, _value(other))
-    )
+    return Flag(arith.cmpi(arith.CmpIPredicate.ult, self.value, _value(other)))
 
   def equals(self, other: Int | int) -> Flag:
     """Whether both are the same."""
@@ -115,9 +113,7 @@ def _asm(
     if len(results) == 1
     else llvm.StructType.get_literal(list(results))
   )
-  out = llvm.inline_asm(
-    kind, args, text, constraints, has_side_effects=effects
-  )
+  out = llvm.inline_asm(kind, args, text, constraints, has_side_effects=effects)
   if len(results) == 1:
     return [out]
   return [llvm.extractvalue(t, out, [i]) for i, t in enumerate(results)]
@@ -191,7 +187,9 @@ class Ptx:
       return [v.value if isinstance(v, Int) else v for v in values]
 
     op = scf.ForOp(
-      utils.c(0, _i32()), utils.c(count, _i32()), utils.c(1, _i32()),
+      utils.c(0, _i32()),
+      utils.c(count, _i32()),
+      utils.c(1, _i32()),
       bare(leaves),
     )
     with ir.InsertionPoint(op.body):
@@ -249,9 +247,7 @@ class Ptx:
     """Asks for 16, 4 or 1 bytes in shared memory for scales, if `inside`."""
     source, target = self._at(memory, at), self._at(self._staged, to)
     if width == 1:  # Too little for `cp.async`.
-      move = (
-        f'@p ld.global.nc.b8 a, [$0+{plus}]; @p st.shared.b8 [$1], a;'
-      )
+      move = f'@p ld.global.nc.b8 a, [$0+{plus}]; @p st.shared.b8 [$1], a;'
     else:
       cache = 'cg' if width == 16 else 'ca'
       move = f'@p cp.async.{cache}.shared.global [$1], [$0+{plus}], {width};'
@@ -332,7 +328,10 @@ class Ptx:
   def permute(self, a: Int, b: Int, selector: int) -> Int:
     """Bytes of two words, `prmt`."""
     (v,) = _asm(
-      [_i32()], [a.value, b.value], f'prmt.b32 $0, $1, $2, {selector};', '=r,r,r'
+      [_i32()],
+      [a.value, b.value],
+      f'prmt.b32 $0, $1, $2, {selector};',
+      '=r,r,r',
     )
     return Int(v)
 
@@ -434,9 +433,7 @@ class Ptx:
     ]
     if len(pairs) == 1:
       return pairs
-    return [
-      self.permute(a, b, 0x5410) for a, b in zip(pairs[::2], pairs[1::2])
-    ]
+    return [self.permute(a, b, 0x5410) for a, b in zip(pairs[::2], pairs[1::2])]
 
   def put_bytes(self, at: Int, words: Sequence[Int], count: int) -> None:
     """Writes 2, 4 or 8 bytes of x."""
@@ -497,7 +494,10 @@ class Ptx:
 
   def _simple(self, text: str, *args: Int) -> Int:
     (v,) = _asm(
-      [_i32()], [a.value for a in args], text, ','.join(['=r'] + ['r'] * len(args))
+      [_i32()],
+      [a.value for a in args],
+      text,
+      ','.join(['=r'] + ['r'] * len(args)),
     )
     return Int(v)
 
@@ -546,7 +546,11 @@ class Ptx:
   def shared(self, at: Int) -> ir.Value:
     """Reads shared memory."""
     (v,) = _asm(
-      [_f32()], [self._at(self._shared, at * 4)], 'ld.shared.f32 $0, [$1];', '=f,l', True
+      [_f32()],
+      [self._at(self._shared, at * 4)],
+      'ld.shared.f32 $0, [$1];',
+      '=f,l',
+      True,
     )
     return v
 
