@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Compressed`: any Gemma model, its weights read packed.
 
-Weights are intercepted here only, attention in `_rolling` only.
+The only place in the package that intercepts the code of the official modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.nn import _packed
-from gemma_ext.nn import _rolling
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
 
@@ -37,15 +36,12 @@ class Compressed(nn.Module):
   Attributes:
     model: The official model, of any family.
     recipe: A `Recipe`, or what `Recipe.of` takes.
-    rolling_cache: Whether the caches of local layers keep their window only,
-      as in `RollingCache`.
   """
 
   _: dataclasses.KW_ONLY
 
   model: nn.Module
   recipe: recipe_lib.Recipe
-  rolling_cache: bool = True
 
   def __post_init__(self):
     _config.check(self.model)
@@ -68,18 +64,16 @@ class Compressed(nn.Module):
     """Calls the model. Arguments and outputs are those of the model."""
     _scopes.share(self)
     with self._intercept():
-      return _rolling.call(self.model, *args, **kwargs)
+      return self.model(*args, **kwargs)
 
   def init_cache(self, *, dtype: Any, **kwargs: Any) -> Any:
-    """Initialises the cache, in a floating type.
+    """Initialises the cache as the model does, in a floating type.
 
     The official samplers ask for the type of the first parameter, which may be
     integer codes here; then it is the model's own type.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
       dtype = self.model.dtype
-    if self.rolling_cache:
-      return _rolling.init_cache(self.model, dtype=dtype, **kwargs)
     return self.model.init_cache(dtype=dtype, **kwargs)
 
   def __kontext_keys__(self) -> dict[str, str]:
