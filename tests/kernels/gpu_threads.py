@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The instructions of `kernels.mosaic_gpu`, for every thread at once, on numpy."""
+"""Instructions of `kernels.mosaic_gpu` on numpy, for every thread at once."""
 
 from __future__ import annotations
 

@@ -88,12 +88,11 @@ class Integers:
 
   def _round(self, read: list[list[Any]], j: Any) -> None:
     """Writes slice j of x to shared memory, rounded."""
-    ops, spec = self._ops, self._spec
+    ops = self._ops
     for row, words in enumerate(read):
-      most = None
-      for word in words:
-        size = word & _ABS
-        most = size if most is None else ops.max16(most, size)
+      most = words[0] & _ABS
+      for word in words[1:]:
+        most = ops.max16(most, word & _ABS)
       for distance in (1, 2, 4, 8):
         most = ops.max16(most, ops.shuffle(most, distance))
       peak = ops.bfloat16(ops.max16(most, most >> 16) << 16)
@@ -162,7 +161,7 @@ class Integers:
     """Codes of 16 rows times b, in units of `_unit`."""
     ops, spec = self._ops, self._spec
     bits = 8 // spec.fields
-    total = None
+    total: list[Any] = []
     for f in range(spec.fields):
       mask = 0x0101_0101 * (((1 << bits) - 1) << (bits * f))
       d = start if f == 0 else [ops.int(0)] * 4
@@ -171,7 +170,7 @@ class Integers:
         if spec.fields > 1:
           words = tuple(w & mask for w in words)
         d = ops.mma8(words, b[f][i : i + 2], d, signed=spec.fields == 1)
-      if total is None:
+      if not total:
         total = d
       else:
         total = [t * (1 << bits) + v for t, v in zip(total, d)]

@@ -404,11 +404,11 @@ class Ptx:
     return arith.maximumf(a, utils.c(b, _f32()))
 
   def multiply(self, a: ir.Value, b: float) -> ir.Value:
-    """a times a constant."""
+    """A times a constant."""
     return arith.mulf(a, utils.c(b, _f32()))
 
   def times(self, a: ir.Value, b: ir.Value) -> ir.Value:
-    """a b."""
+    """A b."""
     return arith.mulf(a, b)
 
   def reciprocal(self, a: ir.Value) -> ir.Value:
@@ -417,7 +417,7 @@ class Ptx:
     return v
 
   def round(self, a: ir.Value, b: ir.Value) -> Int:
-    """a b to the nearest: its lowest 16 bits are those of the result."""
+    """A b to the nearest: its lowest 16 bits are those of the result."""
     value = self.fma(a, b, utils.c(1.5 * 2.0**23, _f32()))
     return Int(arith.bitcast(_i32(), value))
 
@@ -502,12 +502,12 @@ class Ptx:
     return Int(v)
 
   def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a b + c."""
+    """A b + c."""
     (v,) = _asm([_f32()], [a, b, c], 'fma.rn.f32 $0, $1, $2, $3;', '=f,f,f,f')
     return v
 
   def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
-    """a + b."""
+    """A + b."""
     return arith.addf(a, b)
 
   def gelu_mul(self, gate: ir.Value, up: ir.Value) -> ir.Value:
