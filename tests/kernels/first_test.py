@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the first planes and rows of a packed weight, taken without a copy."""
+"""Tests of the first planes and rows of a packed weight."""
 
 import jax
 import jax.numpy as jnp

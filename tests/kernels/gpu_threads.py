@@ -92,7 +92,7 @@ class Threads:
   def rank(self):
     return Int(self._blocks % self._split)
 
-  def int(self, value):
+  def constant(self, value):
     return Int(np.full(self._shape, value, np.uint32))
 
   def zero(self):
@@ -100,7 +100,7 @@ class Threads:
 
   def loop(self, count, body, carry):
     for i in range(max(count, 0)):
-      carry = body(self.int(i), carry)
+      carry = body(self.constant(i), carry)
     return carry
 
   def load(self, memory, at, *, words, plus=0, valid=None, keep=False):
@@ -244,7 +244,7 @@ class Threads:
   def pack(self, values, byte):
     out = []
     for start in range(0, len(values), 4):
-      word = self.int(0)
+      word = self.constant(0)
       for k, value in enumerate(values[start : start + 4]):
         word = word | ((value >> (8 * byte)) & 0xFF) << (8 * k)
       out.append(word)

@@ -137,6 +137,50 @@ def _kernel_seconds(run: Callable[..., Any], *args: Any) -> Callable[[], float]:
   return seconds
 
 
+def _packed(fmt: kernels.Format, **how: Any) -> Callable[..., list[jax.Array]]:
+  """Products of x with packed weights."""
+  return jax.jit(
+    lambda x, ws: [
+      mosaic_gpu.few_rows(x, p['codes'], p['scale'], fmt, **how) for p in ws
+    ]
+  )
+
+
+def _packed_ffn(fmt: kernels.Format) -> Callable[..., jax.Array]:
+  """Feed-forward layers, one after the other."""
+
+  @jax.jit
+  def run(x, ws):
+    for a, b in ws:
+      h = mosaic_gpu.few_rows(x, a['codes'], a['scale'], fmt, gated=True)
+      x = mosaic_gpu.few_rows(h, b['codes'], b['scale'], fmt)
+    return x
+
+  return run
+
+
+@jax.jit
+def _plain_ffn(x, gates, downs):
+  for a, b in zip(gates, downs):
+    gate, up = (jnp.dot(x, w.T) for w in jnp.split(a, 2))
+    x = jnp.dot(jax.nn.gelu(gate) * up, b.T)
+  return x
+
+
+def _in_turn(
+  packed: Callable[[], float],
+  copies: int,
+  plain: Callable[[], float],
+  few: int,
+  rounds: int,
+) -> dict[str, list[float]]:
+  """Seconds of a product, of calls that make several."""
+  return _timing.rounds(
+    {'packed': lambda: packed() / copies, 'bfloat16': lambda: plain() / few},
+    rounds,
+  )
+
+
 def _copy_bandwidth(rounds: int) -> float:
   """Bytes read and written a second by a plain kernel."""
   x = jnp.ones((1 << 28,), jnp.uint32)
@@ -158,11 +202,7 @@ def _check(formats: Mapping[str, kernels.Format]) -> list[dict[str, Any]]:
       [(1280, 5120, 1, False)],
     ):
       p, x = _weight(fmt, rows, cols, seed=n), _x(n, cols)
-      got = jax.jit(
-        lambda x, p: mosaic_gpu.few_rows(
-          x, p['codes'], p['scale'], fmt, gated=gated
-        )
-      )(x, p)
+      got = _packed(fmt, gated=gated)(x, [p])[0]
       w = np.asarray(_dequantize.dense(p, fmt, cols, jnp.float32), np.float64)
       x64 = np.asarray(x, np.float64)
       want, size = x64 @ w.T, np.abs(x64) @ np.abs(w).T
@@ -208,22 +248,7 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
           continue
         begun = time.perf_counter()
         seconds = _kernel_seconds(
-          jax.jit(
-            lambda x, ws: [
-              mosaic_gpu.few_rows(
-                x,
-                p['codes'],
-                p['scale'],
-                fmt,
-                tiles=tiles,
-                slices=slices,
-                split=split,
-              )
-              for p in ws
-            ]
-          ),
-          x,
-          weights,
+          _packed(fmt, tiles=tiles, slices=slices, split=split), x, weights
         )
         try:
           t = min(seconds() for _ in range(3)) / copies
@@ -269,25 +294,11 @@ def _time_products(
       few = max(2, _SPREAD // (2 * product.rows * cols) + 1)
       dense = _bfloat16(weights[:few], fmt, cols)
       x = _x(1, cols)
-      packed = _kernel_seconds(
-        jax.jit(
-          lambda x, ws: [
-            mosaic_gpu.few_rows(x, p['codes'], p['scale'], fmt) for p in ws
-          ]
-        ),
-        x,
-        weights,
-      )
+      packed = _kernel_seconds(_packed(fmt), x, weights)
       plain = _kernel_seconds(
         jax.jit(lambda x, ws: [jnp.dot(x, w.T) for w in ws]), x, dense
       )
-      seconds = _timing.rounds(
-        {
-          'packed': lambda: packed() / copies,
-          'bfloat16': lambda: plain() / len(dense),
-        },
-        args.rounds,
-      )
+      seconds = _in_turn(packed, copies, plain, len(dense), args.rounds)
       found.append(
         dataclasses.asdict(product)
         | {'format': name, 'bytes': nbytes, 'seconds': seconds}
@@ -331,27 +342,9 @@ def _time_ffn(args: Any, copy: float) -> list[dict[str, Any]]:
       downs = _bfloat16([b for _, b in few], fmt, hidden)
       x = _x(1, width)
 
-      def ours(x, ws):
-        for a, b in ws:
-          h = mosaic_gpu.few_rows(x, a['codes'], a['scale'], fmt, gated=True)
-          x = mosaic_gpu.few_rows(h, b['codes'], b['scale'], fmt)
-        return x
-
-      def plain(x, gates, downs):
-        for a, b in zip(gates, downs):
-          gate, up = jnp.dot(x, a[:hidden].T), jnp.dot(x, a[hidden:].T)
-          x = jnp.dot(jax.nn.gelu(gate) * up, b.T)
-        return x
-
-      packed = _kernel_seconds(jax.jit(ours), x, weights)
-      dense = _kernel_seconds(jax.jit(plain), x, gates, downs)
-      seconds = _timing.rounds(
-        {
-          'packed': lambda: packed() / copies,
-          'bfloat16': lambda: dense() / len(few),
-        },
-        args.rounds,
-      )
+      packed = _kernel_seconds(_packed_ffn(fmt), x, weights)
+      dense = _kernel_seconds(_plain_ffn, x, gates, downs)
+      seconds = _in_turn(packed, copies, dense, len(few), args.rounds)
       t = statistics.median(seconds['packed'])
       found.append(
         {'shape': shape, 'format': name, 'bytes': nbytes, 'seconds': seconds}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -123,7 +124,7 @@ def _choose(spec: _spec.Spec, **given: int | None) -> _spec.Spec:
   is lost to tiles that do not fill the device, splitting columns wins back.
   """
 
-  def with_(**chosen: int) -> _spec.Spec:
+  def with_(**chosen: Any) -> _spec.Spec:
     chosen |= {k: v for k, v in given.items() if v is not None}
     return dataclasses.replace(spec, **chosen)
 
@@ -159,7 +160,9 @@ def _compiled(spec: _spec.Spec):
 
     emit(*refs)
 
-  cluster = {'cluster': (spec.split,), 'cluster_names': ('part',)}
+  cluster: dict[str, Any] = {}
+  if spec.split > 1:
+    cluster = {'cluster': (spec.split,), 'cluster_names': ('part',)}
   return plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct((spec.xs, spec.out_rows), jnp.bfloat16),
@@ -172,7 +175,7 @@ def _compiled(spec: _spec.Spec):
     ],
     grid=(spec.grid,),
     grid_names=('block',),
-    **(cluster if spec.split > 1 else {}),
+    **cluster,
     num_threads=spec.warps // 4,
     thread_name='warpgroup',
     compiler_params=plgpu.CompilerParams(

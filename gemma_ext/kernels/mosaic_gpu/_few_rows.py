@@ -44,7 +44,7 @@ def run(
   # The last block starts early, to end with the last row.
   if spec.out_rows % spec.block_rows:
     first = first.min(spec.out_rows - spec.block_rows)
-  begin = ops.rank() * spec.steps if spec.split > 1 else ops.int(0)
+  begin = ops.rank() * spec.steps if spec.split > 1 else ops.constant(0)
   ring = _Ring(ops, spec, thread, first, codes)
   kind = _integers.Integers if spec.integers else _floats.Floats
   products = kind(ops, spec, place, thread, x)
@@ -59,7 +59,8 @@ def run(
     j = begin + i
     ring.wait()
     ring.ask(j + (spec.slices - 1))
-    return products.step(*carry, j)
+    sums, asked = carry
+    return products.step(sums, asked, j)
 
   sums = [[ops.zero()] * kind.results for _ in range(spec.tiles)]
   sums, _ = ops.loop(spec.steps, step, (sums, begun))
@@ -147,8 +148,8 @@ def _finish(
   sums: list[list[Any]],
   out: Any,
 ) -> None:
-  """Adds up what the warps have, and writes it: the first block of a cluster."""
-  rank = ops.rank() if spec.split > 1 else ops.int(0)
+  """Adds up what the warps have; the first block of a cluster writes it."""
+  rank = ops.rank() if spec.split > 1 else ops.constant(0)
   for tile in range(spec.tiles):
     # Each of two rows, and of a row what one or two columns have.
     each = len(sums[tile]) // 2

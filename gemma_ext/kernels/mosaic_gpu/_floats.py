@@ -160,11 +160,11 @@ class Floats:
     spec, lane = self._spec, self._place.lane
     group, (field, word) = spec.fmt.group, first
     if group is None:
-      return self._ops.int(0)
+      return self._ops.constant(0)
     sub = spec.subgroups
     # The thread of the four whose codes count in that column.
     if sub == 2:
-      which, half = self._ops.int(k), 0
+      which, half = self._ops.constant(k), 0
     else:
       which, half = lane & 1, k
     block, _ = self._block(j, u, which)
@@ -204,7 +204,7 @@ class Floats:
     chains = [[ops.zero()] * 4 for _ in range(2)]
     if spec.fields > 1:
       for n, (f, i) in enumerate(run):
-        even, odd = (ops.int(v) for v in _surplus(spec, f))
+        even, odd = (ops.constant(v) for v in _surplus(spec, f))
         chains[n % 2] = ops.mma((even, even, odd, odd), b[f][i], chains[n % 2])
     return chains
 

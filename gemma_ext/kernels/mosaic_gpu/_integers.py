@@ -164,7 +164,7 @@ class Integers:
     total: list[Any] = []
     for f in range(spec.fields):
       mask = 0x0101_0101 * (((1 << bits) - 1) << (bits * f))
-      d = start if f == 0 else [ops.int(0)] * 4
+      d = start if f == 0 else [ops.constant(0)] * 4
       for i in (0, 2):
         words = (upper[i], lower[i], upper[i + 1], lower[i + 1])
         if spec.fields > 1:
@@ -185,14 +185,14 @@ class Integers:
   def _start(self, b: list[Any]) -> list[Any]:
     """Minus the offset of the codes, times x."""
     ops, spec = self._ops, self._spec
-    d = [ops.int(0)] * 4
+    d = [ops.constant(0)] * 4
     if spec.fields == 1:
       return d
     if isinstance(spec.fmt, _formats.TernaryFormat):
       offset = 1
     else:
       offset = 1 << (spec.fmt.bits - 1)
-    minus = ops.int(0x0101_0101 * (256 - offset))
+    minus = ops.constant(0x0101_0101 * (256 - offset))
     for f in range(spec.fields):
       for i in (0, 2):
         d = ops.mma8((minus,) * 4, b[f][i : i + 2], d, signed=True)
@@ -202,7 +202,7 @@ class Integers:
     """Which scale of a row the thread's columns have."""
     spec, place = self._spec, self._place
     if spec.fmt.group is None:
-      return self._ops.int(0)
+      return self._ops.constant(0)
     block = (j * spec.warps + place.warp) * 2 + (place.lane & 1)
     block = block.min(spec.blocks - 1)
     return block // (spec.fmt.group // (32 * spec.fields))

@@ -161,7 +161,7 @@ class Ptx:
     """Number of the block in its cluster."""
     return self._special('cluster_ctarank')
 
-  def int(self, value: int) -> Int:
+  def constant(self, value: int) -> Int:
     """A constant."""
     return Int(_value(value))
 
@@ -186,7 +186,7 @@ class Ptx:
     def bare(values):
       return [v.value if isinstance(v, Int) else v for v in values]
 
-    op = scf.ForOp(
+    op: Any = scf.ForOp(  # type: ignore[call-arg]
       utils.c(0, _i32()),
       utils.c(count, _i32()),
       utils.c(1, _i32()),
