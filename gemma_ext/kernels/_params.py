@@ -125,7 +125,8 @@ def first(
       raise errors.ShapeError(
         f'{rows=} of a weight of {scale.shape[axis]}; expected 1 or more of it.'
       )
-    if axis and fmt.tied and rows < scale.shape[axis]:
+    tied = isinstance(fmt, _formats.TernaryFormat) and fmt.tied
+    if tied and rows < scale.shape[axis]:
       raise errors.ShapeError(f'{rows=} of tied planes, {fmt}.')
     scale = jax.lax.slice_in_dim(scale, 0, rows, axis=axis)
   return {'codes': codes, 'scale': scale}, fmt

@@ -6,14 +6,13 @@ import dataclasses
 import functools
 from typing import Any, Protocol
 
-import flax
+from flax import struct
 from gemma.gm.text import _sampler_loop
 import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass(kw_only=True)
-class Run:
+class Run(struct.PyTreeNode):
   """What one call of `advance` hands to the next.
 
   Attributes:
@@ -36,8 +35,7 @@ class Run:
     )
 
 
-@flax.struct.dataclass(kw_only=True)
-class Progress:
+class Progress(struct.PyTreeNode):
   """What the host looks at while the next call is already under way.
 
   Attributes:

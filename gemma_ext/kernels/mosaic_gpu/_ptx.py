@@ -18,105 +18,12 @@ from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import llvm
 from jaxlib.mlir.dialects import scf
 
+from gemma_ext.kernels.mosaic_gpu import _words
 
-def _i32() -> ir.Type:
-  return ir.IntegerType.get_signless(32)
-
-
-def _f32() -> ir.Type:
-  return ir.F32Type.get()
-
-
-class Flag:
-  """A bit."""
-
-  def __init__(self, value: ir.Value):
-    self.value = value
-
-  def __and__(self, other: Flag) -> Flag:
-    return Flag(arith.andi(self.value, other.value))
-
-
-class Int:
-  """A whole number of 32 bits, without a sign."""
-
-  def __init__(self, value: ir.Value):
-    self.value = value
-
-  def _with(self, op: Callable[..., Any], other: Int | int) -> Int:
-    return Int(op(self.value, _value(other)))
-
-  def __add__(self, other: Int | int) -> Int:
-    if isinstance(other, int) and not other:
-      return self
-    return self._with(arith.addi, other)
-
-  def __mul__(self, other: Int | int) -> Int:
-    return self._with(arith.muli, other)
-
-  def __and__(self, other: Int | int) -> Int:
-    return self._with(arith.andi, other)
-
-  def __or__(self, other: Int | int) -> Int:
-    return self._with(arith.ori, other)
-
-  def __rshift__(self, other: int) -> Int:
-    return self._with(arith.shrui, other) if other else self
-
-  def __lshift__(self, other: int) -> Int:
-    return self._with(arith.shli, other) if other else self
-
-  def __floordiv__(self, other: int) -> Int:
-    return self._with(arith.divui, other) if other != 1 else self
-
-  def __mod__(self, other: int) -> Int:
-    return self._with(arith.remui, other)
-
-  def __lt__(self, other: Int | int) -> Flag:
-    return Flag(arith.cmpi(arith.CmpIPredicate.ult, self.value, _value(other)))
-
-  def equals(self, other: Int | int) -> Flag:
-    """Whether both are the same."""
-    return Flag(arith.cmpi(arith.CmpIPredicate.eq, self.value, _value(other)))
-
-  def min(self, other: int) -> Int:
-    """The smaller one."""
-    return self._with(arith.minui, other)
-
-
-def _value(x: Int | int) -> ir.Value:
-  if isinstance(x, Int):
-    return x.value
-  # MLIR takes signed attributes.
-  return utils.c(x - (1 << 32) if x >= 1 << 31 else x, _i32())
-
-
-def _asm(
-  results: Sequence[ir.Type],
-  args: Sequence[ir.Value],
-  text: str,
-  constraints: str,
-  effects: bool = False,
-) -> list[ir.Value]:
-  """Inlines PTX; one value for every result."""
-  if not results:
-    llvm.inline_asm(
-      ir.Type.parse('!llvm.void'),
-      args,
-      text,
-      constraints,
-      has_side_effects=True,
-    )
-    return []
-  kind = (
-    results[0]
-    if len(results) == 1
-    else llvm.StructType.get_literal(list(results))
-  )
-  out = llvm.inline_asm(kind, args, text, constraints, has_side_effects=effects)
-  if len(results) == 1:
-    return [out]
-  return [llvm.extractvalue(t, out, [i]) for i, t in enumerate(results)]
+Flag = _words.Flag
+Int = _words.Int
+_asm, _value = _words.asm, _words.value
+_i32, _f32 = _words.i32, _words.f32
 
 
 class Ptx:
@@ -180,7 +87,8 @@ class Ptx:
 
     def wrap(values):
       return jax.tree.unflatten(
-        tree, [Int(v) if k is Int else v for k, v in zip(kinds, values)]
+        tree,
+        [Int(v) if k is Int else v for k, v in zip(kinds, values)],
       )
 
     def bare(values):
@@ -327,16 +235,13 @@ class Ptx:
 
   def permute(self, a: Int, b: Int, selector: int) -> Int:
     """Bytes of two words, `prmt`."""
-    (v,) = _asm(
-      [_i32()],
-      [a.value, b.value],
-      f'prmt.b32 $0, $1, $2, {selector};',
-      '=r,r,r',
-    )
-    return Int(v)
+    return self._simple(f'prmt.b32 $0, $1, $2, {selector};', a, b)
 
   def mma(
-    self, a: Sequence[Int], b: Sequence[Int], c: Sequence[ir.Value]
+    self,
+    a: Sequence[Int],
+    b: Sequence[Int],
+    c: Sequence[ir.Value],
   ) -> list[ir.Value]:
     """16 x 16 by 16 x 8 bfloat16, added to float32."""
     return _asm(
@@ -520,12 +425,8 @@ class Ptx:
     constant = lambda v: utils.c(v, _f32())
     square = arith.mulf(gate, gate)
     inner = self.fma(square, constant(c3), constant(c1))
-    (power,) = _asm(
-      [_f32()],
-      [arith.mulf(inner, gate)],
-      'ex2.approx.f32 $0, $1;',
-      '=f,f',
-    )
+    z = arith.mulf(inner, gate)
+    (power,) = _asm([_f32()], [z], 'ex2.approx.f32 $0, $1;', '=f,f')
     below = arith.addf(power, constant(1.0))
     return arith.mulf(arith.divf(gate, below), up)
 
