@@ -63,8 +63,6 @@ def few_rows(
   *,
   gated: bool = False,
   tiles: int | None = None,
-  warps: int | None = None,
-  unroll: int | None = None,
   slices: int | None = None,
   split: int | None = None,
   integers: bool | None = None,
@@ -79,9 +77,6 @@ def few_rows(
     gated: Whether the weight is gate and up `[2 H, I]`, and the result is
       `gelu(gate) * up`, `[N, H]`.
     tiles: Tiles of 16 rows of the weight a thread block; `None` chooses.
-    warps: Warps of a thread block, a multiple of 4; `None` chooses.
-    unroll: Pairs of blocks of a slice that a warp takes; 1 in integers; `None`
-      chooses.
     slices: Slices in shared memory; `None` chooses.
     split: Thread blocks that share the columns of a tile: 1, 2, 4 or 8; `None`
       chooses.
@@ -108,8 +103,6 @@ def few_rows(
         integers=integers,
       ),
       tiles=tiles,
-      warps=warps,
-      unroll=unroll,
       slices=slices,
       split=split,
     )

@@ -44,7 +44,8 @@ def run(
   # The last block starts early, to end with the last row.
   if spec.out_rows % spec.block_rows:
     first = first.min(spec.out_rows - spec.block_rows)
-  begin = ops.rank() * spec.steps if spec.split > 1 else ops.constant(0)
+  rank = ops.rank()
+  begin = rank * spec.steps
   ring = _Ring(ops, spec, thread, first, codes)
   kind = _integers.Integers if spec.integers else _floats.Floats
   products = kind(ops, spec, place, thread, x)
@@ -64,7 +65,7 @@ def run(
 
   sums = [[ops.zero()] * kind.results for _ in range(spec.tiles)]
   sums, _ = ops.loop(spec.steps, step, (sums, begun))
-  _finish(ops, spec, thread, place, first, sums, out)
+  _finish(ops, spec, place, rank, first, sums, out)
 
 
 class _Ring:
@@ -142,14 +143,13 @@ def _stage(
 def _finish(
   ops: Any,
   spec: _spec.Spec,
-  thread: Any,
   place: _spec.Place,
+  rank: Any,
   first: Any,
   sums: list[list[Any]],
   out: Any,
 ) -> None:
   """Adds up what the warps have; the first block of a cluster writes it."""
-  rank = ops.rank() if spec.split > 1 else ops.constant(0)
   for tile in range(spec.tiles):
     # Each of two rows, and of a row what one or two columns have.
     each = len(sums[tile]) // 2
@@ -175,7 +175,7 @@ def _finish(
     return value
 
   for after in range(0, results, threads):
-    index = thread + after
+    index = ops.thread() + after
     m, local = index // spec.block_rows, index % spec.block_rows
     safe = m.min(spec.xs - 1)
     if spec.gated:

@@ -20,7 +20,6 @@ time, and in each of them, x of the threads of other groups is 0.
 import functools
 from typing import Any
 
-from gemma_ext.kernels import _formats
 from gemma_ext.kernels.mosaic_gpu import _spec
 
 WORDS = 4  # That a thread takes of a row at a time.
@@ -76,7 +75,6 @@ class Floats:
     """Returns the sums with slice j."""
     ops, spec = self._ops, self._spec
     sums = [list(s) for s in sums]
-    tied = getattr(spec.fmt, 'tied', False)
     slot = (j % spec.slices) * spec.slice
     for u, xs in enumerate(read):
       b = [_pairs(ops, x) for x in xs]
@@ -84,8 +82,7 @@ class Floats:
       at = (self._place.warp * 2 * _spec.BLOCK) + self._place.lane * 16
       at = slot + at + self._place.group * spec.stride
       for plane in range(spec.planes):
-        # Of tied planes the last one's scale is stored.
-        factor = 3.0 ** (spec.planes - 1 - plane) if tied else 1.0
+        owner, factor = spec.scale_of(plane)
         for tile in range(spec.tiles):
           upper, lower = (
             [
@@ -106,16 +103,12 @@ class Floats:
                 chains[n % 2] = ops.mma(
                   (a0, a1, a2, a3), b[f][i], chains[n % 2]
                 )
-            s = self._scales(0 if tied else plane, tile, run, j, u)
+            s = self._scales(owner, tile, run, j, u)
             for k in range(4):
               d = ops.add(chains[0][k], chains[1][k])
-              by = ops.scale(s[k], self._kind, factor)
+              by = ops.scale(s[k], spec.scale_kind, factor)
               sums[tile][k] = ops.fma(d, by, sums[tile][k])
     return sums
-
-  @functools.cached_property
-  def _kind(self) -> str:
-    return getattr(self._spec.fmt, 'scale', 'bf16')
 
   @functools.cached_property
   def _runs(self) -> list[list[tuple[int, int]]]:
@@ -264,16 +257,12 @@ def _shift(bits: int, at: int) -> tuple[int, int]:
 
 def _surplus(spec: _spec.Spec, field: int) -> tuple[int, int]:
   """What to start from: minus surplus, as two bfloat16; even and odd bytes."""
-  if isinstance(spec.fmt, _formats.TernaryFormat):
-    offset = 1
-  else:
-    offset = 1 << (spec.fmt.bits - 1)
   if spec.fields == 5:
     powers = [0, 0]
   else:
     bits = 8 // spec.fields
     powers = [_shift(bits, at)[1] for at in (field * bits, 8 + field * bits)]
-  even, odd = (_bfloat16(-(2 ** (7 - p)) - offset) for p in powers)
+  even, odd = (_bfloat16(-(2 ** (7 - p)) - spec.offset) for p in powers)
   return even * 0x0001_0001, odd * 0x0001_0001
 
 

@@ -22,16 +22,11 @@ MOST_ROWS = 2  # Of x.
 
 
 def fits(fmt: _formats.Format) -> bool:
-  """Whether scales are those of whole blocks."""
-  if isinstance(fmt, _formats.TernaryFormat):
-    if fmt.packing != '2bit':
-      return False
-    size = 128
-  elif fmt.bits in (2, 4, 8):
-    size = 32 * 8 // fmt.bits
-  else:
+  """Whether codes are bits of a byte, and scales those of whole blocks."""
+  fields = _spec.fields(fmt)
+  if not _spec.most_rows(fmt) or fields == 5:
     return False
-  return fmt.group is None or fmt.group % size == 0
+  return fmt.group is None or fmt.group % (_spec.BLOCK * fields) == 0
 
 
 class Integers:
@@ -121,7 +116,6 @@ class Integers:
     """The sums with slice j."""
     ops, spec, place = self._ops, self._spec, self._place
     sums = [list(s) for s in sums]
-    tied = getattr(spec.fmt, 'tied', False)
     block = place.warp * 2 + (place.lane >> 1)
     at = self._slot(j, 0) + self._x_row * (2 * self._plane_bytes)
     at = at + self._plane * self._plane_bytes
@@ -138,8 +132,7 @@ class Integers:
     codes = (j % spec.slices) * spec.slice + (place.warp * 64)
     codes = codes + place.lane * 16 + place.group * spec.stride
     for plane in range(spec.planes):
-      # Of tied planes the last one's scale is stored.
-      factor = 3.0 ** (spec.planes - 1 - plane) if tied else 1.0
+      owner, factor = spec.scale_of(plane)
       for tile in range(spec.tiles):
         upper, lower = (
           ops.fetched(codes, spec.row_at(plane, tile, more)) for more in (0, 8)
@@ -148,10 +141,8 @@ class Integers:
         for k, more in enumerate((0, 8)):
           whole = ops.to_float(d[2 * k] * 256 + d[2 * k + 1])
           by = ops.scale(
-            ops.staged(
-              of_w, spec.scale_at(0 if tied else plane, tile, more), size
-            ),
-            getattr(spec.fmt, 'scale', 'bf16'),
+            ops.staged(of_w, spec.scale_at(owner, tile, more), size),
+            spec.scale_kind,
             factor,
           )
           sums[tile][k] = ops.fma(whole, ops.times(by, of_x), sums[tile][k])
@@ -188,11 +179,7 @@ class Integers:
     d = [ops.constant(0)] * 4
     if spec.fields == 1:
       return d
-    if isinstance(spec.fmt, _formats.TernaryFormat):
-      offset = 1
-    else:
-      offset = 1 << (spec.fmt.bits - 1)
-    minus = ops.constant(0x0101_0101 * (256 - offset))
+    minus = ops.constant(0x0101_0101 * (256 - spec.offset))
     for f in range(spec.fields):
       for i in (0, 2):
         d = ops.mma8((minus,) * 4, b[f][i : i + 2], d, signed=True)

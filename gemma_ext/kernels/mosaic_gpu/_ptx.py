@@ -66,6 +66,8 @@ class Ptx:
 
   def rank(self) -> Int:
     """Number of the block in its cluster."""
+    if self._split == 1:
+      return self.constant(0)
     return self._special('cluster_ctarank')
 
   def constant(self, value: int) -> Int:
@@ -126,22 +128,8 @@ class Ptx:
       keep: Whether others are to find it in L1.
     """
     hint = '' if keep else '.L1::no_allocate'
-    names = ', '.join(f'${i}' for i in range(words))
-    vector = f'.v{words}' if words > 1 else ''
-    if words > 1:
-      names = f'{{{names}}}'
-    read = f'ld.global.nc{hint}{vector}.b32 {names}, [${words}+{plus}];'
-    constraints = ['=r'] * words + ['l']
-    args = [self._at(memory, at)]
-    if valid is not None:
-      args.append(arith.extui(_i32(), valid.value))
-      constraints = ['=&r'] * words + ['l', 'r']
-      clear = ' '.join(f'mov.b32 ${i}, 0;' for i in range(words))
-      read = (
-        f'{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {clear} @p {read} }}'
-      )
-    out = _asm([_i32()] * words, args, read, ','.join(constraints), True)
-    return [Int(v) for v in out]
+    address = self._at(memory, at)
+    return self._read(f'ld.global.nc{hint}', address, words, plus, valid)
 
   def stage(
     self,
@@ -159,12 +147,7 @@ class Ptx:
     else:
       cache = 'cg' if width == 16 else 'ca'
       move = f'@p cp.async.{cache}.shared.global [$1], [$0+{plus}], {width};'
-    _asm(
-      [],
-      [source, target, arith.extui(_i32(), inside.value)],
-      f'{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $2, 0; {move} }}',
-      'l,l,r',
-    )
+    self._guarded(inside, [source, target], 'l,l', move, ' .reg .b32 a;')
 
   def staged(self, at: Int, plus: int, size: int) -> Int:
     """Reads 1 or 2 bytes of the scales in shared memory."""
@@ -189,16 +172,11 @@ class Ptx:
     inside: Flag,
   ) -> None:
     """Asks for 16 bytes of global memory in shared memory for codes."""
-    _asm(
-      [],
-      [
-        self._at(memory, at),
-        self._at(self._ring, to),
-        arith.extui(_i32(), inside.value),
-      ],
-      '{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.cg.shared.global'
-      f' [$1+{to_plus}], [$0+{plus}], 16; }}',
-      'l,l,r',
+    self._guarded(
+      inside,
+      [self._at(memory, at), self._at(self._ring, to)],
+      'l,l',
+      f'@p cp.async.cg.shared.global [$1+{to_plus}], [$0+{plus}], 16;',
     )
 
   def commit(self) -> None:
@@ -211,14 +189,7 @@ class Ptx:
 
   def fetched(self, at: Int, plus: int) -> list[Int]:
     """Reads four words of the codes in shared memory."""
-    out = _asm(
-      [_i32()] * 4,
-      [self._at(self._ring, at)],
-      f'ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{plus}];',
-      '=r,=r,=r,=r,l',
-      True,
-    )
-    return [Int(v) for v in out]
+    return self._read('ld.shared', self._at(self._ring, at), 4, plus)
 
   def mask(self, word: Int, mask: int, bits: int) -> Int:
     """`(word & mask) | bits`, in one instruction.
@@ -309,11 +280,11 @@ class Ptx:
     return arith.maximumf(a, utils.c(b, _f32()))
 
   def multiply(self, a: ir.Value, b: float) -> ir.Value:
-    """A times a constant."""
+    """The product with a constant."""
     return arith.mulf(a, utils.c(b, _f32()))
 
   def times(self, a: ir.Value, b: ir.Value) -> ir.Value:
-    """A b."""
+    """The product of both."""
     return arith.mulf(a, b)
 
   def reciprocal(self, a: ir.Value) -> ir.Value:
@@ -322,7 +293,7 @@ class Ptx:
     return v
 
   def round(self, a: ir.Value, b: ir.Value) -> Int:
-    """A b to the nearest: its lowest 16 bits are those of the result."""
+    """Rounds the product; the 16 lowest bits are those of the result."""
     value = self.fma(a, b, utils.c(1.5 * 2.0**23, _f32()))
     return Int(arith.bitcast(_i32(), value))
 
@@ -358,40 +329,17 @@ class Ptx:
 
   def get_bytes(self, at: Int, plus: int, valid: Flag) -> list[Int]:
     """Reads 16 bytes of x; 0 where not `valid`."""
-    out = _asm(
-      [_i32()] * 4,
-      [self._at(self._rounded, at), arith.extui(_i32(), valid.value)],
-      '{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0;'
-      ' mov.b32 $2, 0; mov.b32 $3, 0;'
-      f' @p ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{plus}]; }}',
-      '=&r,=&r,=&r,=&r,l,r',
-      True,
-    )
-    return [Int(v) for v in out]
+    address = self._at(self._rounded, at)
+    return self._read('ld.shared', address, 4, plus, valid)
 
   def put_scale(self, at: Int, value: ir.Value, inside: Flag) -> None:
     """Writes a scale of x, if `inside`."""
-    _asm(
-      [],
-      [
-        self._at(self._scales, at * 4),
-        value,
-        arith.extui(_i32(), inside.value),
-      ],
-      '{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }',
-      'l,f,r',
-    )
+    address = self._at(self._scales, at * 4)
+    self._guarded(inside, [address, value], 'l,f', '@p st.shared.f32 [$0], $1;')
 
   def get_scale(self, at: Int) -> ir.Value:
     """Reads a scale of x."""
-    (v,) = _asm(
-      [_f32()],
-      [self._at(self._scales, at * 4)],
-      'ld.shared.f32 $0, [$1];',
-      '=f,l',
-      True,
-    )
-    return v
+    return self._shared_float(self._scales, at)
 
   def _special(self, name: str) -> Int:
     (v,) = _asm([_i32()], [], f'mov.u32 $0, %{name};', '=r')
@@ -407,12 +355,12 @@ class Ptx:
     return Int(v)
 
   def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """A b + c."""
+    """The product of a and b, and c."""
     (v,) = _asm([_f32()], [a, b, c], 'fma.rn.f32 $0, $1, $2, $3;', '=f,f,f,f')
     return v
 
   def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
-    """A + b."""
+    """The sum of both."""
     return arith.addf(a, b)
 
   def gelu_mul(self, gate: ir.Value, up: ir.Value) -> ir.Value:
@@ -446,14 +394,7 @@ class Ptx:
 
   def shared(self, at: Int) -> ir.Value:
     """Reads shared memory."""
-    (v,) = _asm(
-      [_f32()],
-      [self._at(self._shared, at * 4)],
-      'ld.shared.f32 $0, [$1];',
-      '=f,l',
-      True,
-    )
-    return v
+    return self._shared_float(self._shared, at)
 
   def barrier(self) -> None:
     """Waits for all threads of the block."""
@@ -475,17 +416,64 @@ class Ptx:
     self, memory: ir.Value, at: Int, value: ir.Value, inside: Flag
   ) -> None:
     """Writes a bfloat16 at a byte of global memory."""
+    self._guarded(
+      inside,
+      [self._at(memory, at), value],
+      'l,f',
+      'cvt.rn.bf16.f32 h, $1; @p st.global.b16 [$0], h;',
+      ' .reg .b16 h;',
+    )
+
+  def _guarded(
+    self,
+    flag: Flag,
+    args: Sequence[ir.Value],
+    constraints: str,
+    text: str,
+    registers: str = '',
+  ) -> None:
+    """Inlines PTX that has `flag` in the predicate p."""
     _asm(
       [],
-      [
-        self._at(memory, at),
-        value,
-        arith.extui(_i32(), inside.value),
-      ],
-      '{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0;'
-      ' cvt.rn.bf16.f32 h, $1; @p st.global.b16 [$0], h; }',
-      'l,f,r',
+      [*args, arith.extui(_i32(), flag.value)],
+      f'{{ .reg .pred p;{registers} setp.ne.b32 p, ${len(args)}, 0; {text} }}',
+      f'{constraints},r',
     )
+
+  def _read(
+    self,
+    instruction: str,
+    address: ir.Value,
+    words: int,
+    plus: int,
+    valid: Flag | None = None,
+  ) -> list[Int]:
+    """Reads words; 0 where not `valid`."""
+    names = ', '.join(f'${i}' for i in range(words))
+    vector = ''
+    if words > 1:
+      names, vector = f'{{{names}}}', f'.v{words}'
+    text = f'{instruction}{vector}.b32 {names}, [${words}+{plus}];'
+    args, constraints = [address], ['=r'] * words + ['l']
+    if valid is not None:
+      args.append(arith.extui(_i32(), valid.value))
+      constraints = ['=&r'] * words + ['l', 'r']
+      clear = ' '.join(f'mov.b32 ${i}, 0;' for i in range(words))
+      text = (
+        f'{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {clear} @p {text} }}'
+      )
+    out = _asm([_i32()] * words, args, text, ','.join(constraints), True)
+    return [Int(v) for v in out]
+
+  def _shared_float(self, memory: ir.Value, at: Int) -> ir.Value:
+    (v,) = _asm(
+      [_f32()],
+      [self._at(memory, at * 4)],
+      'ld.shared.f32 $0, [$1];',
+      '=f,l',
+      True,
+    )
+    return v
 
   def _at(self, memory: ir.Value, at: Int) -> ir.Value:
     base = utils.memref_ptr(memory)

@@ -46,12 +46,12 @@ class Spec:
   @property
   def out_rows(self) -> int:
     """Rows of the result."""
-    return self.rows // 2 if self.gated else self.rows
+    return self.rows // self.halves
 
   @property
   def block_rows(self) -> int:
     """Rows of the result that a thread block makes."""
-    return TILE * self.tiles // (2 if self.gated else 1)
+    return TILE * self.tiles // self.halves
 
   @property
   def grid(self) -> int:
@@ -71,9 +71,12 @@ class Spec:
   @property
   def fields(self) -> int:
     """Codes of a byte."""
-    if isinstance(self.fmt, _formats.TernaryFormat):
-      return 4 if self.fmt.packing == '2bit' else 5
-    return 8 // self.fmt.bits
+    return fields(self.fmt)
+
+  @property
+  def offset(self) -> int:
+    """What a stored code has more than the code."""
+    return -self.fmt.code_range[0]
 
   @property
   def row_bytes(self) -> int:
@@ -163,6 +166,20 @@ class Spec:
     """Scales of those slices."""
     return 2 * self.xs * 2 * self.warps
 
+  @property
+  def scale_kind(self) -> str:
+    """How scales are stored."""
+    return getattr(self.fmt, 'scale', 'bf16')
+
+  def scale_of(self, plane: int) -> tuple[int, float]:
+    """Whose scale a plane has, and times what.
+
+    Of tied planes the last one's is stored.
+    """
+    if self.scale_planes == self.planes:
+      return plane, 1.0
+    return 0, 3.0 ** (self.planes - 1 - plane)
+
   def row_at(self, plane: int, tile: int, more: int) -> int:
     """Where in a slice row `more` of a tile is."""
     half = plane * self.halves + tile % self.halves
@@ -183,6 +200,13 @@ class Place:
   warp: Any
   group: Any  # Row of a tile, and column of the product.
   lane: Any  # Which quarter of 64 bytes.
+
+
+def fields(fmt: _formats.Format) -> int:
+  """Codes of a byte."""
+  if isinstance(fmt, _formats.TernaryFormat):
+    return 4 if fmt.packing == '2bit' else 5
+  return 8 // fmt.bits
 
 
 def _columns(fmt: _formats.Format) -> int:
