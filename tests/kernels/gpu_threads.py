@@ -103,13 +103,12 @@ class Threads:
       carry = body(self.constant(i), carry)
     return carry
 
-  def load(self, memory, at, *, words, plus=0, valid=None, keep=False):
-    del keep
+  def load(self, memory, at, *, words, plus=0, valid):
     at = at + plus
     assert not np.any(at.value % (4 * words)), 'unaligned'
     view = memory.view(np.uint32)
     index = at.value.astype(np.int64) // 4
-    live = np.ones(self._shape, bool) if valid is None else valid.value
+    live = valid.value
     assert index[live].max(initial=0) + words <= len(view), 'out of bounds'
     index = np.where(live, index, 0)
     return [Int(np.where(live, view[index + k], 0)) for k in range(words)]

@@ -187,7 +187,7 @@ class Floats:
         valid = inside & within
         at = at.min(spec.cols - 8)
       out += self._ops.load(
-        self._x, (self._x_row + at) * 2, words=4, valid=valid, keep=True
+        self._x, (self._x_row + at) * 2, words=4, valid=valid
       )
     return out
 

@@ -76,7 +76,6 @@ class Integers:
         words=self._each // 2,
         plus=row * spec.cols * 2,
         valid=inside,
-        keep=True,
       )
       for row in range(spec.xs)
     ]

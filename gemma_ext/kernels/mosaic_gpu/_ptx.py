@@ -114,8 +114,7 @@ class Ptx:
     *,
     words: int,
     plus: int = 0,
-    valid: Flag | None = None,
-    keep: bool = False,
+    valid: Flag,
   ) -> list[Int]:
     """Reads words at a byte; 0 where not `valid`.
 
@@ -125,11 +124,9 @@ class Ptx:
       words: 1, 2 or 4.
       plus: Bytes to add to that.
       valid: Whether to read.
-      keep: Whether others are to find it in L1.
     """
-    hint = '' if keep else '.L1::no_allocate'
     address = self._at(memory, at)
-    return self._read(f'ld.global.nc{hint}', address, words, plus, valid)
+    return self._read('ld.global.nc', address, words, plus, valid)
 
   def stage(
     self,
