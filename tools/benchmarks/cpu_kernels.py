@@ -25,29 +25,7 @@ from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext.kernels import _cpu
 from tools.benchmarks import _timing
-
-# Rows and columns of the gate and up projection together, and of the down one.
-SHAPES = {
-  '270m': {'gate and up': (4096, 640), 'down': (640, 2048)},
-  '1b': {'gate and up': (13824, 1152), 'down': (1152, 6912)},
-  '4b': {'gate and up': (20480, 2560), 'down': (2560, 10240)},
-  'head': {'head': (262144, 640)},
-}
-FORMATS = {
-  'ternary 2bit, group 128': kernels.TernaryFormat(group=128),
-  'ternary 5trit, group 128': kernels.TernaryFormat(group=128, packing='5trit'),
-  'ternary 5trit, group 16, ue5m3': kernels.TernaryFormat(
-    group=16, packing='5trit', scale='ue5m3'
-  ),
-  '2 tied planes, group 8, ue5m3': kernels.TernaryFormat(
-    group=8, packing='5trit', scale='ue5m3', planes=2, tied=True
-  ),
-  'int3, group 128': kernels.IntFormat(bits=3, group=128),
-  'int4, group 32': kernels.IntFormat(bits=4, group=32),
-  'int4, group 128': kernels.IntFormat(bits=4, group=128),
-  'int6, group 128': kernels.IntFormat(bits=6, group=128),
-  'int8, group 128': kernels.IntFormat(bits=8, group=128),
-}
+from tools.benchmarks import _weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
-    'shapes', ['4b'], f'Of {", ".join(SHAPES)}.', flag_values=values
+    'shapes', ['4b'], f'Of {", ".join(_weights.SHAPES)}.', flag_values=values
   )
   flags.DEFINE_integer(
     'rounds', 11, 'Times of each.', lower_bound=1, flag_values=values
@@ -71,28 +49,13 @@ def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
 
 
-def _packed(
-  fmt: kernels.Format, rows: int, cols: int, copies: int
-) -> list[dict[str, jax.Array]]:
-  """Different weights, so that one is out of the caches when its turn comes."""
-  make = jax.jit(kernels.random_codes, static_argnums=(1, 2, 3))
-  rng = np.random.default_rng(0)
-  scale = np.abs(rng.standard_normal(fmt.scale_shape((rows,), cols)))
-  return [
-    {
-      'codes': make(jax.random.key(i), fmt, (rows,), cols),
-      'scale': fmt.pack_scale(jnp.asarray(scale, jnp.float32)),
-    }
-    for i in range(copies)
-  ]
-
-
 def _cell(
   fmt: kernels.Format, rows: int, cols: int, n: int, args: Any
 ) -> dict[str, Any]:
   nbytes = fmt.nbytes((rows,), cols)
   copies = max(1, -(-(96 << 20) // nbytes)) if n == 1 else 1
-  weights = _packed(fmt, rows, cols, copies)
+  # Different weights, so that one is out of the caches when its turn comes.
+  weights = [_weights.packed(fmt, rows, cols, i) for i in range(copies)]
   x = jnp.asarray(
     np.random.default_rng(1).standard_normal((n, cols)), jnp.bfloat16
   )
@@ -128,9 +91,7 @@ def _cell(
 
 def _run(args: Any) -> None:
   _cli.check_output(args.json)
-  for shape in args.shapes:
-    if shape not in SHAPES:
-      raise errors.ConfigError(f'--shapes: {shape!r} is none of {[*SHAPES]}.')
+  _weights.check_shapes(args.shapes)
   if not _cpu.instructions():
     raise errors.BackendError('The CPU kernels were not built.')
   machine = _timing.machine() | {'instructions': _cpu.instructions()}
@@ -139,8 +100,8 @@ def _run(args: Any) -> None:
   for n in [1] + ([args.many] if args.many else []):
     table = []
     for shape in args.shapes:
-      for part, (rows, cols) in SHAPES[shape].items():
-        for name, fmt in FORMATS.items():
+      for part, (rows, cols) in _weights.SHAPES[shape].items():
+        for name, fmt in _weights.FORMATS.items():
           if args.formats not in name or (n > 1 and part == 'head'):
             continue
           cell = _cell(fmt, rows, cols, n, args)

@@ -17,7 +17,6 @@ import itertools
 import os
 import statistics
 import sys
-import time
 from typing import Any
 
 from absl import flags
@@ -31,27 +30,18 @@ from gemma_ext import kernels
 from gemma_ext.kernels import _dequantize
 from gemma_ext.kernels import mosaic_gpu
 from tools.benchmarks import _timing
+from tools.benchmarks import _weights
 
-# Width of the residual stream and of the hidden layer.
-SHAPES = {
-  '270m': (640, 2048),
-  '1b': (1152, 6912),
-  '4b': (2560, 10240),
-  '12b': (3840, 15360),
-  '27b': (5376, 21504),
-}
-FORMATS = {
-  'ternary 2bit, group 128': kernels.TernaryFormat(group=128),
-  'ternary 5trit, group 128': kernels.TernaryFormat(group=128, packing='5trit'),
-  'ternary 5trit, group 16, ue5m3': kernels.TernaryFormat(
-    group=16, packing='5trit', scale='ue5m3'
-  ),
-  '2 tied planes, group 8, ue5m3': kernels.TernaryFormat(
-    group=8, packing='5trit', scale='ue5m3', planes=2, tied=True
-  ),
-  'int4, group 128': kernels.IntFormat(bits=4, group=128),
-  'int8, group 128': kernels.IntFormat(bits=8, group=128),
-}
+# Shapes with feed-forward layers.
+_SHAPES = tuple(name for name in _weights.SHAPES if name != 'head')
+FORMATS = (
+  'ternary 2bit, group 128',
+  'ternary 5trit, group 128',
+  'ternary 5trit, group 16, ue5m3',
+  '2 tied planes, group 8, ue5m3',
+  'int4, group 128',
+  'int8, group 128',
+)
 # What a second-level cache can hold, times three.
 _SPREAD = 192 << 20
 # Of the 2-norm, relative to that of the product of absolute values.
@@ -71,7 +61,7 @@ def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
     'shapes',
     ['4b', '12b', '27b'],
-    f'Of {", ".join(SHAPES)}.',
+    f'Of {", ".join(_SHAPES)}.',
     flag_values=values,
   )
   flags.DEFINE_list(
@@ -101,23 +91,8 @@ class _Product:
 
 def _products(shapes: Sequence[str]) -> Iterator[_Product]:
   for shape in shapes:
-    width, hidden = SHAPES[shape]
-    yield _Product(shape, 'gate and up', 2 * hidden, width)
-    yield _Product(shape, 'down', width, hidden)
-
-
-def _weight(
-  fmt: kernels.Format, rows: int, cols: int, seed: int = 0
-) -> dict[str, jax.Array]:
-  make = jax.jit(kernels.random_codes, static_argnums=(1, 2, 3))
-  key, other = jax.random.split(jax.random.key(seed))
-  scale = jax.random.uniform(
-    other, fmt.scale_shape((rows,), cols), minval=0.01, maxval=0.03
-  )
-  return {
-    'codes': make(key, fmt, (rows,), cols),
-    'scale': fmt.pack_scale(scale),
-  }
+    for part, (rows, cols) in _weights.SHAPES[shape].items():
+      yield _Product(shape, part, rows, cols)
 
 
 def _x(rows: int, cols: int) -> jax.Array:
@@ -201,7 +176,7 @@ def _check(formats: Mapping[str, kernels.Format]) -> list[dict[str, Any]]:
       ((328, 768, n, gated) for n in (1, 2, 8) for gated in (False, True)),
       [(1280, 5120, 1, False)],
     ):
-      p, x = _weight(fmt, rows, cols, seed=n), _x(n, cols)
+      p, x = _weights.packed(fmt, rows, cols, seed=n), _x(n, cols)
       got = _packed(fmt, gated=gated)(x, [p])[0]
       w = np.asarray(_dequantize.dense(p, fmt, cols, jnp.float32), np.float64)
       x64 = np.asarray(x, np.float64)
@@ -237,7 +212,8 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
     for name, fmt in _formats(args).items():
       copies = max(2, _SPREAD // fmt.nbytes((product.rows,), product.cols) + 1)
       weights = [
-        _weight(fmt, product.rows, product.cols, i) for i in range(copies)
+        _weights.packed(fmt, product.rows, product.cols, i)
+        for i in range(copies)
       ]
       x = _x(1, product.cols)
       best = []
@@ -246,7 +222,6 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
       ):
         if split > 1 and product.part != 'down':
           continue
-        begun = time.perf_counter()
         seconds = _kernel_seconds(
           _packed(fmt, tiles=tiles, slices=slices, split=split), x, weights
         )
@@ -265,7 +240,6 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
             'slices': slices,
             'split': split,
             'seconds': t,
-            'took': time.perf_counter() - begun,
           }
         )
         _cli.note(
@@ -277,7 +251,25 @@ def _tune(products: Sequence[_Product], args: Any) -> list[dict[str, Any]]:
 
 
 def _formats(args: Any) -> dict[str, kernels.Format]:
-  return {k: v for k, v in FORMATS.items() if args.formats in k}
+  return {k: _weights.FORMATS[k] for k in FORMATS if args.formats in k}
+
+
+_COLUMNS = ('us', 'GB/s', 'of a copy', 'bfloat16, us', 'ratio')
+
+
+def _columns(
+  seconds: Mapping[str, Sequence[float]], nbytes: int, copy: float
+) -> tuple[str, ...]:
+  """`_COLUMNS` of a row of a table."""
+  packed, plain = seconds['packed'], seconds['bfloat16']
+  t = statistics.median(packed)
+  return (
+    f'{t * 1e6:.2f}',
+    f'{nbytes / t / 1e9:.0f}',
+    f'{nbytes / t / copy:.0%}',
+    f'{statistics.median(plain) * 1e6:.2f}',
+    _timing.spread([a / b for a, b in zip(plain, packed)]),
+  )
 
 
 def _time_products(
@@ -290,7 +282,9 @@ def _time_products(
       cols = product.cols
       nbytes = fmt.nbytes((product.rows,), cols)
       copies = max(2, _SPREAD // nbytes + 1)
-      weights = [_weight(fmt, product.rows, cols, i) for i in range(copies)]
+      weights = [
+        _weights.packed(fmt, product.rows, cols, i) for i in range(copies)
+      ]
       few = max(2, _SPREAD // (2 * product.rows * cols) + 1)
       dense = _bfloat16(weights[:few], fmt, cols)
       x = _x(1, cols)
@@ -303,23 +297,16 @@ def _time_products(
         dataclasses.asdict(product)
         | {'format': name, 'bytes': nbytes, 'seconds': seconds}
       )
-      t = statistics.median(seconds['packed'])
       table.append(
         (
           f'{product.shape} {product.part}',
           name,
-          f'{t * 1e6:.2f}',
-          f'{nbytes / t / 1e9:.0f}',
-          f'{nbytes / t / copy:.0%}',
-          f'{statistics.median(seconds["bfloat16"]) * 1e6:.2f}',
-          _timing.spread(
-            [a / b for a, b in zip(seconds['bfloat16'], seconds['packed'])]
-          ),
+          *_columns(seconds, nbytes, copy),
         )
       )
   _cli.print_table(
     'one row of x',
-    ('weight', 'format', 'us', 'GB/s', 'of a copy', 'bfloat16, us', 'ratio'),
+    ('weight', 'format', *_COLUMNS),
     table,
   )
   return found
@@ -329,41 +316,31 @@ def _time_ffn(args: Any, copy: float) -> list[dict[str, Any]]:
   """The whole feed-forward layer, one row of x."""
   found, table = [], []
   for shape in args.shapes:
-    width, hidden = SHAPES[shape]
+    width, hidden = _weights.SHAPES[shape]['down']
     for name, fmt in _formats(args).items():
       nbytes = fmt.nbytes((2 * hidden,), width) + fmt.nbytes((width,), hidden)
       copies = max(2, _SPREAD // nbytes + 1)
       weights = [
-        (_weight(fmt, 2 * hidden, width, i), _weight(fmt, width, hidden, i))
+        (
+          _weights.packed(fmt, 2 * hidden, width, i),
+          _weights.packed(fmt, width, hidden, i),
+        )
         for i in range(copies)
       ]
       few = weights[: max(2, _SPREAD // (6 * width * hidden) + 1)]
       gates = _bfloat16([a for a, _ in few], fmt, width)
       downs = _bfloat16([b for _, b in few], fmt, hidden)
       x = _x(1, width)
-
       packed = _kernel_seconds(_packed_ffn(fmt), x, weights)
       dense = _kernel_seconds(_plain_ffn, x, gates, downs)
       seconds = _in_turn(packed, copies, dense, len(few), args.rounds)
-      t = statistics.median(seconds['packed'])
       found.append(
         {'shape': shape, 'format': name, 'bytes': nbytes, 'seconds': seconds}
       )
-      table.append(
-        (
-          shape,
-          name,
-          f'{t * 1e6:.2f}',
-          f'{nbytes / t / copy:.0%}',
-          f'{statistics.median(seconds["bfloat16"]) * 1e6:.2f}',
-          _timing.spread(
-            [a / b for a, b in zip(seconds['bfloat16'], seconds['packed'])]
-          ),
-        )
-      )
+      table.append((shape, name, *_columns(seconds, nbytes, copy)))
   _cli.print_table(
     'feed-forward layer, one row of x',
-    ('shape', 'format', 'us', 'of a copy', 'bfloat16, us', 'ratio'),
+    ('shape', 'format', *_COLUMNS),
     table,
   )
   return found
@@ -371,9 +348,7 @@ def _time_ffn(args: Any, copy: float) -> list[dict[str, Any]]:
 
 def _run(args: Any) -> None:
   _cli.check_output(args.json)
-  for shape in args.shapes:
-    if shape not in SHAPES:
-      raise errors.ConfigError(f'--shapes: {shape!r} is none of {[*SHAPES]}.')
+  _weights.check_shapes(args.shapes, _SHAPES)
   if jax.default_backend() != 'gpu':
     raise errors.BackendError(
       f'JAX runs on {jax.default_backend()!r}; this benchmark needs a GPU.'
