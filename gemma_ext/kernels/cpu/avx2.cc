@@ -37,6 +37,9 @@ const Kernels& Avx2() {
       .split = false,
       .few = 0,
       .quantize = avx2::Quantize,
+      .one_fits = nullptr,
+      .quantize_one = nullptr,
+      .one = nullptr,
       .rows = avx2::Rows,
       .tile = nullptr,
   };

@@ -12,6 +12,7 @@
 #include <string>
 #include <string_view>
 
+#include "operand.h"
 #include "parallel.h"
 #include "weight.h"
 #include "xla/ffi/api/ffi.h"
@@ -152,98 +153,32 @@ ffi::Error MakeFloats(ffi::AnyBuffer buffer, Floats* out) {
                "activations are neither float32 nor bfloat16");
 }
 
-// Memory of `Activations`, and how x comes to be in it.
-class Quantized {
- public:
-  Quantized(const Kernels& kernels, int64_t n, const Weight& w, bool wide)
-      : kernels_(kernels), offset_(w.offset()), group_(w.group) {
-    a_.n = n;
-    a_.cols = w.cols;
-    a_.wide = wide;
-    // Eight bits want scales of their own more often.
-    a_.spans = Spans(w.cols, w.group, wide ? 512 : 128);
-    const int64_t count = n * a_.pitch();
-    const int64_t spans = n * a_.spans.count;
-    const int64_t numbers =
-        Round(spans * sizeof(float)) +
-        (kernels.split
-             ? 2 * Round(count) + Round(spans * 64) +
-                   Round(n * a_.spans.blocks * sizeof(int32_t))
-             : Round(count * sizeof(int16_t)));
-    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, numbers)));
-    if (memory_ == nullptr) return;
-    uint8_t* at = memory_.get();
-    auto take = [&](int64_t bytes) {
-      uint8_t* found = at;
-      at += Round(bytes);
-      return found;
-    };
-    a_.scale = reinterpret_cast<float*>(take(spans * sizeof(float)));
-    if (kernels.split) {
-      a_.high = reinterpret_cast<int8_t*>(take(count));
-      a_.low = reinterpret_cast<int8_t*>(take(count));
-      a_.lanes = reinterpret_cast<int32_t*>(take(spans * 64));
-      a_.sums = reinterpret_cast<int32_t*>(
-          take(n * a_.spans.blocks * sizeof(int32_t)));
-    } else {
-      a_.q = reinterpret_cast<int16_t*>(take(count * sizeof(int16_t)));
-    }
-  }
+// Parts of about 64 KiB of codes, but several for each thread.
+int64_t RowsOfPart(const Weight& w, int64_t unit, int64_t threads) {
+  const int64_t rows =
+      std::max(unit, 65536 / (w.planes * w.row_bytes()) / unit * unit);
+  const int64_t even = CeilDiv(w.rows, 4 * threads);
+  return std::min(rows, CeilDiv(even, unit) * unit);
+}
 
-  bool ok() const { return memory_ != nullptr; }
-  const Activations& get() const { return a_; }
-
-  // Row n of x, float32 or bfloat16.
-  void Row(Floats x, int64_t n) {
-    const int64_t cols = a_.cols;
-    if (!x.bf16) {
-      const float* row = static_cast<const float*>(x.data) + n * cols;
-      return kernels_.quantize(row, offset_, group_, a_, n);
-    }
-    thread_local Scratch memory;
-    float* row = static_cast<float*>(memory.Get(cols * sizeof(float)));
-    const uint16_t* in = static_cast<const uint16_t*>(x.data) + n * cols;
-    for (int64_t i = 0; i < cols; ++i) row[i] = FromBf16(in[i]);
-    kernels_.quantize(row, offset_, group_, a_, n);
-  }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-
-  static int64_t Round(int64_t bytes) { return CeilDiv(bytes, 64) * 64 + 64; }
-
-  const Kernels& kernels_;
-  int32_t offset_;
-  int64_t group_;
-  Activations a_;
-  std::unique_ptr<uint8_t, Free> memory_;
-};
-
-// Adds the phases of y = x W^T to a job.
-void AddMatmul(const Kernels& kernels, Quantized& q, const Weight& w, Floats x,
-               Floats y, int64_t threads, Job& job) {
-  const int64_t n = q.get().n;
+// Adds the rounding of x to a job.
+void AddQuantize(Operand& q, int64_t cols, Floats x, Job& job) {
+  const int64_t n = q.n();
   // A few rows are not worth another thread.
-  const int64_t each = std::max<int64_t>(1, 8192 / w.cols);
+  const int64_t each = std::max<int64_t>(1, 8192 / cols);
   job.Add(CeilDiv(n, each), [&q, x, n, each](int64_t i) {
     for (int64_t r = i * each; r < std::min(n, (i + 1) * each); ++r) {
-      q.Row(x, r);
+      q.Quantize(x, r);
     }
   });
-  const bool tiles = kernels.tile != nullptr && n > kernels.few;
-  // Parts of about 64 KiB of codes, but several for each thread.
-  const int64_t row_bytes = w.planes * w.row_bytes();
-  const int64_t unit = tiles ? 32 : 4;
-  int64_t rows = std::max(unit, 65536 / row_bytes / unit * unit);
-  const int64_t even = CeilDiv(w.rows, 4 * threads);
-  rows = std::min(rows, CeilDiv(even, unit) * unit);
-  const int64_t pitch = w.rows;
-  job.Add(CeilDiv(w.rows, rows), [&kernels, &q, &w, y, rows, pitch,
-                                  tiles](int64_t i) {
-    const int64_t begin = i * rows, end = std::min(w.rows, begin + rows);
-    (tiles ? kernels.tile : kernels.rows)(w, q.get(), begin, end, y, pitch);
+}
+
+// Adds y = x W^T to a job, x rounded by then.
+void AddMatmul(const Operand& q, const Weight& w, Floats y, int64_t threads,
+               Job& job) {
+  const int64_t rows = RowsOfPart(w, q.unit(), threads);
+  job.Add(CeilDiv(w.rows, rows), [&q, &w, y, rows](int64_t i) {
+    q.Multiply(i * rows, std::min(w.rows, (i + 1) * rows), y, w.rows);
   });
 }
 
@@ -269,12 +204,13 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
                      "this machine has no kernels " + std::string(named)));
   const Kernels& kernels = *chosen;
   // Helpers that come late look at the job only, never at these.
-  Quantized q(kernels, n, w, wide != 0);
+  Operand q(kernels, n, w, wide != 0);
   if (!q.ok()) return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                                  "no memory for activations");
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   auto job = std::make_shared<Job>();
-  AddMatmul(kernels, q, w, in, out, threads, *job);
+  AddQuantize(q, cols, in, *job);
+  AddMatmul(q, w, out, threads, *job);
   job->Run(threads, [&pool](auto fn) { pool.Schedule(std::move(fn)); });
   return ffi::Error::Success();
 }

@@ -20,6 +20,9 @@ const Kernels& Portable() {
       .split = false,
       .few = 0,
       .quantize = portable::Quantize,
+      .one_fits = nullptr,
+      .quantize_one = nullptr,
+      .one = nullptr,
       .rows = portable::Rows,
       .tile = nullptr,
   };
