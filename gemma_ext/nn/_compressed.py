@@ -20,9 +20,12 @@ from kauldron import kontext
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
+from gemma_ext.nn import _fused
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
+
+_FUSED = (_fused.ATTENTION, *_fused.FEED_FORWARDS)
 
 
 class Compressed(nn.Module):
@@ -156,8 +159,13 @@ class _Interceptor:
   depth: int
   dtype: Any
 
+  # See `_fused.may_fuse`.
+  fuses = True
+
   def __call__(self, next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
+    if method == '__call__' and isinstance(module, _FUSED):
+      return self._fused(next_fun, module, args, kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
       weight = self._weight(module, module.weight_name)
       if weight is not None:
@@ -177,6 +185,21 @@ class _Interceptor:
           return table.einsum('...d,vd->...v', *args, **kwargs)
     return next_fun(*args, **kwargs)
 
+  def _fused(self, official, module, args, kwargs):
+    """A module as one operation, or as the official code has it."""
+    if module.is_initializing() or not _fused.may_fuse():
+      return official(*args, **kwargs)
+    if isinstance(module, _fused.ATTENTION):
+      x, segment_pos, cache, mask = _arguments(args, kwargs)
+      if _fused.attention_fits(module, x, cache):
+        return _fused.attention(module, x, segment_pos, cache, mask)
+    else:
+      (x,) = args
+      gate, down = (self._weight(module, n) for n in ('gating_einsum', 'linear'))
+      if _fused.feed_forward_fits(x, (gate, down)):
+        return _fused.feed_forward(x, gate, down)
+    return official(*args, **kwargs)
+
   def _weight(
     self, module: nn.Module, name: str
   ) -> _packed.PackedWeight | None:
@@ -187,6 +210,13 @@ class _Interceptor:
     return _packed.param(
       module, name, layout=site.layout, method=method, dtype=self.dtype
     )
+
+
+def _arguments(args, kwargs):
+  """Arguments of the official attention, by place or name."""
+  names = ('x', 'segment_pos', 'cache', 'attn_mask')
+  given = dict(zip(names, args)) | kwargs
+  return tuple(given[name] for name in names)
 
 
 def _einsum(

@@ -17,6 +17,7 @@
 
 #include <immintrin.h>
 
+#include "attention.h"
 #include "weight.h"
 
 #if defined(__clang__)
@@ -35,6 +36,8 @@ namespace gemma_ext {
 namespace avx512 {
 
 #include "portable.inc"
+#include "vector.inc"
+#include "attention.inc"
 
 #include "avx512_decode.inc"
 
@@ -396,6 +399,9 @@ const Kernels& Avx512() {
       .one_fits = avx512::OneRowFits,
       .quantize_one = avx512::QuantizeOne,
       .one = avx512::One,
+      .gated_gelu = avx512::GatedGelu,
+      .attend = avx512::Attend,
+      .combine = avx512::CombineParts,
       .rows = avx512::RowsFast,
       .tile = avx512::Tile,
   };

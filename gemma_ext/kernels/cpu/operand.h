@@ -42,14 +42,14 @@ class Operand {
   // Rows of the weight that come together.
   int64_t unit() const { return tiles() ? 32 : 4; }
 
-  // Rounds row n of x.
-  void Quantize(Floats x, int64_t n) {
+  // Rounds row n of x, which begins at x[at].
+  void Quantize(Floats x, int64_t n, int64_t at) {
     const int64_t cols = w_.cols;
-    const float* row = static_cast<const float*>(x.data) + n * cols;
+    const float* row = static_cast<const float*>(x.data) + at;
     thread_local Scratch memory;
     if (x.bf16) {
       float* wide = static_cast<float*>(memory.Get(cols * sizeof(float)));
-      const uint16_t* in = static_cast<const uint16_t*>(x.data) + n * cols;
+      const uint16_t* in = static_cast<const uint16_t*>(x.data) + at;
       for (int64_t i = 0; i < cols; ++i) wide[i] = FromBf16(in[i]);
       row = wide;
     }

@@ -7,11 +7,14 @@
 #include <cmath>
 #include <limits>
 
+#include "attention.h"
 #include "weight.h"
 
 namespace gemma_ext {
 namespace portable {
 #include "portable.inc"
+#include "vector.inc"
+#include "attention.inc"
 }  // namespace portable
 
 const Kernels& Portable() {
@@ -23,6 +26,9 @@ const Kernels& Portable() {
       .one_fits = nullptr,
       .quantize_one = nullptr,
       .one = nullptr,
+      .gated_gelu = portable::GatedGelu,
+      .attend = portable::Attend,
+      .combine = portable::CombineParts,
       .rows = portable::Rows,
       .tile = nullptr,
   };

@@ -215,6 +215,8 @@ struct Floats {
   }
 };
 
+struct Attention;
+
 // One implementation of the kernels. Every function may run in many threads at
 // once on parts that do not overlap.
 struct Kernels {
@@ -233,6 +235,12 @@ struct Kernels {
   // y[r - begin] for rows of the weight r in [begin, end).
   void (*one)(const Weight& w, const OneRow& x, int64_t begin, int64_t end,
               float* y);
+
+  // gate becomes gelu(gate) * up.
+  void (*gated_gelu)(float* gate, const float* up, int64_t size);
+  // A part of the cache for one sequence and key head; then a row of its sum.
+  void (*attend)(const Attention& a, int64_t pair, int64_t part);
+  void (*combine)(const Attention& a, int64_t pair, int64_t row);
 
   // y[n, r] for rows of the weight r in [begin, end), all rows of x.
   void (*rows)(const Weight& w, const Activations& x, int64_t begin,
