@@ -36,8 +36,8 @@ def attend(
     v: New values, as k.
     cache_k: Keys `[B, S, K, H]`, of the type of k.
     cache_v: Values, as cache_k.
-    start: Slot of the first new token, int32 scalar; moved down as
-      `jax.lax.dynamic_update_slice` does it if they would not fit.
+    start: Slot of the first new token, int32 scalar; where they would not fit,
+      the nearest one where they do.
     mask: What to attend to, bool `[B, T, S]`. A token that attends to nothing
       gets the mean of all values.
     soft_cap: Bound of the logits, by tanh.
@@ -114,7 +114,7 @@ def _cpu_attend_jvp(soft_cap, primals, tangents):
 
 
 def _xla(soft_cap, q, k, v, cache_k, cache_v, start, mask):
-  at = (0, start, 0, 0)
+  at = (0, jnp.maximum(start, 0), 0, 0)  # No negative one is from the end.
   cache_k = jax.lax.dynamic_update_slice(cache_k, k, at)
   cache_v = jax.lax.dynamic_update_slice(cache_v, v, at)
   b, t, n, h = q.shape

@@ -176,9 +176,7 @@ def gated(
     )
 
   call.def_vmap(functools.partial(_batched, call))
-  return call(
-    x, gate['codes'], gate['scale'], down['codes'], down['scale']
-  )
+  return call(x, gate['codes'], gate['scale'], down['codes'], down['scale'])
 
 
 def attend(
@@ -195,24 +193,24 @@ def attend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Attention to caches that k and v are written to first, in place."""
   outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache_k, cache_v)]
-  return tuple(
-    jax.ffi.ffi_call(
-      'gemma_ext_attend',
-      outs,
-      input_output_aliases={3: 1, 4: 2},
-      vmap_method='sequential',
-    )(
-      q,
-      k,
-      v,
-      cache_k,
-      cache_v,
-      start.astype(jnp.int32),
-      mask,
-      soft_cap=np.float32(soft_cap),
-      kernels=named,
-    )
+  call = jax.ffi.ffi_call(
+    'gemma_ext_attend',
+    outs,
+    input_output_aliases={3: 1, 4: 2},
+    vmap_method='sequential',
   )
+  out, new_k, new_v = call(
+    q,
+    k,
+    v,
+    cache_k,
+    cache_v,
+    start.astype(jnp.int32),
+    mask,
+    soft_cap=np.float32(soft_cap),
+    kernels=named,
+  )
+  return out, new_k, new_v
 
 
 def read(x: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from gemma_ext import errors
 from gemma_ext.kernels import _backends
@@ -55,8 +54,9 @@ def gated_ffn(
     BackendError: If `backend='cpu'` cannot run here.
   """
   _backends.check(backend, x_bits)
-  rows, (*outs,) = _params.rows_of(gate, gate_fmt), _params.rows_of(
-    down, down_fmt
+  rows, (*outs,) = (
+    _params.rows_of(gate, gate_fmt),
+    _params.rows_of(down, down_fmt),
   )
   if len(rows) != 2 or rows[0] != 2 or len(outs) != 1:
     raise errors.ShapeError(
@@ -82,9 +82,7 @@ def _xla(x, gate, gate_fmt, down, down_fmt):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _cpu_ffn(formats, x_bits, x, gate, down):
   (rows,) = _params.rows_of(down, formats[1])
-  y = _cpu.gated(
-    x.reshape(-1, x.shape[-1]), gate, down, formats, x_bits=x_bits
-  )
+  y = _cpu.gated(x.reshape(-1, x.shape[-1]), gate, down, formats, x_bits=x_bits)
   return y.reshape(*x.shape[:-1], rows)
 
 

@@ -195,9 +195,11 @@ class _Interceptor:
         return _fused.attention(module, x, segment_pos, cache, mask)
     else:
       (x,) = args
-      gate, down = (self._weight(module, n) for n in ('gating_einsum', 'linear'))
-      if _fused.feed_forward_fits(x, (gate, down)):
-        return _fused.feed_forward(x, gate, down)
+      gate = self._weight(module, 'gating_einsum')
+      down = self._weight(module, 'linear')
+      if gate is not None and down is not None:
+        if _fused.feed_forward_fits(x, gate, down):
+          return _fused.feed_forward(x, gate, down)
     return official(*args, **kwargs)
 
   def _weight(

@@ -127,13 +127,9 @@ def feed_forward(
   return kernels.gated_ffn(x, gate.leaf, gate.fmt, down.leaf, down.fmt)
 
 
-def feed_forward_fits(x: jax.Array, weights: Any) -> bool:
+def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
   """Whether `feed_forward` may stand in for the official code."""
-  rows = x.size // x.shape[-1]
-  return (
-    rows <= _FEW
-    and all(weights)
-    and not any(
-      jnp.issubdtype(w.leaf['codes'].dtype, jnp.floating) for w in weights
-    )
+  latent = any(
+    jnp.issubdtype(w.leaf['codes'].dtype, jnp.floating) for w in weights
   )
+  return not latent and x.size // x.shape[-1] <= _FEW

@@ -104,7 +104,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
       std::memcpy(to.untyped_data(), from.untyped_data(), from.size_bytes());
     }
   }
-  // As jax.lax.dynamic_update_slice moves what would not fit.
+  // Nearest to where they are wanted.
   const int64_t slot = std::clamp<int64_t>(start.typed_data()[0], 0,
                                            a.slots - a.tokens);
   const int64_t bytes =
