@@ -133,12 +133,12 @@ class Operand {
     const int64_t width = s.fine ? w_.group : s.span;
     for (int64_t half = 0; half < 2; ++half) {
       int32_t* to = half ? row_.second : row_.first;
-      // Beyond the row anything will do: there x is zero.
+      // Beyond the row the last block will do: there x is zero.
       for (int64_t i = 0; i < row_.registers; ++i) {
         const int64_t of = i / row_.fields * 2 + half;
         const int64_t code =
             (of * row_.fields + i % row_.fields) * kBlock;
-        to[i] = static_cast<int32_t>(std::min(code, w_.cols - 1) / width);
+        to[i] = static_cast<int32_t>(std::min(code, w_.cols - kBlock) / width);
       }
     }
     // Lanes hold four codes each; four lanes choose from as many scales.
