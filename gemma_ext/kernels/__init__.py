@@ -2,11 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed weight formats and the operations on them; only jax and numpy."""
 
+from gemma_ext.kernels._attend import attend
+from gemma_ext.kernels._attend import MOST_ROWS
+from gemma_ext.kernels._backends import on_cpu
 from gemma_ext.kernels._dequantize import dequantize
 from gemma_ext.kernels._formats import choose_group
 from gemma_ext.kernels._formats import Format
 from gemma_ext.kernels._formats import IntFormat
 from gemma_ext.kernels._formats import TernaryFormat
+from gemma_ext.kernels._gated import gated_ffn
 from gemma_ext.kernels._matmul import matmul
 from gemma_ext.kernels._params import first
 from gemma_ext.kernels._params import random_codes

@@ -28,6 +28,9 @@ _FOLDERS = (
   pathlib.Path(__file__).parent,
   pathlib.Path(sysconfig.get_path('platlib'), 'gemma_ext', 'kernels'),
 )
+_OPERATIONS = tuple(
+  f'gemma_ext_{name}' for name in ('matmul', 'gated', 'attend', 'read')
+)
 _LAYOUTS = {'bytes': 0, 'fields': 1, 'trits': 2, 'stream': 3}
 
 
@@ -56,7 +59,7 @@ def library() -> ctypes.CDLL | None:
     return None
   lib = ctypes.CDLL(str(found[0]))
   lib.gemma_ext_kernels.restype = ctypes.c_char_p
-  for name in ('gemma_ext_matmul', 'gemma_ext_read'):
+  for name in _OPERATIONS:
     capsule = jax.ffi.pycapsule(getattr(lib, name))
     jax.ffi.register_ffi_target(name, capsule, platform='cpu')
   return lib
@@ -80,9 +83,7 @@ def has(name: str) -> bool:
 def why_not(
   x: jax.Array, p: Mapping[str, jax.Array], fmt: _formats.Format
 ) -> str:
-  """Why the kernels cannot run an operation; empty if they can."""
-  if jax.default_backend() != 'cpu':
-    return f'the default backend is {jax.default_backend()}'
+  """Why the kernels cannot run a product; empty if they can."""
   if isinstance(fmt, _formats.TernaryFormat) and fmt.tied and fmt.planes > 5:
     return f'it sums up to 5 tied planes, not {fmt.planes}'
   for what, array, types in (
@@ -92,6 +93,13 @@ def why_not(
   ):
     if array.dtype not in [np.dtype(t) for t in types]:
       return f'{what} is {array.dtype}; it takes {types}'
+  return unavailable()
+
+
+def unavailable() -> str:
+  """Why the kernels cannot run at all; empty if they can."""
+  if jax.default_backend() != 'cpu':
+    return f'the default backend is {jax.default_backend()}'
   if library() is None:
     return 'its library was not built (no C++ compiler?)'
   return ''
@@ -131,25 +139,97 @@ def matmul(
       kernels=named,
     )
 
-  @call.def_vmap
-  def batched(size, in_batched, x, codes, scale):
-    if in_batched == [True, False, False]:
-      # More rows of x, against a weight that is read once.
-      y = call(x.reshape(-1, x.shape[-1]), codes, scale)
-      return y.reshape(size, -1, y.shape[-1]), True
-    args = [
-      a if b else jnp.broadcast_to(a, (size, *a.shape))
-      for a, b in zip((x, codes, scale), in_batched, strict=True)
-    ]
-    return jax.lax.map(lambda each: call(*each), tuple(args)), True
-
+  call.def_vmap(functools.partial(_batched, call))
   return call(x, codes, scale)
+
+
+def gated(
+  x: jax.Array,  # [N, I]
+  gate: Mapping[str, jax.Array],  # of [2, H, I]
+  down: Mapping[str, jax.Array],  # of [O, H]
+  formats: tuple[_formats.Format, _formats.Format],
+  *,
+  x_bits: int,
+  named: str = '',
+) -> jax.Array:  # [N, O]
+  """`(gelu(x G^T) * (x U^T)) D^T`, x and what D multiplies rounded."""
+  (_, hidden) = _params.rows_of(gate, formats[0])
+  (rows,) = _params.rows_of(down, formats[1])
+  kinds = {
+    name: np.array([*_attributes(fmt, cols).values()], np.int64)
+    for name, fmt, cols in (
+      ('gate_format', formats[0], x.shape[-1]),
+      ('down_format', formats[1], hidden),
+    )
+  }
+
+  @jax.custom_batching.custom_vmap
+  def call(x, *weights):
+    out = jax.ShapeDtypeStruct((x.shape[0], rows), x.dtype)
+    return jax.ffi.ffi_call('gemma_ext_gated', out)(
+      x,
+      *weights,
+      **kinds,
+      hidden=np.int64(hidden),
+      wide=np.int64(x_bits == 16),
+      kernels=named,
+    )
+
+  call.def_vmap(functools.partial(_batched, call))
+  return call(x, gate['codes'], gate['scale'], down['codes'], down['scale'])
+
+
+def attend(
+  q: jax.Array,  # [B, T, N, H]
+  k: jax.Array,  # [B, T, K, H]
+  v: jax.Array,
+  cache_k: jax.Array,  # [B, S, K, H]
+  cache_v: jax.Array,
+  start: jax.Array,
+  mask: jax.Array,  # [B, T, S]
+  *,
+  soft_cap: float,
+  named: str = '',
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Attention to caches that k and v are written to first, in place."""
+  outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache_k, cache_v)]
+  call = jax.ffi.ffi_call(
+    'gemma_ext_attend',
+    outs,
+    input_output_aliases={3: 1, 4: 2},
+    vmap_method='sequential',
+  )
+  out, new_k, new_v = call(
+    q,
+    k,
+    v,
+    cache_k,
+    cache_v,
+    start.astype(jnp.int32),
+    mask,
+    soft_cap=np.float32(soft_cap),
+    kernels=named,
+  )
+  return out, new_k, new_v
 
 
 def read(x: jax.Array) -> jax.Array:
   """Reads all of x and little else, for benchmarks to compare with."""
   out = jax.ShapeDtypeStruct((2,), jnp.uint32)
   return jax.ffi.ffi_call('gemma_ext_read', out)(x)
+
+
+def _batched(call, size, in_batched, x, *weights):
+  """The rule for `jax.vmap` of a product of x `[N, I]` with weights."""
+  if in_batched[0] and not any(in_batched[1:]):
+    # More rows of x, against a weight that is read once.
+    y = call(x.reshape(-1, x.shape[-1]), *weights)
+    return y.reshape(size, -1, y.shape[-1]), True
+  args = [
+    a if b else jnp.broadcast_to(a, (size, *a.shape))
+    for a, b in zip((x, *weights), in_batched, strict=True)
+  ]
+  return jax.lax.map(lambda each: call(*each), tuple(args)), True
 
 
 def _attributes(fmt: _formats.Format, cols: int) -> dict[str, object]:

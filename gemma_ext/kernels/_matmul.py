@@ -9,20 +9,17 @@ packed codes, see `cpu/`.
 from collections.abc import Mapping
 import functools
 import math
-import os
 
 import jax
 import jax.numpy as jnp
 
 from gemma_ext import errors
+from gemma_ext.kernels import _backends
 from gemma_ext.kernels import _cpu
 from gemma_ext.kernels import _dequantize
 from gemma_ext.kernels import _formats
 from gemma_ext.kernels import _params
 
-BACKENDS = ('xla', 'cpu')
-# Bits of x in 'cpu'.
-X_BITS = (16, 8)
 # Rows of x up to which unpacking outweighs multiplying, so that float32 weights
 # cost nothing (and XLA's CPU dot is ten times faster in float32 at one row).
 FEW_ROWS = 32
@@ -68,36 +65,23 @@ def matmul(
     ShapeError: If `x` is not floating or the backend is unknown.
     BackendError: If `backend='cpu'` cannot run here.
   """
-  if backend not in (None, *BACKENDS):
-    raise errors.ShapeError(f'{backend=}; expected one of {BACKENDS}.')
-  if x_bits not in X_BITS:
-    raise errors.ShapeError(f'{x_bits=}; expected one of {X_BITS}.')
-  if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise errors.ShapeError(
-      f'x is {x.dtype}{list(x.shape)}; expected floating [..., I].'
-    )
+  _backends.check(backend, x_bits)
+  check_x(x)
   rows = _params.rows_of(p, fmt)
   _params.validate(p, fmt, rows, x.shape[-1], part=True)
-  if backend is None:
-    backend = 'xla' if _cpu.why_not(x, p, fmt) else _preferred()
-  if backend == 'xla':
+  if _backends.choose(backend, _cpu.why_not(x, p, fmt)) == 'xla':
     return matmul_xla(x, p, fmt)
-  if reason := _cpu.why_not(x, p, fmt):
-    raise errors.BackendError(f"backend='cpu' cannot run here: {reason}.")
   if not _cpu.contiguous(p, fmt):
     p = _params.own(p, fmt)
   return _matmul_cpu(fmt, x_bits, x, p['codes'], p['scale'])
 
 
-def _preferred() -> str:
-  """The backend where all of them can run."""
-  named = os.environ.get('GEMMA_EXT_BACKEND', '')
-  if named and named not in BACKENDS:
-    raise errors.BackendError(
-      f'GEMMA_EXT_BACKEND={named!r}; expected one of {BACKENDS}.'
+def check_x(x: jax.Array) -> None:
+  """Raises ShapeError unless x is floating `[..., I]`."""
+  if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise errors.ShapeError(
+      f'x is {x.dtype}{list(x.shape)}; expected floating [..., I].'
     )
-  # An array may be sharded over devices, which a kernel would gather.
-  return named or ('cpu' if jax.device_count() == 1 else 'xla')
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -20,9 +20,12 @@ from kauldron import kontext
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
+from gemma_ext.nn import _fused
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
+
+_FUSED = (_fused.ATTENTION, *_fused.FEED_FORWARDS)
 
 
 class Compressed(nn.Module):
@@ -163,8 +166,13 @@ class _Interceptor:
   dtype: Any
   head_rows: int | None = None
 
+  # See `_fused.may_fuse`.
+  fuses = True
+
   def __call__(self, next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
+    if method == '__call__' and isinstance(module, _FUSED):
+      return self._fused(next_fun, module, args, kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
       weight = self._weight(module, module.weight_name)
       if weight is not None:
@@ -186,8 +194,26 @@ class _Interceptor:
             table = table.part(head, self.head_rows)
           return table.einsum('...d,vd->...v', *args, **kwargs)
         if self.head_rows is not None:
-          return _dense_head(table[: self.head_rows], *args, **kwargs)
+          # As `decode` of the official embedders.
+          return jnp.dot(*args, table[: self.head_rows].T)
     return next_fun(*args, **kwargs)
+
+  def _fused(self, official, module, args, kwargs):
+    """A module as one operation, or as the official code has it."""
+    if module.is_initializing() or not _fused.may_fuse():
+      return official(*args, **kwargs)
+    if isinstance(module, _fused.ATTENTION):
+      x, segment_pos, cache, mask = _arguments(args, kwargs)
+      if _fused.attention_fits(module, x, cache):
+        return _fused.attention(module, x, segment_pos, cache, mask)
+    else:
+      (x,) = args
+      gate = self._weight(module, 'gating_einsum')
+      down = self._weight(module, 'linear')
+      if gate is not None and down is not None:
+        if _fused.feed_forward_fits(x, gate, down):
+          return _fused.feed_forward(x, gate, down)
+    return official(*args, **kwargs)
 
   def _weight(
     self, module: nn.Module, name: str
@@ -201,9 +227,11 @@ class _Interceptor:
     )
 
 
-def _dense_head(table: jax.Array, x: jax.Array) -> jax.Array:
-  """`decode` of the official embedders."""
-  return jnp.dot(x, table.T)
+def _arguments(args, kwargs):
+  """Arguments of the official attention, by place or name."""
+  names = ('x', 'segment_pos', 'cache', 'attn_mask')
+  given = dict(zip(names, args)) | kwargs
+  return tuple(given[name] for name in names)
 
 
 def _einsum(

@@ -131,9 +131,7 @@ def _of_layers(
       ' of Gemma 2 or 3, or a Gemma 4 without these.'
     )
   types = tuple(config.attention_types[i] for i in layers)
-  model = model.clone(
-    config=dataclasses.replace(config, attention_types=types)
-  )
+  model = model.clone(config=dataclasses.replace(config, attention_types=types))
   places = {f'layer_{old}': f'layer_{new}' for new, old in enumerate(layers)}
 
   def moved(path: str) -> str | None:

@@ -33,9 +33,7 @@ def check(sampling: gm.text.SamplingMethod) -> None:
     )
 
 
-def log_probs(
-  sampling: gm.text.SamplingMethod, logits: jax.Array
-) -> jax.Array:
+def log_probs(sampling: gm.text.SamplingMethod, logits: jax.Array) -> jax.Array:
   """Log-probabilities of the tokens that a method may choose.
 
   Which tokens are possible is decided in the type of the logits, as the

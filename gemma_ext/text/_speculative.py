@@ -159,7 +159,10 @@ class Speculative:
       number = re.fullmatch(r'\d{1,9}', value)
       parts = re.fullmatch(r'(\d{0,9}):(\d{0,9})(?::(\d{0,9}))?', value)
       if name in found or name not in (
-        'planes', 'layers', 'head_rows', 'tokens'
+        'planes',
+        'layers',
+        'head_rows',
+        'tokens',
       ):
         number = parts = None
       if number:
@@ -316,9 +319,7 @@ class _Speculator:
     return logits
 
 
-def _mask(
-  state: _sampler_loop.SamplingState, places: jax.Array
-) -> jax.Array:
+def _mask(state: _sampler_loop.SamplingState, places: jax.Array) -> jax.Array:
   """What each of the next tokens sees, itself among it, `[1, L, cache]`."""
   mask = state.full_attention_mask[:, None, :]
   ends = state.used_cache_length + 1 + places

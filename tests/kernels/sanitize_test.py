@@ -17,11 +17,12 @@ import pytest
 )
 def test_no_memory_error():
   # One format of each layout, all sizes and instructions.
-  chosen = 'sizes or finite or (float64 and (5trit or Int))'
+  chosen = 'sizes or finite or (float64 and (5trit or Int or attend)) or fit'
   run = subprocess.run(
     [
       *(sys.executable, '-m', 'tools.sanitize_kernels', '-q', '-s'),
-      *('tests/kernels/cpu_test.py', '-k', chosen),
+      *(f'tests/kernels/{n}_test.py' for n in ('cpu', 'gated', 'attend')),
+      *('-k', chosen),
     ],
     capture_output=True,
     text=True,

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention.h"
 #include "weight.h"
 
 #if defined(__clang__)
@@ -23,6 +24,8 @@
 namespace gemma_ext {
 namespace avx2 {
 #include "portable.inc"
+#include "vector.inc"
+#include "attention.inc"
 }  // namespace avx2
 
 #if defined(__clang__)
@@ -37,6 +40,12 @@ const Kernels& Avx2() {
       .split = false,
       .few = 0,
       .quantize = avx2::Quantize,
+      .one_fits = nullptr,
+      .quantize_one = nullptr,
+      .one = nullptr,
+      .gated_gelu = avx2::GatedGelu,
+      .attend = avx2::Attend,
+      .combine = avx2::CombineParts,
       .rows = avx2::Rows,
       .tile = nullptr,
   };

@@ -17,202 +17,29 @@
 
 #include <immintrin.h>
 
+#include "attention.h"
 #include "weight.h"
 
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target(    \
-        "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"))), \
+        "avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"))), \
     apply_to = function)
 #else
 // After the headers: what they define may be shared with other files.
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+    "avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
 #endif
 
 namespace gemma_ext {
 namespace avx512 {
 
 #include "portable.inc"
+#include "vector.inc"
+#include "attention.inc"
 
-// Base-3 digits of a byte of five trits: digits 0 to 3 in fields of 2 bits,
-// and digit 4.
-struct TritTable {
-  alignas(64) uint8_t four[256];
-  alignas(64) uint8_t last[256];
-
-  TritTable() {
-    for (int b = 0; b < 256; ++b) {
-      int rest = b, packed = 0;
-      for (int k = 0; k < 5; ++k) {
-        rest *= 3;
-        const int digit = rest >> 8;
-        rest &= 255;
-        if (k < 4) {
-          packed |= digit << (2 * k);
-        } else {
-          last[b] = static_cast<uint8_t>(digit);
-        }
-      }
-      four[b] = static_cast<uint8_t>(packed);
-    }
-  }
-};
-
-inline const TritTable& Trits() {
-  static const TritTable table;
-  return table;
-}
-
-// A table of 256 bytes, looked up for 64 of them.
-struct Lookup {
-  __m512i part[4];
-  explicit Lookup(const uint8_t* table) {
-    for (int i = 0; i < 4; ++i) part[i] = _mm512_load_si512(table + 64 * i);
-  }
-  __m512i operator()(__m512i v) const {
-    const __m512i low = _mm512_permutex2var_epi8(part[0], v, part[1]);
-    const __m512i high = _mm512_permutex2var_epi8(part[2], v, part[3]);
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(v), low, high);
-  }
-};
-
-// Three times a code; bytes do not overflow.
-inline __m256i Times3(__m256i v) {
-  return _mm256_add_epi8(v, _mm256_add_epi8(v, v));
-}
-
-// Writes 32 codes, or adds them to three times what is there.
-template <bool kAdd>
-inline void Put(uint8_t* out, __m256i v) {
-  __m256i* at = reinterpret_cast<__m256i*>(out);
-  if (kAdd) v = _mm256_add_epi8(Times3(_mm256_loadu_si256(at)), v);
-  _mm256_storeu_si256(at, v);
-}
-
-template <int kBits, bool kAdd>
-inline void DecodeFields(const uint8_t* in, int64_t bytes, uint8_t* out) {
-  constexpr int kFields = 8 / kBits;
-  const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
-  for (int64_t b = 0; b < bytes; b += kBlock, out += kFields * kBlock) {
-    const __m256i v =
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + b));
-    for (int k = 0; k < kFields; ++k) {
-      Put<kAdd>(out + k * kBlock,
-                _mm256_and_si256(_mm256_srli_epi16(v, k * kBits), mask));
-    }
-  }
-}
-
-template <bool kAdd>
-inline void DecodeTrits(const uint8_t* in, int64_t bytes, uint8_t* out) {
-  const Lookup four(Trits().four), last(Trits().last);
-  const __m512i mask = _mm512_set1_epi8(3);
-  for (int64_t b = 0; b < bytes; b += 2 * kBlock) {
-    const bool both = b + kBlock < bytes;
-    const __m512i v =
-        _mm512_maskz_loadu_epi8(both ? ~0ull : 0xffffffffull, in + b);
-    const __m512i packed = four(v);
-    __m512i field[5];
-    for (int k = 0; k < 4; ++k) {
-      field[k] = _mm512_and_si512(_mm512_srli_epi16(packed, 2 * k), mask);
-    }
-    field[4] = last(v);
-    for (int k = 0; k < 5; ++k, out += kBlock) {
-      Put<kAdd>(out, _mm512_castsi512_si256(field[k]));
-    }
-    if (!both) return;
-    for (int k = 0; k < 5; ++k, out += kBlock) {
-      Put<kAdd>(out, _mm512_extracti64x4_epi64(field[k], 1));
-    }
-  }
-}
-
-inline void DecodeStream(const uint8_t* in, int64_t bytes, int64_t bits,
-                         uint8_t* out) {
-  alignas(64) uint8_t index[64], shift[64];
-  for (int i = 0; i < 64; ++i) {
-    // Eight codes are `bits` bytes; of the last byte on anything will do.
-    const int byte = i % 8 < bits ? i % 8 : 0;
-    index[i] = static_cast<uint8_t>(i / 8 * bits + byte);
-    shift[i] = static_cast<uint8_t>(i % 8 * bits);
-  }
-  const __m512i order = _mm512_load_si512(index);
-  const __m512i shifts = _mm512_load_si512(shift);
-  const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
-  for (int64_t b = 0; b < bytes; b += 8 * bits, out += 64) {
-    const int64_t left = std::min(bytes - b, 8 * bits);
-    const __mmask64 some = left >= 64 ? ~0ull : (1ull << left) - 1;
-    __m512i v = _mm512_maskz_loadu_epi8(some, in + b);
-    v = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(order, v));
-    _mm512_storeu_si512(out, _mm512_and_si512(v, mask));
-  }
-}
-
-inline void DecodeBytes(const uint8_t* in, int64_t cols, uint8_t* out) {
-  const __m512i flip = _mm512_set1_epi8(-128);
-  for (int64_t i = 0; i < cols; i += 64, out += 64) {
-    const __mmask64 some =
-        cols - i >= 64 ? ~0ull : (1ull << (cols - i)) - 1;
-    const __m512i v = _mm512_maskz_loadu_epi8(some, in + i);
-    _mm512_storeu_si512(out, _mm512_xor_si512(v, flip));
-  }
-}
-
-template <bool kAdd>
-inline void Decode(const Weight& w, const uint8_t* in, uint8_t* out) {
-  const int64_t bytes = w.row_bytes();
-  switch (w.layout) {
-    case Layout::kBytes:
-      return DecodeBytes(in, w.cols, out);
-    case Layout::kStream:
-      return DecodeStream(in, bytes, w.bits, out);
-    case Layout::kTrits:
-      return DecodeTrits<kAdd>(in, bytes, out);
-    case Layout::kFields:
-      return w.bits == 2 ? DecodeFields<2, kAdd>(in, bytes, out)
-                         : DecodeFields<4, kAdd>(in, bytes, out);
-  }
-}
-
-// Codes of a term of a row, with their offset, in order.
-inline void DecodeTermFast(const Weight& w, int64_t term, int64_t row,
-                           uint8_t* out) {
-  if (!w.tied) return Decode<false>(w, w.row(term, row), out);
-  Decode<false>(w, w.row(0, row), out);
-  for (int64_t p = 1; p < w.planes; ++p) {
-    Decode<true>(w, w.row(p, row), out);
-  }
-}
-
-// Scales of all groups of a row, then zeros up to a whole register and one
-// more.
-inline void DecodeScalesFast(const Weight& w, int64_t plane, int64_t row,
-                             float* out) {
-  const int64_t groups = w.groups();
-  const int64_t start = (plane * w.rows + row) * groups;
-  const __m512i bias = _mm512_set1_epi32((127 - 20) << 23);
-  for (int64_t g = 0; g < groups; g += 16) {
-    const int64_t left = groups - g;
-    const __mmask16 some =
-        static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
-    __m512i v;
-    if (w.byte_scale) {
-      const uint8_t* s = static_cast<const uint8_t*>(w.scale) + start + g;
-      v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, s));
-      const __mmask16 zero = _mm512_test_epi32_mask(v, v);
-      v = _mm512_maskz_add_epi32(zero, _mm512_slli_epi32(v, 20), bias);
-    } else {
-      const uint16_t* s = static_cast<const uint16_t*>(w.scale) + start + g;
-      v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s));
-      v = _mm512_slli_epi32(v, 16);
-    }
-    _mm512_storeu_ps(out + g, _mm512_castsi512_ps(v));
-  }
-  _mm512_storeu_ps(out + groups, _mm512_setzero_ps());
-  _mm512_storeu_ps(out + groups + 16, _mm512_setzero_ps());
-}
+#include "avx512_decode.inc"
 
 // q = 128 * high + low, and what the codes' offset takes away.
 inline void QuantizeSplit(const float* x, int32_t offset, int64_t group,
@@ -286,6 +113,8 @@ inline __m512 Whole(__m512i high, __m512i low) {
   if (kWide) low = _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
   return _mm512_cvtepi32_ps(low);
 }
+
+#include "avx512_one_row.inc"
 
 // Adds the dot products of kRows rows of codes with one of x to `sums`.
 template <int kRows, bool kWide>
@@ -567,6 +396,12 @@ const Kernels& Avx512() {
       .split = true,
       .few = 8,
       .quantize = avx512::QuantizeSplit,
+      .one_fits = avx512::OneRowFits,
+      .quantize_one = avx512::QuantizeOne,
+      .one = avx512::One,
+      .gated_gelu = avx512::GatedGelu,
+      .attend = avx512::Attend,
+      .combine = avx512::CombineParts,
       .rows = avx512::RowsFast,
       .tile = avx512::Tile,
   };

@@ -9,18 +9,17 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 
+#include "ffi.h"
+#include "operand.h"
 #include "parallel.h"
 #include "weight.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
 
 namespace gemma_ext {
 
-// What this machine runs of the kernels called `name`: them, or nothing.
 const Kernels* Named(const std::string& name) {
   if (name == "portable") return &Portable();
 #if defined(__x86_64__)
@@ -54,6 +53,8 @@ const Kernels& Best() {
 namespace {
 
 constexpr int64_t kMost = int64_t{1} << 40;
+// Rows of x up to which a call is one of many of a step of decoding.
+constexpr int64_t kFew = 8;
 
 // Sizes and layout of a weight, as the caller describes them.
 struct Description {
@@ -64,19 +65,6 @@ struct Description {
   int64_t ternary;
   int64_t group;
 };
-
-std::string Number(const char* name, int64_t value) {
-  return std::string(name) + "=" + std::to_string(value);
-}
-
-ffi::Error Check(bool ok, const std::string& message) {
-  return ok ? ffi::Error::Success() : ffi::Error::InvalidArgument(message);
-}
-
-#define GX_RETURN_IF(expression)                     \
-  do {                                               \
-    if (ffi::Error found = (expression); found.failure()) return found; \
-  } while (false)
 
 // `codes` may go on after those of the weight.
 ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale, int64_t rows,
@@ -144,106 +132,34 @@ ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale, int64_t rows,
   return ffi::Error::Success();
 }
 
-ffi::Error MakeFloats(ffi::AnyBuffer buffer, Floats* out) {
-  const ffi::DataType type = buffer.element_type();
-  out->bf16 = type == ffi::DataType::BF16;
-  out->data = buffer.untyped_data();
-  return Check(out->bf16 || type == ffi::DataType::F32,
-               "activations are neither float32 nor bfloat16");
+// Parts of about 64 KiB of codes, but several for each thread.
+int64_t RowsOfPart(const Weight& w, int64_t unit, int64_t threads) {
+  const int64_t rows =
+      std::max(unit, 65536 / (w.planes * w.row_bytes()) / unit * unit);
+  const int64_t even = CeilDiv(w.rows, 4 * threads);
+  return std::min(rows, CeilDiv(even, unit) * unit);
 }
 
-// Memory of `Activations`, and how x comes to be in it.
-class Quantized {
- public:
-  Quantized(const Kernels& kernels, int64_t n, const Weight& w, bool wide)
-      : kernels_(kernels), offset_(w.offset()), group_(w.group) {
-    a_.n = n;
-    a_.cols = w.cols;
-    a_.wide = wide;
-    // Eight bits want scales of their own more often.
-    a_.spans = Spans(w.cols, w.group, wide ? 512 : 128);
-    const int64_t count = n * a_.pitch();
-    const int64_t spans = n * a_.spans.count;
-    const int64_t numbers =
-        Round(spans * sizeof(float)) +
-        (kernels.split
-             ? 2 * Round(count) + Round(spans * 64) +
-                   Round(n * a_.spans.blocks * sizeof(int32_t))
-             : Round(count * sizeof(int16_t)));
-    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, numbers)));
-    if (memory_ == nullptr) return;
-    uint8_t* at = memory_.get();
-    auto take = [&](int64_t bytes) {
-      uint8_t* found = at;
-      at += Round(bytes);
-      return found;
-    };
-    a_.scale = reinterpret_cast<float*>(take(spans * sizeof(float)));
-    if (kernels.split) {
-      a_.high = reinterpret_cast<int8_t*>(take(count));
-      a_.low = reinterpret_cast<int8_t*>(take(count));
-      a_.lanes = reinterpret_cast<int32_t*>(take(spans * 64));
-      a_.sums = reinterpret_cast<int32_t*>(
-          take(n * a_.spans.blocks * sizeof(int32_t)));
-    } else {
-      a_.q = reinterpret_cast<int16_t*>(take(count * sizeof(int16_t)));
-    }
-  }
-
-  bool ok() const { return memory_ != nullptr; }
-  const Activations& get() const { return a_; }
-
-  // Row n of x, float32 or bfloat16.
-  void Row(Floats x, int64_t n) {
-    const int64_t cols = a_.cols;
-    if (!x.bf16) {
-      const float* row = static_cast<const float*>(x.data) + n * cols;
-      return kernels_.quantize(row, offset_, group_, a_, n);
-    }
-    thread_local Scratch memory;
-    float* row = static_cast<float*>(memory.Get(cols * sizeof(float)));
-    const uint16_t* in = static_cast<const uint16_t*>(x.data) + n * cols;
-    for (int64_t i = 0; i < cols; ++i) row[i] = FromBf16(in[i]);
-    kernels_.quantize(row, offset_, group_, a_, n);
-  }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-
-  static int64_t Round(int64_t bytes) { return CeilDiv(bytes, 64) * 64 + 64; }
-
-  const Kernels& kernels_;
-  int32_t offset_;
-  int64_t group_;
-  Activations a_;
-  std::unique_ptr<uint8_t, Free> memory_;
-};
-
-// Adds the phases of y = x W^T to a job.
-void AddMatmul(const Kernels& kernels, Quantized& q, const Weight& w, Floats x,
-               Floats y, int64_t threads, Job& job) {
-  const int64_t n = q.get().n;
+// Adds the rounding of x to a job; its rows are `pitch` apart, or `cols`.
+void AddQuantize(Operand& q, int64_t cols, Floats x, Job& job,
+                 int64_t pitch = 0) {
+  const int64_t n = q.n();
+  if (pitch == 0) pitch = cols;
   // A few rows are not worth another thread.
-  const int64_t each = std::max<int64_t>(1, 8192 / w.cols);
-  job.Add(CeilDiv(n, each), [&q, x, n, each](int64_t i) {
+  const int64_t each = std::max<int64_t>(1, 8192 / cols);
+  job.Add(CeilDiv(n, each), [&q, x, n, each, pitch](int64_t i) {
     for (int64_t r = i * each; r < std::min(n, (i + 1) * each); ++r) {
-      q.Row(x, r);
+      q.Quantize(x, r, r * pitch);
     }
   });
-  const bool tiles = kernels.tile != nullptr && n > kernels.few;
-  // Parts of about 64 KiB of codes, but several for each thread.
-  const int64_t row_bytes = w.planes * w.row_bytes();
-  const int64_t unit = tiles ? 32 : 4;
-  int64_t rows = std::max(unit, 65536 / row_bytes / unit * unit);
-  const int64_t even = CeilDiv(w.rows, 4 * threads);
-  rows = std::min(rows, CeilDiv(even, unit) * unit);
-  const int64_t pitch = w.rows;
-  job.Add(CeilDiv(w.rows, rows), [&kernels, &q, &w, y, rows, pitch,
-                                  tiles](int64_t i) {
-    const int64_t begin = i * rows, end = std::min(w.rows, begin + rows);
-    (tiles ? kernels.tile : kernels.rows)(w, q.get(), begin, end, y, pitch);
+}
+
+// Adds y = x W^T to a job, x rounded by then.
+void AddMatmul(const Operand& q, const Weight& w, Floats y, int64_t threads,
+               Job& job) {
+  const int64_t rows = RowsOfPart(w, q.unit(), threads);
+  job.Add(CeilDiv(w.rows, rows), [&q, &w, y, rows](int64_t i) {
+    q.Multiply(i * rows, std::min(w.rows, (i + 1) * rows), y, w.rows);
   });
 }
 
@@ -264,18 +180,73 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
   GX_RETURN_IF(MakeFloats(x, &in));
   GX_RETURN_IF(MakeFloats(*y, &out));
   if (n == 0 || w.rows == 0) return ffi::Error::Success();
-  const Kernels* chosen = named.empty() ? &Best() : Named(std::string(named));
-  GX_RETURN_IF(Check(chosen != nullptr,
-                     "this machine has no kernels " + std::string(named)));
-  const Kernels& kernels = *chosen;
+  const Kernels* kernels;
+  GX_RETURN_IF(Choose(named, &kernels));
   // Helpers that come late look at the job only, never at these.
-  Quantized q(kernels, n, w, wide != 0);
+  Operand q(*kernels, n, w, wide != 0);
   if (!q.ok()) return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                                  "no memory for activations");
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   auto job = std::make_shared<Job>();
-  AddMatmul(kernels, q, w, in, out, threads, *job);
-  job->Run(threads, [&pool](auto fn) { pool.Schedule(std::move(fn)); });
+  AddQuantize(q, cols, in, *job);
+  AddMatmul(q, w, out, threads, *job);
+  job->Run(threads, n <= kFew, [&pool](auto fn) { pool.Schedule(std::move(fn)); });
+  return ffi::Error::Success();
+}
+
+// gelu(x G^T) * (x U^T), times D^T: `gate` holds the rows of G and then of U.
+ffi::Error Gated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
+                 ffi::AnyBuffer gate_scale, ffi::AnyBuffer down,
+                 ffi::AnyBuffer down_scale, ffi::Result<ffi::AnyBuffer> y,
+                 ffi::Span<const int64_t> gate_format,
+                 ffi::Span<const int64_t> down_format, int64_t hidden,
+                 int64_t wide, std::string_view named) {
+  GX_RETURN_IF(Check(x.dimensions().size() == 2, "x is not [N, I]"));
+  GX_RETURN_IF(Check(y->dimensions().size() == 2, "y is not [N, O]"));
+  const int64_t n = x.dimensions()[0], cols = x.dimensions()[1];
+  GX_RETURN_IF(Check(0 < hidden && hidden < kMost, Number("hidden", hidden)));
+  Description d[2];
+  int which = 0;
+  for (auto format : {gate_format, down_format}) {
+    GX_RETURN_IF(Check(format.size() == 6, "a format is not six numbers"));
+    d[which++] = {format[0], format[1], format[2],
+                  format[3], format[4], format[5]};
+  }
+  Weight up, out;
+  GX_RETURN_IF(MakeWeight(gate, gate_scale, 2 * hidden, cols, d[0], &up));
+  GX_RETURN_IF(
+      MakeWeight(down, down_scale, y->dimensions()[1], hidden, d[1], &out));
+  GX_RETURN_IF(Check(y->dimensions()[0] == n,
+                     Number("rows of x", n) + ", but y is another shape"));
+  Floats in, to;
+  GX_RETURN_IF(MakeFloats(x, &in));
+  GX_RETURN_IF(MakeFloats(*y, &to));
+  if (n == 0 || out.rows == 0) return ffi::Error::Success();
+  const Kernels* kernels;
+  GX_RETURN_IF(Choose(named, &kernels));
+  Operand q(*kernels, n, up, wide != 0), r(*kernels, n, out, wide != 0);
+  std::unique_ptr<float[]> memory(new (std::nothrow) float[2 * n * hidden]);
+  if (!q.ok() || !r.ok() || memory == nullptr) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                      "no memory for activations");
+  }
+  // [n, 2, hidden]; what is multiplied by D takes the place of x G^T.
+  const Floats between{memory.get(), false};
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  auto job = std::make_shared<Job>();
+  AddQuantize(q, cols, in, *job);
+  AddMatmul(q, up, between, threads, *job);
+  // As much of a row as is worth a thread.
+  const int64_t size = 2048, each = CeilDiv(hidden, size);
+  job->Add(n * each, [kernels, &between, hidden, each, size](int64_t i) {
+    float* row = static_cast<float*>(between.data) + i / each * 2 * hidden;
+    const int64_t begin = i % each * size;
+    kernels->gated_gelu(row + begin, row + hidden + begin,
+                        std::min(size, hidden - begin));
+  });
+  AddQuantize(r, hidden, between, *job, 2 * hidden);
+  AddMatmul(r, out, to, threads, *job);
+  job->Run(threads, n <= kFew, [&pool](auto fn) { pool.Schedule(std::move(fn)); });
   return ffi::Error::Success();
 }
 
@@ -299,7 +270,7 @@ ffi::Error Read(ffi::ThreadPool pool, ffi::AnyBuffer x,
     }
     for (uint64_t sum : sums) total ^= sum;
   });
-  job->Run(std::max<int64_t>(1, pool.num_threads()),
+  job->Run(std::max<int64_t>(1, pool.num_threads()), false,
            [&pool](auto fn) { pool.Schedule(std::move(fn)); });
   const uint64_t sum = total;
   std::memcpy(y->typed_data(), &sum, sizeof(sum));
@@ -310,6 +281,8 @@ ffi::Error Read(ffi::ThreadPool pool, ffi::AnyBuffer x,
 }  // namespace gemma_ext
 
 #pragma GCC visibility push(default)
+
+namespace ffi = xla::ffi;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_ext_matmul, gemma_ext::Matmul,
                               ffi::Ffi::Bind()
@@ -324,6 +297,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_ext_matmul, gemma_ext::Matmul,
                                   .Attr<int64_t>("tied")
                                   .Attr<int64_t>("ternary")
                                   .Attr<int64_t>("group")
+                                  .Attr<int64_t>("wide")
+                                  .Attr<std::string_view>("kernels"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_ext_gated, gemma_ext::Gated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<ffi::Span<const int64_t>>("gate_format")
+                                  .Attr<ffi::Span<const int64_t>>("down_format")
+                                  .Attr<int64_t>("hidden")
                                   .Attr<int64_t>("wide")
                                   .Attr<std::string_view>("kernels"));
 

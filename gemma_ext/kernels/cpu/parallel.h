@@ -7,6 +7,7 @@
 #define GEMMA_EXT_KERNELS_CPU_PARALLEL_H_
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -19,6 +20,54 @@
 #endif
 
 namespace gemma_ext {
+
+inline void Pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+class Job;
+
+// Helpers that wait a moment for the next job: waking a thread up takes longer
+// than many a job of decoding does.
+class Crew {
+ public:
+  static Crew& Get() {
+    static Crew* crew = new Crew;  // Threads may outlive what exit destroys.
+    return *crew;
+  }
+
+  // Offers a job; returns how many threads are waiting for one.
+  int64_t Offer(std::shared_ptr<Job> job);
+
+  // Takes a job back that is done.
+  void Forget(const Job* job);
+
+  // Works on what is offered until nothing was for a while.
+  void Serve(uint64_t seen);
+
+ private:
+  static constexpr auto kPatience = std::chrono::microseconds(100);
+
+  class Lock {
+   public:
+    explicit Lock(std::atomic_flag& flag) : flag_(flag) {
+      while (flag_.test_and_set(std::memory_order_acquire)) Pause();
+    }
+    ~Lock() { flag_.clear(std::memory_order_release); }
+
+   private:
+    std::atomic_flag& flag_;
+  };
+
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::shared_ptr<Job> job_;
+  alignas(64) std::atomic<uint64_t> offers_{0};
+  alignas(64) std::atomic<int64_t> waiting_{0};
+};
 
 // Parts of one phase after those of another. The caller takes parts like every
 // helper and so never waits for a helper that did not start: on a pool whose
@@ -33,22 +82,32 @@ class Job : public std::enable_shared_from_this<Job> {
   }
 
   // Runs all phases; `schedule` runs a function in another thread, some time.
+  // `again`: more jobs are to be expected at once.
   template <typename Schedule>
-  void Run(int64_t threads, Schedule&& schedule) {
+  void Run(int64_t threads, bool again, Schedule&& schedule) {
     int64_t most = 0;
     for (const auto& phase : phases_) {
       if (phase->count > most) most = phase->count;
     }
-    const int64_t helpers = (threads < most ? threads : most) - 1;
+    int64_t helpers = (threads < most ? threads : most) - 1;
+    if (again && helpers > 0) {
+      helpers -= Crew::Get().Offer(shared_from_this());
+    }
     for (int64_t i = 0; i < helpers; ++i) {
       // Helpers may start after all is done and the caller is gone; the job
       // stays for them to see that.
-      schedule([self = shared_from_this()] { self->Work(); });
+      schedule([self = shared_from_this(), again] {
+        self->Work();
+        if (again) Crew::Get().Serve(self->offer_);
+      });
     }
     Work();
+    if (again) Crew::Get().Forget(this);
   }
 
  private:
+  friend class Crew;
+
   struct Phase {
     int64_t count = 0;
     std::function<void(int64_t)> fn;
@@ -78,16 +137,48 @@ class Job : public std::enable_shared_from_this<Job> {
     }
   }
 
-  static void Pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
   std::vector<std::unique_ptr<Phase>> phases_;
+  uint64_t offer_ = 0;
 };
+
+inline int64_t Crew::Offer(std::shared_ptr<Job> job) {
+  {
+    Lock lock(busy_);
+    job->offer_ = offers_.load(std::memory_order_relaxed) + 1;
+    job_ = std::move(job);
+    offers_.store(job_->offer_, std::memory_order_release);
+  }
+  return waiting_.load(std::memory_order_relaxed);
+}
+
+inline void Crew::Forget(const Job* job) {
+  std::shared_ptr<Job> gone;  // Dies outside the lock.
+  Lock lock(busy_);
+  if (job_.get() == job) gone.swap(job_);
+}
+
+inline void Crew::Serve(uint64_t seen) {
+  using Clock = std::chrono::steady_clock;
+  waiting_.fetch_add(1, std::memory_order_relaxed);
+  for (Clock::time_point begun = Clock::now();;) {
+    if (offers_.load(std::memory_order_acquire) != seen) {
+      std::shared_ptr<Job> job;
+      {
+        Lock lock(busy_);
+        seen = offers_.load(std::memory_order_relaxed);
+        job = job_;
+      }
+      if (job == nullptr) continue;
+      waiting_.fetch_sub(1, std::memory_order_relaxed);
+      job->Work();
+      waiting_.fetch_add(1, std::memory_order_relaxed);
+      begun = Clock::now();
+    }
+    for (int i = 0; i < 16; ++i) Pause();
+    if (Clock::now() - begun > kPatience) break;
+  }
+  waiting_.fetch_sub(1, std::memory_order_relaxed);
+}
 
 }  // namespace gemma_ext
 

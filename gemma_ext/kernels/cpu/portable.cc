@@ -7,11 +7,14 @@
 #include <cmath>
 #include <limits>
 
+#include "attention.h"
 #include "weight.h"
 
 namespace gemma_ext {
 namespace portable {
 #include "portable.inc"
+#include "vector.inc"
+#include "attention.inc"
 }  // namespace portable
 
 const Kernels& Portable() {
@@ -20,6 +23,12 @@ const Kernels& Portable() {
       .split = false,
       .few = 0,
       .quantize = portable::Quantize,
+      .one_fits = nullptr,
+      .quantize_one = nullptr,
+      .one = nullptr,
+      .gated_gelu = portable::GatedGelu,
+      .attend = portable::Attend,
+      .combine = portable::CombineParts,
       .rows = portable::Rows,
       .tile = nullptr,
   };

@@ -59,11 +59,15 @@ struct Weight {
   // Tied planes are added up before they are multiplied: one term.
   int64_t terms() const { return tied ? 1 : planes; }
 
-  // What is subtracted from a decoded code.
-  int32_t offset() const {
+  // What is subtracted from a stored code.
+  int32_t code_offset() const {
     if (layout == Layout::kBytes) return 128;
-    if (!ternary) return 1 << (bits - 1);
-    if (!tied) return 1;
+    return ternary ? 1 : 1 << (bits - 1);
+  }
+
+  // What is subtracted from a term: a code, or tied ones added up.
+  int32_t offset() const {
+    if (!tied) return code_offset();
     int32_t sum = 0, power = 1;
     for (int64_t p = 0; p < planes; ++p, power *= 3) sum += power;
     return sum;
@@ -151,6 +155,30 @@ struct Activations {
   float* scale = nullptr;       // [n, count]
 };
 
+// One row of x in the order in which registers of 64 codes leave a weight.
+struct OneRow {
+  bool wide = true;
+  Spans spans;
+  int64_t fields = 1;     // registers of two blocks, or of 64 codes
+  int64_t registers = 0;
+  int8_t* high = nullptr;      // [registers, 64]
+  int8_t* low = nullptr;       // [registers, 64]
+  // The block of the first code of either half of a register, after which the
+  // sums are scaled; -1 where they go on.
+  int32_t* first = nullptr;    // [registers]
+  int32_t* second = nullptr;   // [registers]
+  int32_t* spread = nullptr;   // [16]: which of the scales of a half
+  float* scale = nullptr;      // [blocks], of x
+  float* sums = nullptr;       // [blocks]: -offset * sums of a block
+
+  // Where 32 codes go; `i` is the first of them.
+  int64_t Place(int64_t i) const {
+    const int64_t block = i / (kBlock * fields), field = i / kBlock % fields;
+    if (fields == 1) return i;
+    return ((block / 2) * fields + field) * 64 + block % 2 * kBlock;
+  }
+};
+
 inline float FromBf16(uint16_t v) {
   uint32_t bits = static_cast<uint32_t>(v) << 16;
   float out;
@@ -187,6 +215,8 @@ struct Floats {
   }
 };
 
+struct Attention;
+
 // One implementation of the kernels. Every function may run in many threads at
 // once on parts that do not overlap.
 struct Kernels {
@@ -199,6 +229,19 @@ struct Kernels {
   // Quantises row n of x.
   void (*quantize)(const float* x, int32_t offset, int64_t group,
                    Activations& out, int64_t n);
+  // For one row of x, if there is something better for this weight.
+  bool (*one_fits)(const Weight& w);
+  void (*quantize_one)(const Weight& w, const float* x, OneRow& out);
+  // y[r - begin] for rows of the weight r in [begin, end).
+  void (*one)(const Weight& w, const OneRow& x, int64_t begin, int64_t end,
+              float* y);
+
+  // gate becomes gelu(gate) * up.
+  void (*gated_gelu)(float* gate, const float* up, int64_t size);
+  // A part of the cache for one sequence and key head; then a row of its sum.
+  void (*attend)(const Attention& a, int64_t pair, int64_t part);
+  void (*combine)(const Attention& a, int64_t pair, int64_t row);
+
   // y[n, r] for rows of the weight r in [begin, end), all rows of x.
   void (*rows)(const Weight& w, const Activations& x, int64_t begin,
                int64_t end, Floats y, int64_t pitch);

@@ -1,0 +1,135 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of the official modules as one operation each, where that is faster.
+
+Decoding on a CPU: XLA copies and transposes the cache for every token, and
+every small operation of its own costs microseconds. Results are those of the
+official code, computed in float32 between the ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import module as flax_module
+from gemma.gm.math import _positional_embeddings
+from gemma.gm.nn import _modules as gemma_modules
+from gemma.gm.nn.gemma4 import _modules as gemma4_modules
+import jax
+import jax.numpy as jnp
+
+from gemma_ext import kernels
+from gemma_ext.nn import _packed
+
+ATTENTION = gemma_modules.Attention
+FEED_FORWARDS = (gemma_modules.FeedForward, gemma4_modules.FeedForward)
+# Rows of x up to which a call is a step of decoding.
+_FEW = 8
+
+
+def may_fuse() -> bool:
+  """Whether nobody but interceptors with `fuses` sees the modules within.
+
+  LoRA, calibration and others want the calls that a fused one leaves out.
+  """
+  stack = flax_module._global_interceptor_stack  # pylint: disable=protected-access
+  return kernels.on_cpu() and all(getattr(i, 'fuses', False) for i in stack)
+
+
+def attention_fits(module: nn.Module, x: jax.Array, cache: Any) -> bool:
+  """Whether `attention` may stand in for the official code."""
+  rows = x.shape[1] * module.num_heads // module.num_kv_heads
+  return bool(cache) and rows <= kernels.MOST_ROWS and x.shape[1] <= _FEW
+
+
+def attention(
+  module: Any,
+  x: jax.Array,
+  segment_pos: jax.Array,
+  cache: dict[str, jax.Array],
+  attn_mask: jax.Array,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """`__call__` of the official attention of Gemma 2 and 3, with a cache.
+
+  Args:
+    module: The bound module.
+    x: Input `[B, T, D]`.
+    segment_pos: Positions `[B, T]`.
+    cache: Keys, values, positions and end index.
+    attn_mask: `[B, T, S]`.
+
+  Returns:
+    The cache after these tokens, and the output `[B, T, D]`.
+  """
+  if module.use_qkv_einsum:
+    q, k, v = module.qkv_einsum('BTD,SNDH->SBTNH', x)
+  else:
+    q = module.q_einsum('BTD,NDH->BTNH', x)
+    k, v = module.kv_einsum('BSD,CKDH->CBSKH', x)
+  if module.use_qk_norm:
+    # pylint: disable=protected-access
+    q, k = module._query_norm(q), module._key_norm(k)
+  q, k = (
+    _positional_embeddings.apply_rope(
+      each,
+      segment_pos,
+      base_frequency=module.rope_base_frequency,
+      scale_factor=module.rope_scale_factor,
+    )
+    for each in (q, k)
+  )
+  start = cache['end_index'][0] % cache['v'].shape[1]
+  positions = jax.lax.dynamic_update_slice(
+    cache['positions'], segment_pos, (0, start)
+  )
+  mask = jnp.broadcast_to(
+    attn_mask, (*x.shape[:2], cache['v'].shape[1])
+  ).astype(bool)
+  if module.attn_type == gemma_modules.AttentionType.LOCAL_SLIDING:
+    mask &= gemma_modules.create_sliding_mask(
+      segment_pos,
+      cache_positions=positions,
+      sliding_window_size=module.sliding_window_size,
+    )
+  out, new_k, new_v = kernels.attend(
+    q * module.query_pre_attn_scalar,
+    k,
+    v,
+    cache['k'],
+    cache['v'],
+    start,
+    mask,
+    soft_cap=module.attn_logits_soft_cap,
+  )
+  y = module.attn_vec_einsum('BTNH,NHD->BTD', out)
+  return {
+    'v': new_v,
+    'k': new_k,
+    'end_index': cache['end_index'] + x.shape[1],
+    'positions': positions,
+  }, y
+
+
+def feed_forward(
+  x: jax.Array, gate: _packed.PackedWeight, down: _packed.PackedWeight
+) -> jax.Array:
+  """`__call__` of the official feed-forward modules, on packed weights.
+
+  Args:
+    x: Input `[..., D]`.
+    gate: Weight of rows `[2, H]`.
+    down: Weight of rows `[D]`.
+
+  Returns:
+    `[..., D]`.
+  """
+  return kernels.gated_ffn(x, gate.leaf, gate.fmt, down.leaf, down.fmt)
+
+
+def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
+  """Whether `feed_forward` may stand in for the official code."""
+  latent = any(
+    jnp.issubdtype(w.leaf['codes'].dtype, jnp.floating) for w in weights
+  )
+  return not latent and x.size // x.shape[-1] <= _FEW
