@@ -38,17 +38,18 @@ def _flat(params):
   return traverse_util.flatten_dict(params, sep='/')
 
 
-def test_head_rows_are_the_first_logits():
-  for model, params in (
-    _model(),
-    (tiny.model('gemma3'), tiny.params(tiny.model('gemma3'))),
-  ):
-    part, cheap = gx.nn.part(model, params, head_rows=100)
-    got = _logits(part, cheap)
-    assert got.shape == (*TOKENS.shape, 100)
-    np.testing.assert_allclose(
-      got, _logits(model, params)[..., :100], rtol=1e-5, atol=1e-5
-    )
+@pytest.mark.parametrize('packed', [True, False])
+def test_head_rows_are_the_first_logits(packed):
+  model, params = _model()
+  if not packed:
+    model = model.model
+    params = tiny.params(model)
+  part, cheap = gx.nn.part(model, params, head_rows=100)
+  got = _logits(part, cheap)
+  assert got.shape == (*TOKENS.shape, 100)
+  np.testing.assert_allclose(
+    got, _logits(model, params)[..., :100], rtol=1e-5, atol=1e-5
+  )
 
 
 def test_layers_are_those_of_the_model():
@@ -56,13 +57,10 @@ def test_layers_are_those_of_the_model():
   model, params = _model()
   part, cheap = gx.nn.part(model, params, layers=[0, 2])
   assert part.config.num_layers == 2
-  flat = {
-    path: jnp.full_like(leaf, -1)  # Norms scale by 1 + this.
-    if path
-    in ('layer_1/post_attention_norm/scale', 'layer_1/post_ffw_norm/scale')
-    else leaf
-    for path, leaf in _flat(params).items()
-  }
+  norms = [f'layer_1/post_{n}_norm/scale' for n in ('attention', 'ffw')]
+  flat = _flat(params)
+  for path in norms:
+    flat[path] = jnp.full_like(flat[path], -1)  # They scale by 1 + this.
   without = traverse_util.unflatten_dict(flat, sep='/')
   got, want = _logits(part, cheap), _logits(model, without)
   assert np.abs(want - _logits(model, params)).max() > 0.01
