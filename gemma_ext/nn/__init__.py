@@ -14,6 +14,7 @@ from gemma_ext.nn._optim import freeze_codes
 from gemma_ext.nn._packed import format_of
 from gemma_ext.nn._packed import PackedWeight
 from gemma_ext.nn._packed import param as packed_param
+from gemma_ext.nn._part import part
 from gemma_ext.nn._sites import Kind
 from gemma_ext.nn._sites import Layout
 from gemma_ext.nn._sites import Site

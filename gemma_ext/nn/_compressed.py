@@ -102,6 +102,7 @@ def packed_weights(
   *,
   dtype: Any,
   depth: int = 0,
+  head_rows: int | None = None,
 ) -> contextlib.AbstractContextManager[None]:
   """Context in which the official modules read these weights packed.
 
@@ -109,9 +110,12 @@ def packed_weights(
     methods: Site and method by path, as `methods_of` returns them.
     dtype: Type of the dense weights that they stand for.
     depth: Length of the path of the module that the paths start from.
+    head_rows: Rows of the vocabulary that get logits; all by default.
   """
   return nn.intercept_methods(
-    _Interceptor(methods=dict(methods), depth=depth, dtype=dtype)
+    _Interceptor(
+      methods=dict(methods), depth=depth, dtype=dtype, head_rows=head_rows
+    )
   )
 
 
@@ -153,11 +157,14 @@ class _Interceptor:
     methods: Site and method by path.
     depth: Length of the path of `Compressed` itself inside a larger model.
     dtype: Parameter type of the model.
+    head_rows: Rows of the vocabulary that get logits; all by default. Of a
+      packed table the parameters then have them as `head`, too.
   """
 
   methods: dict[str, tuple[_sites.Site, recipe_lib.Method]]
   depth: int
   dtype: Any
+  head_rows: int | None = None
 
   # See `_fused.may_fuse`.
   fuses = True
@@ -182,7 +189,13 @@ class _Interceptor:
       if method == 'decode':
         table = module.input_embedding_table
         if isinstance(table, _packed.PackedWeight):
+          if self.head_rows is not None:
+            head = module.get_variable('params', 'head')
+            table = table.part(head, self.head_rows)
           return table.einsum('...d,vd->...v', *args, **kwargs)
+        if self.head_rows is not None:
+          # As `decode` of the official embedders.
+          return jnp.dot(*args, table[: self.head_rows].T)
     return next_fun(*args, **kwargs)
 
   def _fused(self, official, module, args, kwargs):

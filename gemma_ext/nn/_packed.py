@@ -91,6 +91,12 @@ class PackedWeight:
       self.leaf, self.fmt, index, self.layout.cols, dtype=self.dtype
     )
 
+  def part(self, leaf: dict[str, jax.Array], rows: int) -> PackedWeight:
+    """Returns the weight of the first rows, whose `kernels.first` leaf is."""
+    shape = (rows, *self.shape[1:])
+    layout = dataclasses.replace(self.layout, shape=shape)
+    return dataclasses.replace(self, leaf=leaf, layout=layout)
+
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
     """Computes `jnp.einsum(eqn, x, weight)`.
 
@@ -175,7 +181,7 @@ def _check(leaf: Any, fmt: Any, layout: _sites.Layout, path: str) -> None:
       ' `gx.compress`, with the same recipe?'
     )
   try:
-    kernels.validate(leaf, fmt, layout.rows, layout.cols)
+    kernels.validate(leaf, fmt, layout.rows, layout.cols, part=True)
   except ValueError as e:
     raise errors.ParamsMismatchError(f'{path!r}: {e}') from e
 

@@ -24,6 +24,7 @@ from gemma_ext import ckpts
 from gemma_ext import errors
 from gemma_ext.text import _detokenize
 from gemma_ext.text import _loop
+from gemma_ext.text import _speculative
 
 # Sizes that shapes depend on are rounded up, to compile less often.
 _LEAST_PROMPT = 32
@@ -40,6 +41,7 @@ def stream(
   seed: int = 0,
   stop_tokens: Sequence[str | int] = (),
   chunk: int = 4,
+  speculative: _speculative.Speculative | None = None,
 ) -> Stream:
   """Starts to decode the text that follows a prompt.
 
@@ -57,12 +59,18 @@ def stream(
     stop_tokens: Tokens that end the text, besides the family's own.
     chunk: Tokens between two looks at them. Text comes in such pieces; fewer
       and the host has more to do.
+    speculative: How to decode several tokens at a time; one by one by default.
+      Greedy sampling then chooses the same tokens, other sampling draws from
+      the same distribution, but not the same tokens for a seed. That is true up
+      to floating point: the model sees several rows at once, whose last bits
+      may differ from those of one row, so that ties may fall otherwise.
 
   Returns:
     An iterator of pieces of text, see `Stream`.
 
   Raises:
-    SamplingError: If an argument is out of its range.
+    SamplingError: If an argument is out of its range, the model has no such
+      draft, or speculation does not know the distribution of the sampling.
     TokenizerError: If there is no tokenizer, or it does not fit the model.
   """
   model, params, tokenizer = checkpoint
@@ -79,18 +87,24 @@ def stream(
       f'The prompt has token {largest}, the model {model.config.num_embed}'
       ' embeddings: the tokenizer is that of another model.'
     )
-  stepper: _loop.Stepper = _loop.Plain(
-    loop=sampler._initialize_sampler_loop(sampler.sampling)
-  )
+  loop = sampler._initialize_sampler_loop(sampler.sampling)
   # pylint: enable=protected-access
+  stepper: _loop.Stepper = _loop.Plain(loop=loop)
+  step_params = params
+  drafted = 0
+  if speculative is not None:
+    stepper, step_params = speculative.stepper(loop, params)
+    drafted = speculative.tokens
   length = inputs.length_with_mm
+  # The last round may write a whole draft past the last token.
+  room = length + max_new_tokens + drafted
   bucket = max(_LEAST_PROMPT, 1 << (length - 1).bit_length())
   state = _prefill.prefill(
     model=model,
     params=params,
     input=inputs,
     last_state=None,
-    cache_length=_round_up(max(bucket, length + max_new_tokens), _CACHE_STEP),
+    cache_length=_round_up(max(bucket, room), _CACHE_STEP),
     pad_length=bucket,
     max_out_length=_round_up(max_new_tokens, _OUT_STEP),
     rng=jax.random.key(seed),
@@ -99,10 +113,11 @@ def stream(
   return Stream(
     stepper,
     _loop.Run.of(state),
-    params,
+    step_params,
     _detokenize.Detokenizer(sampler.tokenizer),
     limit=max_new_tokens,
     chunk=chunk,
+    drafted=drafted,
   )
 
 
@@ -112,6 +127,8 @@ class Stream(Iterator[str]):
   Attributes:
     tokens: Tokens so far, with the one that ended the text, which is not shown.
     ended: Whether there was such a token; else `max_new_tokens` ended it.
+    rounds: Passes of the model so far, that of the prompt left out.
+    accepted: Tokens so far that had been drafted.
   """
 
   def __init__(
@@ -123,9 +140,13 @@ class Stream(Iterator[str]):
     *,
     limit: int,
     chunk: int,
+    drafted: int = 0,
   ):
     self.tokens: list[int] = []
     self.ended = False
+    self.rounds = 0
+    self.accepted = 0
+    self._drafted = drafted
     self._detokenizer = detokenizer
     self._limit = limit
     self._progress = _progress(stepper, run, params, limit, chunk)
@@ -134,12 +155,28 @@ class Stream(Iterator[str]):
   def __next__(self) -> str:
     return next(self._pieces)
 
+  @property
+  def acceptance(self) -> float | None:
+    """Accepted drafts over drafted tokens so far; `None` without any.
+
+    Drafts past the end of the text count as drafted.
+    """
+    drafted = self.rounds * self._drafted
+    return self.accepted / drafted if drafted else None
+
+  @property
+  def tokens_per_round(self) -> float | None:
+    """Mean of new tokens a round so far; `None` before the first."""
+    return len(self.tokens) / self.rounds if self.rounds else None
+
   def _run(self) -> Iterator[str]:
     for progress in self._progress:
       count = int(progress.count)
       new = [int(i) for i in progress.tokens[len(self.tokens) : count]]
       self.tokens += new
       self.ended = bool(progress.ended)
+      self.rounds = int(progress.rounds)
+      self.accepted = int(progress.accepted)
       text = self._detokenizer.add(new[:-1] if self.ended else new)
       done = self.ended or count >= self._limit
       if done:

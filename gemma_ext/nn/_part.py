@@ -1,0 +1,203 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`part`: a cheaper model made of some of the weights of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+
+from gemma_ext import errors
+from gemma_ext import kernels
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _compressed
+from gemma_ext.nn import _config
+from gemma_ext.nn import _packed
+from gemma_ext.nn import _sites
+
+_TABLE = 'embedder/input_embedding'
+_Methods = dict[str, tuple[_sites.Site, recipe_lib.Method]]
+
+
+class _Part(_compressed.Compressed):
+  """A model that gives logits to the first rows of its vocabulary.
+
+  Attributes:
+    head_rows: So many; all by default.
+  """
+
+  head_rows: int | None = None
+
+  def _intercept(self):
+    return _compressed.packed_weights(
+      _compressed.methods_of(self.model, self.recipe),
+      dtype=self.model.dtype,
+      depth=len(self.path),
+      head_rows=self.head_rows,
+    )
+
+
+def part(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  *,
+  planes: int | None = None,
+  layers: Sequence[int] | None = None,
+  head_rows: int | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+  """Returns a cheaper model that shares the weights of another.
+
+  What is left out is left out everywhere at once; the three go together. Codes
+  and dense arrays are those of the other model, none is copied; the scales of
+  fewer planes or rows are.
+
+  Args:
+    model: An official model, or `Compressed`.
+    params: Its parameters.
+    planes: Ternary weights of more planes have only their first ones.
+    layers: The layers that stay, by number, in ascending order; layer
+      `layers[i]` becomes layer i.
+    head_rows: Logits are those of the first tokens of the vocabulary, `[*, L,
+      head_rows]`. Any token may still be an input. Of a dense table these rows
+      are sliced whenever they are read.
+
+  Returns:
+    The model and its parameters.
+
+  Raises:
+    ShapeError: If there are not so many planes, layers or rows, if all of them
+      would stay, or if the layers of this family depend on each other beyond
+      the residual stream.
+    ParamsMismatchError: If the model is a wrapper other than `Compressed`, or
+      the parameters are not those of the model.
+  """
+  methods: _Methods = {}
+  if isinstance(model, _compressed.Compressed):
+    methods = _compressed.methods_of(model.model, model.recipe)
+    model = model.model
+  _config.check(model)
+  dense = _config.strip(model)
+  flat = traverse_util.flatten_dict(dict(params), sep='/')
+  if layers is not None:
+    dense, flat, methods = _of_layers(dense, flat, methods, layers)
+  if head_rows is not None:
+    _check_rows(head_rows, dense.config.num_embed)
+    if _TABLE in methods:
+      head = _first(flat, methods, _TABLE, planes=planes, rows=head_rows)[0]
+      flat |= {f'embedder/head/{name}': leaf for name, leaf in head.items()}
+  if planes is not None:
+    flat, methods = _of_planes(flat, methods, planes)
+  recipe = recipe_lib.Recipe(
+    rules=tuple((re.escape(path), m) for path, (_, m) in methods.items())
+  )
+  dense = _config.attach(dense, recipe)
+  if head_rows is not None:
+    dense = _config.stamp(dense, f' head_rows={head_rows}')
+  made = _Part(model=dense, recipe=recipe, head_rows=head_rows)
+  return made, traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _of_layers(
+  model: nn.Module,
+  flat: dict[str, Any],
+  methods: _Methods,
+  layers: Sequence[int],
+) -> tuple[nn.Module, dict[str, Any], _Methods]:
+  """The model, parameters and methods of some layers."""
+  config = model.config
+  layers = tuple(layers)
+  ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
+  if (
+    not layers
+    or not ascending
+    or not 0 <= layers[0] <= layers[-1] < config.num_layers
+    or len(layers) == config.num_layers
+  ):
+    raise errors.ShapeError(
+      f'layers={layers} of a model of {config.num_layers}; expected some of'
+      f' 0 to {config.num_layers - 1}, ascending, and not all.'
+    )
+  if getattr(config, 'per_layer_input_dim', 0) or getattr(
+    config, 'kv_cache_sharing_config', None
+  ):
+    raise errors.ShapeError(
+      f'layers={layers} of {type(model).__name__}, whose layers have inputs'
+      ' of their own or read the keys and values of others; expected a model'
+      ' of Gemma 2 or 3, or a Gemma 4 without these.'
+    )
+  types = tuple(config.attention_types[i] for i in layers)
+  model = model.clone(config=dataclasses.replace(config, attention_types=types))
+  places = {f'layer_{old}': f'layer_{new}' for new, old in enumerate(layers)}
+
+  def moved(path: str) -> str | None:
+    head, slash, rest = path.partition('/')
+    if not re.fullmatch(r'layer_\d+', head):
+      return path
+    return places[head] + slash + rest if head in places else None
+
+  kept = {moved(path): leaf for path, leaf in flat.items()}
+  sites = {}
+  for path, (site, method) in methods.items():
+    place = moved(path)
+    if place is not None:
+      sites[place] = dataclasses.replace(site, path=place), method
+  return model, {k: v for k, v in kept.items() if k is not None}, sites
+
+
+def _of_planes(
+  flat: dict[str, Any], methods: _Methods, planes: int
+) -> tuple[dict[str, Any], _Methods]:
+  """The parameters and methods of the first planes."""
+  most = max(
+    (getattr(method, 'planes', 0) for _, method in methods.values()), default=0
+  )
+  if isinstance(planes, bool) or not 1 <= planes < most:
+    raise errors.ShapeError(
+      f'{planes=} of a model whose weights have at most {most}; expected 1 or'
+      ' more, and fewer than some weight has.'
+    )
+  flat, methods = dict(flat), dict(methods)
+  for path, (site, method) in methods.items():
+    if not isinstance(method, recipe_lib.Ternary) or method.planes <= planes:
+      continue
+    leaf, fmt = _first(flat, methods, path, planes=planes)
+    flat |= {f'{path}/{name}': array for name, array in leaf.items()}
+    method = dataclasses.replace(
+      method, planes=planes, tied=fmt.tied, scale=fmt.scale
+    )
+    methods[path] = site, method
+  return flat, methods
+
+
+def _first(
+  flat: dict[str, Any],
+  methods: _Methods,
+  path: str,
+  *,
+  planes: int | None,
+  rows: int | None = None,
+) -> tuple[dict[str, Any], Any]:
+  """`kernels.first` of the weight at a path."""
+  site, method = methods[path]
+  leaf = {name: flat.get(f'{path}/{name}') for name in ('codes', 'scale')}
+  if any(array is None for array in leaf.values()):
+    raise errors.ParamsMismatchError(
+      f"The parameters have no 'codes' and 'scale' at {path!r}; expected those"
+      ' of `gx.compress` with the recipe of this model.'
+    )
+  if planes is not None and planes >= getattr(method, 'planes', 1):
+    planes = None
+  fmt = _packed.format_of(method, site.layout.cols)
+  return kernels.first(leaf, fmt, planes=planes, rows=rows)
+
+
+def _check_rows(rows: int, most: int) -> None:
+  if isinstance(rows, bool) or not 1 <= rows < most:
+    raise errors.ShapeError(
+      f'head_rows={rows} of a vocabulary of {most}; expected 1 to {most - 1}.'
+    )
