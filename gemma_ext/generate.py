@@ -49,11 +49,22 @@ def _define_flags(values: flags.FlagValues) -> None:
     'Format the prompt as a turn of a chat (instruction-tuned checkpoints).',
     flag_values=values,
   )
+  flags.DEFINE_string(
+    'speculative',
+    None,
+    'Parts of the model that draft, verified in one pass: some of planes=N,'
+    ' layers=N or start:stop:step, head_rows=N, and tokens=N a round. The text'
+    " is the same. Example: 'layers=::2,head_rows=32768,tokens=3'.",
+    flag_values=values,
+  )
 
 
 def _run(args: Any) -> None:
   if not args.prompt:
     raise errors.DataError('--prompt is empty. Give a text to go on from.')
+  speculative = None
+  if args.speculative is not None:
+    speculative = text.Speculative.parse(args.speculative)
   _cli.note(f'Loading {args.checkpoint} ...')
   checkpoint = ckpts.load(
     args.checkpoint,
@@ -73,6 +84,7 @@ def _run(args: Any) -> None:
     max_new_tokens=args.max_new_tokens,
     sampling=sampling,
     seed=args.seed,
+    speculative=speculative,
   )
   for piece in stream:
     print(piece, end='', flush=True)
@@ -81,6 +93,11 @@ def _run(args: Any) -> None:
   _cli.note(
     f'{len(stream.tokens)} tokens in {seconds:.1f} s, compilation included'
   )
+  if speculative is not None:
+    _cli.note(
+      f'{stream.acceptance or 0:.0%} of the drafts taken,'
+      f' {stream.tokens_per_round or 0:.2f} tokens a pass of the model'
+    )
 
 
 if __name__ == '__main__':

@@ -63,12 +63,25 @@ def test_command(capsys, flags, prompt, sampling):
   assert f'{len(expected.tokens)} tokens in' in captured.err
 
 
+def test_speculative(capsys):
+  argv = ['--checkpoint=gemma3', '--prompt=A river', '--max_new_tokens=8']
+  argv.append('--dtype=float32')
+  assert generate.main(argv) == 0
+  plain = capsys.readouterr()
+  assert generate.main([*argv, '--speculative=head_rows=400,tokens=3']) == 0
+  captured = capsys.readouterr()
+  assert captured.out == plain.out
+  assert 'of the drafts taken' in captured.err
+  assert 'drafts' not in plain.err
+
+
 @pytest.mark.parametrize(
   'argv, message',
   [
     (['--checkpoint=gemma3', '--prompt='], '--prompt is empty'),
     (['--checkpoint=gemma3-bare', '--prompt=x'], 'has no tokenizer'),
     (['--checkpoint=gemma3'], 'prompt'),
+    (['--checkpoint=gemma3', '--prompt=x', '--speculative=y'], 'layers='),
   ],
 )
 def test_errors_are_one_line(capsys, argv, message):

@@ -195,7 +195,8 @@ class _Interceptor:
           return table.einsum('...d,vd->...v', *args, **kwargs)
         if self.head_rows is not None:
           # As `decode` of the official embedders.
-          return jnp.dot(*args, table[: self.head_rows].T)
+          (x,) = args
+          return jnp.dot(x, table[: self.head_rows].T)
     return next_fun(*args, **kwargs)
 
   def _fused(self, official, module, args, kwargs):

@@ -184,8 +184,8 @@ def _first(
 ) -> tuple[dict[str, Any], Any]:
   """`kernels.first` of the weight at a path."""
   site, method = methods[path]
-  leaf = {name: flat.get(f'{path}/{name}') for name in ('codes', 'scale')}
-  if any(array is None for array in leaf.values()):
+  names = {name: f'{path}/{name}' for name in ('codes', 'scale')}
+  if any(flat.get(place) is None for place in names.values()):
     raise errors.ParamsMismatchError(
       f"The parameters have no 'codes' and 'scale' at {path!r}; expected those"
       ' of `gx.compress` with the recipe of this model.'
@@ -193,6 +193,7 @@ def _first(
   if planes is not None and planes >= getattr(method, 'planes', 1):
     planes = None
   fmt = _packed.format_of(method, site.layout.cols)
+  leaf = {name: flat[place] for name, place in names.items()}
   return kernels.first(leaf, fmt, planes=planes, rows=rows)
 
 

@@ -223,7 +223,7 @@ class _Speculator:
     rng, *keys = jax.random.split(state.rng, 4)
     state, drafts, log_q = self._draft(state, draft_params, keys[0])
     logits, cache = self._look(state, drafts, params)
-    if isinstance(self.loop.sampling, gm.text.Greedy):
+    if log_q is None:
       taken, last = _rejection.verify_greedy(logits, drafts)
     else:
       taken, log_rest = _rejection.verify(
@@ -264,7 +264,10 @@ class _Speculator:
   def _draft(
     self, state: _sampler_loop.SamplingState, params: Any, key: jax.Array
   ) -> tuple[_sampler_loop.SamplingState, jax.Array, jax.Array | None]:
-    """The state, its cache now changed behind its end; drafts `[n]`; log q."""
+    """The state, its cache changed behind its end; drafts `[n]`; log q.
+
+    Greedy drafts need no log q, which is None then.
+    """
     greedy = isinstance(self.loop.sampling, gm.text.Greedy)
 
     def decode(carry, inputs):

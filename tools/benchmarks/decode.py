@@ -5,17 +5,20 @@
   python -m tools.benchmarks.decode [--json=FILE] [--recipes=int8,mix4] \
       [--checkpoint=gemma3-270m] [--peer=FILE.gguf] [--rounds=7]
 
-Decoding is that of the official sampler (`gm.text.Sampler`, greedy), called
-twice, for few and for many tokens: the difference is the time of the tokens in
-between, prefill and everything else of a call left out. llama.cpp is fed
-tokens one by one, its sampling left out. Prefill computes the logits of the
-last of 512 tokens. Compilation and loading come before; every round measures
-all contenders, and ratios are those of a round.
+Decoding is that of the official sampler (`gm.text.Sampler`, greedy), of ours
+also that of `gx.text.stream`, called twice, for few and for many tokens: the
+difference is the time of the tokens in between, prefill and everything else of
+a call left out. llama.cpp is fed tokens one by one, its sampling left out.
+Prefill computes the logits of the last of 512 tokens. Compilation and loading
+come before; every round measures all contenders, and ratios are those of a
+round.
 
 `--recipes` takes presets, JSON files and directories of compressed
 checkpoints; `mix8` is int8 with an int6 head, `mix4` ternary feed-forward
 layers, the rest int4. Compressed on the spot, without calibration: for speed,
-not for quality.
+not for quality. `--drafts` adds speculative decoding of each of them, on five
+prompts one after another, as the acceptance of drafts depends on the text; it
+is judged beside `stream`, which then decodes the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,12 +42,21 @@ from gemma_ext import errors
 from gemma_ext import evals
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
+from gemma_ext import text
 from gemma_ext.ckpts import _sample
 from gemma_ext.kernels import _cpu
 from tools.benchmarks import _timing
 
 _PROMPT = 'The history of the city begins in the year'
+_PROMPTS = (
+  _PROMPT,
+  'Dear Anna, I am writing to tell you that',
+  'To make bread at home you need',
+  'def quicksort(values):',
+  'The experiment shows that the temperature of the sample',
+)
 _CACHE = 512
+_PEERS = ('official bf16', 'llama.cpp')
 _PREFILL = 512
 
 RECIPES = {
@@ -85,6 +97,15 @@ def _define_flags(values: flags.FlagValues) -> None:
   integer('few', 8, 'Tokens of the short call.')
   integer('many', 40, 'Tokens of the long call.')
   string('json', None, 'File for the results.')
+  flags.DEFINE_multi_string(
+    'drafts',
+    [],
+    'Speculative decoding, as `generate --speculative` takes it; repeatable.',
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    'temperature', 0.0, 'Of stream and drafts.', 0.0, flag_values=values
+  )
 
 
 class _Ours:
@@ -128,6 +149,57 @@ class _Ours:
   def nbytes(self) -> int:
     """Bytes of all parameters."""
     return sum(x.nbytes for x in jax.tree.leaves(self._params))
+
+
+class _Streamed:
+  """The same model in `gx.text.stream`, with or without a draft."""
+
+  def __init__(
+    self,
+    name: str,
+    checkpoint: tuple[Any, Any, Any],
+    temperature: float,
+    prompts: Sequence[str],
+    speculative: text.Speculative | None = None,
+  ):
+    self.name = name
+    self._checkpoint = checkpoint
+    self._prompts = prompts
+    self._sampling: gm.text.SamplingMethod = gm.text.Greedy()
+    if temperature:
+      self._sampling = gm.text.RandomSampling(temperature=temperature)
+    self._speculative = speculative
+    self.acceptance: list[float] = []
+
+  def sample(self, count: int) -> float:
+    """Seconds of a text of so many tokens, mean of the prompts."""
+    return _timing.seconds(lambda: self._texts(count)) / len(self._prompts)
+
+  def _texts(self, count: int) -> None:
+    for prompt in self._prompts:
+      stream = text.stream(
+        self._checkpoint,
+        prompt,
+        max_new_tokens=count,
+        sampling=self._sampling,
+        speculative=self._speculative,
+      )
+      for _ in stream:
+        pass
+      if len(stream.tokens) < count:
+        raise errors.SamplingError(
+          f'The text after {prompt!r} ended after {len(stream.tokens)} tokens;'
+          f' expected {count}. Take fewer with --many.'
+        )
+      if stream.acceptance is not None:
+        self.acceptance.append(stream.acceptance)
+
+  def prefill(self) -> None:
+    """That of the model itself is measured."""
+
+  def nbytes(self) -> int:
+    """Bytes of all parameters."""
+    return sum(x.nbytes for x in jax.tree.leaves(self._checkpoint[1]))
 
 
 class _LlamaCpp:
@@ -185,14 +257,27 @@ def _run(args: Any) -> None:
   _cli.check_output(args.json)
   if args.many <= args.few:
     raise errors.ConfigError('--many must be more than --few.')
+  drafts = {how: text.Speculative.parse(how) for how in args.drafts}
   dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
   assert dense.tokenizer is not None
   make = functools.partial(_Ours, tokenizer=dense.tokenizer)
   contenders: list[Any] = []
   if args.official:
     contenders.append(make('official bf16', dense.model, dense.params))
+  prompts = _PROMPTS if drafts else (_PROMPT,)
   for name in args.recipes:
-    contenders.append(make(name, *_compressed(name, dense)))
+    model, params = _compressed(name, dense)
+    contenders.append(make(name, model, params))
+    contenders += [
+      _Streamed(
+        f'{name}, {how}',
+        (model, params, dense.tokenizer),
+        args.temperature,
+        prompts,
+        draft,
+      )
+      for how, draft in {'stream': None, **drafts}.items()
+    ]
   if args.peer != 'none':
     path = args.peer or _sample.sample_path()
     contenders.append(_LlamaCpp(pathlib.Path(path)))
@@ -212,7 +297,9 @@ def _run(args: Any) -> None:
     {c.name: per_token(c) for c in contenders}, args.rounds, _cli.note
   )
   prefill = _timing.rounds(
-    {c.name: c.prefill for c in contenders}, args.rounds, _cli.note
+    {c.name: c.prefill for c in contenders if not isinstance(c, _Streamed)},
+    args.rounds,
+    _cli.note,
   )
   machine = _timing.machine() | {
     'instructions': _cpu.instructions(),
@@ -220,38 +307,47 @@ def _run(args: Any) -> None:
   }
   rows = []
   result: dict[str, Any] = {'machine': machine, 'contenders': []}
+  times = {'decode': decode, 'prefill': prefill}
   for c in contenders:
     speed = [1 / t for t in decode[c.name]]
-    fill = [_PREFILL / t for t in prefill[c.name]]
+    fill = [_PREFILL / t for t in prefill.get(c.name, ())]
+    found: dict[str, Any] = {
+      'name': c.name,
+      'bytes': c.nbytes(),
+      'decode_tokens_per_second': _timing.summary(speed),
+      'seconds_per_token': decode[c.name],
+    }
+    if fill:
+      found |= {
+        'prefill_tokens_per_second': _timing.summary(fill),
+        'seconds_prefill': prefill[c.name],
+      }
     row = [
       c.name,
       _cli.human_bytes(c.nbytes()),
       _timing.spread(speed),
-      _timing.spread(fill),
+      _timing.spread(fill) if fill else '',
     ]
-    ratios = {}
-    for other in ('official bf16', 'llama.cpp'):
+    ratios: dict[str, Any] = {}
+    for other in _PEERS:
       if other not in decode:
         continue
       ratios[other] = {
-        'decode': _timing.ratio(decode[other], decode[c.name]),
-        'prefill': _timing.ratio(prefill[other], prefill[c.name]),
+        what: _timing.ratio(taken[other], taken[c.name])
+        for what, taken in times.items()
+        if c.name in taken
       }
       row += [
-        f'{ratios[other][what]["median"]:.2f}' for what in ('decode', 'prefill')
+        f'{ratios[other][what]["median"]:.2f}' if what in ratios[other] else ''
+        for what in times
       ]
+    found['times_as_fast_as'] = ratios
+    if getattr(c, 'acceptance', None):
+      found['acceptance'] = float(np.mean(c.acceptance))
+    if args.drafts:
+      row.append(f'{found["acceptance"]:.0%}' if 'acceptance' in found else '')
     rows.append(tuple(row))
-    result['contenders'].append(
-      {
-        'name': c.name,
-        'bytes': c.nbytes(),
-        'decode_tokens_per_second': _timing.summary(speed),
-        'prefill_tokens_per_second': _timing.summary(fill),
-        'times_as_fast_as': ratios,
-        'seconds_per_token': decode[c.name],
-        'seconds_prefill': prefill[c.name],
-      }
-    )
+    result['contenders'].append(found)
   print(machine['cpu'], f'{machine["cores"]} cores', machine['instructions'])
   columns: tuple[str, ...] = (
     '',
@@ -259,9 +355,11 @@ def _run(args: Any) -> None:
     'decode, tok/s',
     f'prefill {_PREFILL}, tok/s',
   )
-  for other in ('official bf16', 'llama.cpp'):
+  for other in _PEERS:
     if other in decode:
       columns += (f'decode: x {other}', f'prefill: x {other}')
+  if args.drafts:
+    columns += ('drafts taken',)
   _cli.print_table(f'{args.checkpoint}', columns, rows)
   if args.json:
     _cli.write_json(args.json, result)
