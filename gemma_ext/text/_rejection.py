@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_ext import errors
+from gemma_ext.text import _argmax
 
 METHODS = (
   gm.text.Greedy,
@@ -91,7 +92,7 @@ def verify_greedy(
   Returns:
     How many drafts are taken, and the token after them.
   """
-  best = jnp.argmax(logits, axis=-1).astype(drafts.dtype)
+  best = _argmax.argmax(logits).astype(drafts.dtype)
   count = _leading(drafts == best[:-1])
   return count, best[count]
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
+from gemma_ext.text import _argmax
 from gemma_ext.text import _loop
 from gemma_ext.text import _rejection
 
@@ -283,7 +284,7 @@ class _Speculator:
       logits = self._allowed(out.logits[0, 0])
       if greedy:
         log_q = None
-        token = jnp.argmax(logits)
+        token = _argmax.argmax(logits)
       else:
         log_q = _rejection.log_probs(self.loop.sampling, logits)
         token = jax.random.categorical(key, log_q)

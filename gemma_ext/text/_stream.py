@@ -11,6 +11,7 @@ text while the device is at the next one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
 from typing import Any
 
 import dialog
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from gemma_ext import ckpts
 from gemma_ext import errors
+from gemma_ext.text import _argmax
 from gemma_ext.text import _detokenize
 from gemma_ext.text import _loop
 from gemma_ext.text import _speculative
@@ -89,7 +91,9 @@ def stream(
     )
   loop = sampler._initialize_sampler_loop(sampler.sampling)
   # pylint: enable=protected-access
-  stepper: _loop.Stepper = _loop.Plain(loop=loop)
+  stepper: _loop.Stepper = _loop.Plain(
+    loop=dataclasses.replace(loop, sampling=_argmax.fast(loop.sampling))
+  )
   step_params = params
   drafted = 0
   if speculative is not None:

@@ -64,8 +64,8 @@ def test_greedy_is_exact(draft):
     assert plain.acceptance is None and plain.rounds == len(plain.tokens)
 
 
-@pytest.mark.parametrize('family', tiny.FAMILIES)
-def test_every_family(family):
+@pytest.mark.parametrize('family', ['gemma2', 'gemma3n', 'gemma4'])
+def test_other_families(family):
   checkpoint = _checkpoint(family, recipe=None)
   plain, _ = _tokens(checkpoint, max_new_tokens=20)
   speculative = gx.text.Speculative(draft=gx.text.Draft(head_rows=256))
@@ -205,8 +205,8 @@ def test_sampled_text_follows_the_model():
     )
     return stream.tokens[1]
 
-  plain = [second(seed) for seed in range(250)]
-  found = [second(1000 + i, speculative=speculative) for i in range(250)]
+  plain = [second(seed) for seed in range(120)]
+  found = [second(1000 + i, speculative=speculative) for i in range(120)]
   table = np.stack(
     [np.bincount(t, minlength=tiny.VOCAB_SIZE) for t in (plain, found)]
   )
