@@ -31,7 +31,7 @@ def get_config():
     output='out/healed-tssn-gpu',
     text='sample',
     tokens=229_376,
-    block_tokens=49_152,
+    block_tokens=98_304,
     written_tokens=2_097_152,
     seed=0,
     save_seconds=600.0,
@@ -42,7 +42,7 @@ def get_config():
         weighting='fisher_full',
         batch_tokens=2048,
         optimizer=train.Gradient(
-          steps=150, learning_rate=6e-3, scale_rate=3e-3, norm_rate=2e-3
+          steps=100, learning_rate=6e-3, scale_rate=3e-3, norm_rate=2e-3
         ),
       ),
       train.Distill(

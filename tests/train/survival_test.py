@@ -208,7 +208,9 @@ class _Run:
       with open(log, 'wb') as file:
         self.processes.append(
           subprocess.Popen(
-            [sys.executable, '-m', 'gemma_ext.train', *argv],
+            # For `stacks`.
+            [sys.executable, '-X', 'faulthandler', '-m', 'gemma_ext.train']
+            + argv,
             env=_environment(folder, fill=fill),
             stdout=file,
             stderr=file,
@@ -247,8 +249,20 @@ class _Run:
   def finish(self, timeout: float = 600) -> list[int]:
     try:
       return [p.wait(timeout) for p in self.processes]
+    except subprocess.TimeoutExpired as e:
+      raise AssertionError(f'{e}\n{self.stacks()}') from e
     finally:
       self.kill()
+
+  def stacks(self) -> str:
+    """What the processes still at work are doing; ends them."""
+    found = []
+    for i, process in enumerate(self.processes):
+      if process.poll() is None:
+        process.send_signal(signal.SIGABRT)
+        time.sleep(1)
+        found.append(f'process {i}:\n{self.text(i)[-6000:]}')
+    return '\n'.join(found)
 
   def kill(self, index: int | None = None) -> None:
     for i, process in enumerate(self.processes):
