@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -22,10 +23,9 @@ from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.nn import _fused
 from gemma_ext.nn import _packed
+from gemma_ext.nn import _rolling
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
-
-_FUSED = (_fused.ATTENTION, *_fused.FEED_FORWARDS)
 
 
 class Compressed(nn.Module):
@@ -171,8 +171,15 @@ class _Interceptor:
 
   def __call__(self, next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
-    if method == '__call__' and isinstance(module, _FUSED):
-      return self._fused(next_fun, module, args, kwargs)
+    if method == '__call__' and isinstance(module, _rolling.ATTENTIONS):
+      call = _rolling.Call.of(args, kwargs)
+      if call.rolls:
+        return _rolling.attend(
+          functools.partial(self._attention, next_fun, module), module, call
+        )
+      return self._attention(next_fun, module, **call.kwargs)
+    if method == '__call__' and isinstance(module, _fused.FEED_FORWARDS):
+      return self._feed_forward(next_fun, module, *args, **kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
       weight = self._weight(module, module.weight_name)
       if weight is not None:
@@ -199,22 +206,26 @@ class _Interceptor:
           return jnp.dot(x, table[: self.head_rows].T)
     return next_fun(*args, **kwargs)
 
-  def _fused(self, official, module, args, kwargs):
-    """A module as one operation, or as the official code has it."""
-    if module.is_initializing() or not _fused.may_fuse():
-      return official(*args, **kwargs)
-    if isinstance(module, _fused.ATTENTION):
-      x, segment_pos, cache, mask = _arguments(args, kwargs)
-      if _fused.attention_fits(module, x, cache):
-        return _fused.attention(module, x, segment_pos, cache, mask)
-    else:
-      (x,) = args
+  def _attention(self, official, module, **kwargs):
+    """Attention as one operation, or as the official code has it."""
+    if (
+      isinstance(module, _fused.ATTENTION)
+      and not module.is_initializing()
+      and _fused.may_fuse()
+      and _fused.attention_fits(module, kwargs['x'], kwargs['cache'])
+    ):
+      return _fused.attention(module, **kwargs)
+    return official(**kwargs)
+
+  def _feed_forward(self, official, module, x):
+    """A feed-forward layer, likewise."""
+    if not module.is_initializing() and _fused.may_fuse():
       gate = self._weight(module, 'gating_einsum')
       down = self._weight(module, 'linear')
       if gate is not None and down is not None:
         if _fused.feed_forward_fits(x, gate, down):
           return _fused.feed_forward(x, gate, down)
-    return official(*args, **kwargs)
+    return official(x)
 
   def _weight(
     self, module: nn.Module, name: str
@@ -226,13 +237,6 @@ class _Interceptor:
     return _packed.param(
       module, name, layout=site.layout, method=method, dtype=self.dtype
     )
-
-
-def _arguments(args, kwargs):
-  """Arguments of the official attention, by place or name."""
-  names = ('x', 'segment_pos', 'cache', 'attn_mask')
-  given = dict(zip(names, args)) | kwargs
-  return tuple(given[name] for name in names)
 
 
 def _einsum(

@@ -214,7 +214,8 @@ def _unrolled(
     **dataclasses.replace(call, cache=view, attn_mask=mask).kwargs
   )
   rolled = {
-    key: cache[key].at[:, written].set(new[key][:, window:]) for key in view
+    key: cache[key].at[:, written].set(new[key][:, window:])
+    for key in view
     if key != 'end_index'
   }
   return rolled | {'end_index': cache['end_index'] + tokens}, y

@@ -17,7 +17,6 @@ from typing import Any
 import dialog
 from flax import linen as nn
 from gemma import gm
-from gemma.gm.text import _prefill
 import jax
 import jax.numpy as jnp
 
@@ -26,11 +25,10 @@ from gemma_ext import errors
 from gemma_ext.text import _argmax
 from gemma_ext.text import _detokenize
 from gemma_ext.text import _loop
+from gemma_ext.text import _prompt
 from gemma_ext.text import _speculative
 
-# Sizes that shapes depend on are rounded up, to compile less often.
-_LEAST_PROMPT = 32
-_CACHE_STEP = 128
+# Rounded up, to compile less often.
 _OUT_STEP = 64
 
 
@@ -91,29 +89,28 @@ def stream(
     )
   loop = sampler._initialize_sampler_loop(sampler.sampling)
   # pylint: enable=protected-access
+  drafted = speculative.tokens if speculative is not None else 0
+  # The last round may write a whole draft past the last token.
+  room = inputs.length_with_mm + max_new_tokens + drafted
+  sizes: dict[str, Any] = {
+    'room': room,
+    'max_out_length': _round_up(max_new_tokens, _OUT_STEP),
+    'rng': jax.random.key(seed),
+  }
+  step = max(_prompt.PIECE, drafted + 1)
+  rolling = _prompt.rolling_model(model, length=room, step=step)
+  if rolling is not None:
+    loop = dataclasses.replace(loop, model=rolling)
   stepper: _loop.Stepper = _loop.Plain(
     loop=dataclasses.replace(loop, sampling=_argmax.fast(loop.sampling))
   )
   step_params = params
-  drafted = 0
   if speculative is not None:
     stepper, step_params = speculative.stepper(loop, params)
-    drafted = speculative.tokens
-  length = inputs.length_with_mm
-  # The last round may write a whole draft past the last token.
-  room = length + max_new_tokens + drafted
-  bucket = max(_LEAST_PROMPT, 1 << (length - 1).bit_length())
-  state = _prefill.prefill(
-    model=model,
-    params=params,
-    input=inputs,
-    last_state=None,
-    cache_length=_round_up(max(bucket, room), _CACHE_STEP),
-    pad_length=bucket,
-    max_out_length=_round_up(max_new_tokens, _OUT_STEP),
-    rng=jax.random.key(seed),
-    sharding=None,
-  )
+  if rolling is not None:
+    state = _prompt.in_pieces(rolling, params, inputs, step=step, **sizes)
+  else:
+    state = _prompt.at_once(model, params, inputs, **sizes)
   return Stream(
     stepper,
     _loop.Run.of(state),
