@@ -117,18 +117,33 @@ def in_pieces(
     padded = np.zeros((1, min(_bucket(len(piece)), PIECE)), tokens.dtype)
     padded[0, : len(piece)] = piece
     cache = _fill(model, params, cache, padded, jnp.asarray(start), total=total)
-  # Decoding starts with the last token of the prompt, once more.
-  cache = _cache_helper.Cache(cache).set_end_index(length - 1).cache
+  return state_after(tokens, cache, max_out_length=max_out_length, rng=rng)
+
+
+def state_after(
+  tokens: np.ndarray, cache: Any, *, max_out_length: int, rng: jax.Array
+) -> _sampler_loop.SamplingState:
+  """Returns the state that decoding starts from.
+
+  Args:
+    tokens: The prompt, `[n]`.
+    cache: Keys and values of all of it.
+    max_out_length: As for `at_once`.
+    rng: As for `at_once`.
+  """
+  last = len(tokens) - 1
+  total = max(layer['k'].shape[1] for layer in cache.values())
   return _sampler_loop.SamplingState(
     step=jnp.asarray(0),
     done=jnp.zeros((1,), jnp.bool_),
-    last_token=jnp.asarray(tokens[-1:]),
-    last_token_pos=jnp.asarray([length - 1]),
+    # Decoding starts with the last token of the prompt, once more.
+    last_token=jnp.asarray(tokens[last:]),
+    last_token_pos=jnp.asarray([last]),
     predicted_tokens=jnp.zeros((1, max_out_length), jnp.int32),
-    cache=cache,
+    cache=_cache_helper.Cache(cache).set_end_index(last).cache,
     rng=rng,
     full_attention_mask=jnp.ones((1, total), jnp.bool_),
-    init_cache_length=jnp.asarray(length - 1),
+    init_cache_length=jnp.asarray(last),
   )
 
 
