@@ -31,10 +31,12 @@ _MODULES = (
 _NAMES = {
   'GemmaExtError': 'errors',
   'Int': 'recipe',
+  'Budget': 'compress',
   'Keep': 'recipe',
   'Plan': 'compress',
   'Recipe': 'recipe',
   'Ternary': 'recipe',
+  'allocate': 'compress',
   'plan': 'compress',
 }
 
@@ -49,6 +51,8 @@ if _typing.TYPE_CHECKING:
   from gemma_ext import recipe
   from gemma_ext import text
   from gemma_ext import train
+  from gemma_ext.compress import allocate
+  from gemma_ext.compress import Budget
   from gemma_ext.compress import Plan
   from gemma_ext.compress import plan
   from gemma_ext.errors import GemmaExtError

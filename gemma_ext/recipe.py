@@ -26,6 +26,7 @@ _MAX_JSON_BYTES = 1 << 20
 _MAX_RULES = 4096
 _MAX_GROUP = 1 << 20
 _MAX_PLANES = 4
+_MAX_BANDS = 64
 _PACKINGS = ('2bit', '5trit')
 _SCALES = ('bf16', 'ue5m3')
 # For checking a preset's name before its model is there.
@@ -157,8 +158,59 @@ class Int(Method):
       _check_int('Int.group', self.group, 1, _MAX_GROUP)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows(Method):
+  """Bands of rows of a table of embeddings, each with a method of its own.
+
+  Tokenizers number frequent tokens first, so that bands of rows are bands of
+  frequency, and rare tokens can do with fewer bits.
+
+  Attributes:
+    bands: `(end, method)` pairs, 2 to 64: a band goes from the end of the one
+      before up to `end`; the last one has `None` and takes the rest.
+  """
+
+  NAME: ClassVar[str] = 'rows'
+
+  bands: tuple[tuple[int | None, Method], ...]
+
+  def __post_init__(self):
+    bands = self.bands
+    if (
+      not isinstance(bands, (list, tuple))
+      or not 2 <= len(bands) <= _MAX_BANDS
+      or not all(isinstance(b, (list, tuple)) and len(b) == 2 for b in bands)
+    ):
+      raise errors.RecipeError(
+        f'Rows.bands must be 2 to {_MAX_BANDS} pairs (end, method), got'
+        f' {_patterns.brief(bands)}.'
+      )
+    ends = [end for end, _ in bands]
+    numbers = [end for end in ends[:-1] if type(end) is int]
+    if (
+      ends[-1] is not None
+      or len(numbers) < len(ends) - 1
+      or any(a >= b for a, b in zip([0, *numbers], numbers, strict=False))
+    ):
+      raise errors.RecipeError(
+        'The ends of Rows.bands must ascend from 1, the last one be None; got'
+        f' {ends}.'
+      )
+    for _, method in bands:
+      if type(method) not in (Ternary, Int):
+        raise errors.RecipeError(
+          f'A band of Rows is `Ternary` or `Int`, got {method!r}.'
+        )
+    object.__setattr__(self, 'bands', tuple((e, m) for e, m in bands))
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the method's name and its bands as plain JSON values."""
+    bands = [{'end': end, **method.to_json()} for end, method in self.bands]
+    return {'method': self.NAME, 'bands': bands}
+
+
 METHODS: dict[str, type[Method]] = {
-  cls.NAME: cls for cls in (Keep, Ternary, Int)
+  cls.NAME: cls for cls in (Keep, Ternary, Int, Rows)
 }
 
 RuleLike: TypeAlias = tuple[str, Method]
@@ -236,7 +288,7 @@ class Recipe:
     if isinstance(spec, (str, os.PathLike)):
       name = os.fspath(spec)
       if name.endswith('.json') or os.path.isfile(name):
-        return cls.from_json(_read_json(name))
+        return cls.from_json(read_json(name))
       return cls.preset(name, num_layers=num_layers)
     if isinstance(spec, Mapping):
       return cls(rules=tuple(spec.items()))
@@ -422,14 +474,21 @@ def _layer_pattern(
   return f'layer_({"|".join(map(str, layers))})'
 
 
-def _rule_from_json(rule: Any) -> RuleLike:
-  if not isinstance(rule, dict) or not {'match', 'method'} <= set(rule):
+def method_from_json(fields: Any) -> Method:
+  """Inverse of `Method.to_json`.
+
+  Args:
+    fields: Parsed JSON.
+
+  Raises:
+    RecipeError: If it is no method, naming the field.
+  """
+  if not isinstance(fields, dict) or 'method' not in fields:
     raise errors.RecipeError(
-      "A rule in JSON has the keys 'match' and 'method', got"
-      f' {_patterns.brief(rule)}.'
+      f"A method in JSON has the key 'method', got {_patterns.brief(fields)}."
     )
-  fields = dict(rule)
-  pattern, name = fields.pop('match'), fields.pop('method')
+  fields = dict(fields)
+  name = fields.pop('method')
   if not isinstance(name, str) or name not in METHODS:
     raise errors.RecipeError(
       f'Unknown method {_patterns.brief(name)}, expected one of'
@@ -441,19 +500,50 @@ def _rule_from_json(rule: Any) -> RuleLike:
       f'Method {name!r} has no fields {sorted(set(fields) - known)}, expected'
       f' some of {sorted(known)}.'
     )
-  return (pattern, METHODS[name](**fields))
+  if name == Rows.NAME and 'bands' not in fields:
+    raise errors.RecipeError("Method 'rows' needs its 'bands'.")
+  if name == Rows.NAME and isinstance(fields.get('bands'), list):
+    fields['bands'] = tuple(map(_band_from_json, fields['bands']))
+  return METHODS[name](**fields)
 
 
-def _read_json(path: str) -> Any:
+def _band_from_json(band: Any) -> tuple[Any, Method]:
+  if not isinstance(band, dict) or 'end' not in band:
+    raise errors.RecipeError(
+      f"A band in JSON has the key 'end', got {_patterns.brief(band)}."
+    )
+  rest = {k: v for k, v in band.items() if k != 'end'}
+  return band['end'], method_from_json(rest)
+
+
+def _rule_from_json(rule: Any) -> RuleLike:
+  if not isinstance(rule, dict) or not {'match', 'method'} <= set(rule):
+    raise errors.RecipeError(
+      "A rule in JSON has the keys 'match' and 'method', got"
+      f' {_patterns.brief(rule)}.'
+    )
+  fields = dict(rule)
+  pattern = fields.pop('match')
+  return (pattern, method_from_json(fields))
+
+
+def read_json(path: str, most: int = _MAX_JSON_BYTES) -> Any:
+  """Reads JSON of at most so many bytes.
+
+  Args:
+    path: The file.
+    most: Bytes.
+
+  Raises:
+    RecipeError: If there is no such file, it is larger, or no JSON.
+  """
   try:
     with open(os.path.expanduser(path), 'rb') as f:
-      data = f.read(_MAX_JSON_BYTES + 1)
+      data = f.read(most + 1)
   except OSError as e:
-    raise errors.RecipeError(f'Cannot read the recipe {path!r}: {e}.') from e
-  if len(data) > _MAX_JSON_BYTES:
-    raise errors.RecipeError(
-      f'The recipe {path!r} is larger than {_MAX_JSON_BYTES} bytes.'
-    )
+    raise errors.RecipeError(f'Cannot read {path!r}: {e}.') from e
+  if len(data) > most:
+    raise errors.RecipeError(f'{path!r} is larger than {most} bytes.')
   try:
     return json.loads(data)
   except (ValueError, RecursionError) as e:

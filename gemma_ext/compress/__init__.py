@@ -10,17 +10,30 @@ The module itself can be called: `gx.compress(model, params, recipe)`.
 import sys as _sys
 import types as _types
 
+from gemma_ext.compress._allocate import allocate
+from gemma_ext.compress._allocate import Allocation
+from gemma_ext.compress._allocate import Budget
+from gemma_ext.compress._allocate import corrected
+from gemma_ext.compress._allocate import solve
 from gemma_ext.compress._calibrate import second_moments
 from gemma_ext.compress._compensate import compensate
 from gemma_ext.compress._compress import check_params
 from gemma_ext.compress._compress import compress
 from gemma_ext.compress._compress import compress_weight
+from gemma_ext.compress._divergence import divergence
 from gemma_ext.compress._fit_int import fit_int
 from gemma_ext.compress._fit_ternary import fit_ternary
 from gemma_ext.compress._plan import Plan
 from gemma_ext.compress._plan import plan
 from gemma_ext.compress._plan import PlanRow
 from gemma_ext.compress._registry import FITS
+from gemma_ext.compress._sensitivity import Candidate
+from gemma_ext.compress._sensitivity import CANDIDATES
+from gemma_ext.compress._sensitivity import read as read_sensitivities
+from gemma_ext.compress._sensitivity import Sensitivities
+from gemma_ext.compress._sensitivity import sensitivities
+from gemma_ext.compress._statistics import Statistics
+from gemma_ext.compress._statistics import statistics
 
 
 class _CallableModule(_types.ModuleType):

@@ -1,9 +1,17 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Compresses a checkpoint as a recipe says, in one shot.
+"""Compresses a checkpoint as a recipe says, or within a budget.
 
   python -m gemma_ext.compress --checkpoint=gemma3-270m --recipe=tssn \
       --output=DIR [--dry_run]
+  python -m gemma_ext.compress --checkpoint=gemma3-270m --budget=28% \
+      --sensitivities=FILE.json --output=DIR [--dry_run] [--plot=FILE.png]
+
+A budget ('28%' of the dense bytes, '4.5bits' a parameter, '150MB', or
+'ratio=1.02' of perplexities) is spent where it hurts least, as measured on the
+calibration text. --sensitivities keeps what was measured: the same command
+goes on from there, and other budgets take seconds to plan. --dry_run stops
+after the prediction.
 
 The output is a directory that `gx.ckpts.load`, `python -m gemma_ext.evaluate`
 and `python -m gemma_ext.generate` take.
@@ -27,6 +35,8 @@ from gemma_ext import compress as gx_compress
 from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _budgeted
+from gemma_ext.compress import _heatmap
 
 _WINDOW = 512
 
@@ -42,8 +52,20 @@ def _define_flags(values: flags.FlagValues) -> None:
     'recipe',
     None,
     f'A preset ({recipe_lib.PRESETS}) or the path of a .json file.',
-    required=True,
     flag_values=values,
+  )
+  flags.DEFINE_string(
+    'budget', None, 'Instead of --recipe, see above.', flag_values=values
+  )
+  flags.DEFINE_string(
+    'sensitivities',
+    '',
+    'File of what each width of each weight costs; read if it is there, written'
+    ' if not.',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'plot', '', 'PNG to write: bits of every weight.', flag_values=values
   )
   flags.DEFINE_string(
     'output',
@@ -101,8 +123,14 @@ def _run(args: Any) -> None:
   _cli.check_output(args.json)
   if args.output:
     ckpts.check_target(args.output, overwrite=args.overwrite)
-  # A recipe that is not valid must not wait for the checkpoint.
-  recipe_lib.Recipe.of(args.recipe, num_layers=recipe_lib.ANY_LAYERS)
+  if (args.recipe is None) == (args.budget is None):
+    raise errors.RecipeError('Give one of --recipe and --budget.')
+  # What is not valid must not wait for the checkpoint.
+  if args.recipe is not None:
+    recipe_lib.Recipe.of(args.recipe, num_layers=recipe_lib.ANY_LAYERS)
+  else:
+    _budgeted.check(args)
+  _cli.check_output(args.plot)
   ckpts.locate(args.checkpoint)
 
   _cli.note(f'Loading {args.checkpoint} ...')
@@ -117,25 +145,44 @@ def _run(args: Any) -> None:
       f'{args.checkpoint!r} is compressed already, with {checkpoint.recipe}.'
       ' Compress the checkpoint that it was made from.'
     )
-  recipe = recipe_lib.Recipe.of(args.recipe, num_layers=model.config.num_layers)
+  budgeted: _budgeted.Budgeted | None = None
+  if args.budget is not None:
+    text, tokens = _calibration(args, checkpoint, required=True)
+    budgeted = _budgeted.allocate(args, checkpoint, tokens)
+    recipe, fitted_on = budgeted.recipe, budgeted.statistics
+  else:
+    recipe = recipe_lib.Recipe.of(
+      args.recipe, num_layers=model.config.num_layers
+    )
   plan = gx_compress.plan(model, recipe)
   print(plan)
+  if args.plot:
+    _heatmap.plot(plan, args.plot)
   result: dict[str, Any] = {'plan': plan.to_json(), 'output': None}
+  if budgeted is not None:
+    result['allocation'] = budgeted.to_json()
   if not args.dry_run:
-    result |= _compress(args, checkpoint, recipe, plan)
+    if budgeted is None:
+      required = any(map(_below_8_bits, recipe.rules))
+      text, fitted_on = _calibration(args, checkpoint, required=required)
+    params, found = _compress(args, checkpoint, recipe, plan, text, fitted_on)
+    result |= found
+    if budgeted is not None:
+      result['allocation'] |= budgeted.measure(params)
   if args.json:
     _cli.write_json(args.json, result)
 
 
-def _compress(args, checkpoint, recipe, plan) -> dict[str, Any]:
+def _compress(
+  args, checkpoint, recipe, plan, text, fitted_on
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Fits, saves, and compares what is on disk with the plan."""
-  text, tokens = _calibration(args, checkpoint, recipe)
   start = time.monotonic()
   params = gx_compress.compress(
     checkpoint.model,
     checkpoint.params,
     recipe,
-    calibration=tokens,
+    calibration=fitted_on,
     progress=True,
   )
   jax.block_until_ready(params)
@@ -158,7 +205,7 @@ def _compress(args, checkpoint, recipe, plan) -> dict[str, Any]:
     f' {_cli.human_bytes(sizes["tokenizer"])}, in all'
     f' {_cli.human_bytes(sizes["total"])}. Fitted in {seconds:.0f} s.'
   )
-  return {
+  return params, {
     'output': str(path),
     'bytes_on_disk': sizes,
     'on_disk_to_plan': ratio,
@@ -167,12 +214,14 @@ def _compress(args, checkpoint, recipe, plan) -> dict[str, Any]:
   }
 
 
-def _calibration(args, checkpoint, recipe) -> tuple[dict[str, Any] | None, Any]:
+def _calibration(
+  args, checkpoint, *, required: bool
+) -> tuple[dict[str, Any] | None, Any]:
   """Returns what to record of the calibration text, and its tokens."""
   spec = args.calibration
   if spec == 'auto':
     spec = 'none'
-    if any(map(_below_8_bits, recipe.rules)):
+    if required:
       if importlib.util.find_spec('gensim') and checkpoint.tokenizer:
         spec = 'sample'
       else:

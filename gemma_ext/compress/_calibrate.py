@@ -19,8 +19,8 @@ from gemma_ext.nn import _config
 from gemma_ext.nn import _sites
 
 _COLLECTION = 'calibration'
-_PAD = 0
-_BOS = 2
+PAD = 0
+BOS = 2
 
 
 def second_moments(
@@ -53,21 +53,12 @@ def second_moments(
     ParamsMismatchError: If `model` is no official model.
   """
   _config.check(model)
-  tokens = np.asarray(tokens)
-  if (
-    tokens.ndim != 2
-    or not tokens.size
-    or not np.issubdtype(tokens.dtype, np.integer)
-  ):
-    raise errors.ShapeError(
-      'Calibration tokens must be integers of shape [batch, length], got'
-      f' {tokens.dtype} {tokens.shape}.'
-    )
+  tokens = check_tokens(tokens)
   probe = _config.probe(model)
 
   @jax.jit
   def step(params, tokens):
-    mask = (tokens != _PAD) & (tokens != _BOS)
+    mask = (tokens != PAD) & (tokens != BOS)
     with nn.intercept_methods(_Recorder(mask)):
       _, state = probe.apply({'params': params}, tokens, mutable=[_COLLECTION])
     return state[_COLLECTION], jnp.sum(mask)
@@ -81,7 +72,7 @@ def second_moments(
     batch = tokens[start : start + batch_size]
     if len(batch) < batch_size:
       padding = ((0, batch_size - len(batch)), (0, 0))
-      batch = np.pad(batch, padding, constant_values=_PAD)
+      batch = np.pad(batch, padding, constant_values=PAD)
     sums, n = step(params, jnp.asarray(batch, jnp.int32))
     count += int(n)
     total = sums if total is None else jax.tree.map(jnp.add, total, sums)
@@ -89,6 +80,28 @@ def second_moments(
     raise errors.ShapeError('Calibration tokens hold nothing but padding.')
   flat = traverse_util.flatten_dict(total, sep='/')
   return {path: value / count for path, value in flat.items()}
+
+
+def check_tokens(tokens: Any) -> np.ndarray:
+  """Returns calibration tokens as an array.
+
+  Args:
+    tokens: Token ids `[batch, length]`.
+
+  Raises:
+    ShapeError: If they are no non-empty integer matrix.
+  """
+  tokens = np.asarray(tokens)
+  if (
+    tokens.ndim != 2
+    or not tokens.size
+    or not np.issubdtype(tokens.dtype, np.integer)
+  ):
+    raise errors.ShapeError(
+      'Calibration tokens must be integers of shape [batch, length], got'
+      f' {tokens.dtype} {tokens.shape}.'
+    )
+  return tokens
 
 
 class _Recorder:

@@ -61,9 +61,7 @@ def compensate(
       f'Got hessian {hessian.shape}; expected {(cols, cols)}.'
     )
   ternary = isinstance(method, recipe_lib.Ternary)
-  if isinstance(method, recipe_lib.Ternary) and (
-    method.density is not None or method.pattern is not None
-  ):
+  if not is_free(method):
     raise errors.RecipeError(f'{method!r} fixes a density; expected free.')
   diag = jnp.diagonal(hessian)
   _groups.check(w, group, diag)
@@ -90,6 +88,13 @@ def compensate(
     best = tuple(jnp.where(won, n, o) for n, o in zip(found, best, strict=True))
   c, s = best
   return (c, s) if ternary else (c[0], s[0])
+
+
+def is_free(method: recipe_lib.Method) -> bool:
+  """Whether a method leaves its codes free, as `compensate` wants it."""
+  if isinstance(method, recipe_lib.Ternary):
+    return method.density is None and method.pattern is None
+  return isinstance(method, recipe_lib.Int)
 
 
 def _factor(hessian: jax.Array, damping: float) -> np.ndarray:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -18,8 +19,10 @@ from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _calibrate
+from gemma_ext.compress import _compensate
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _registry
+from gemma_ext.compress import _statistics
 
 # Weights that are fitted at a time, so that the float32 copy and the sorted
 # intermediates of the fit stay small beside the model.
@@ -42,7 +45,8 @@ def compress(
     recipe: The recipe, or what `Recipe.of` takes.
     calibration: Token ids of shape `[batch, length]`, padded with 0. If given,
       the error of every weight counts by the second moment of the input that
-      it meets on these tokens. `None` counts all alike.
+      it meets on these tokens. With `Statistics`, errors are compensated, see
+      `compensate`. `None` counts all alike.
     progress: Whether to show a progress bar.
 
   Returns:
@@ -58,17 +62,31 @@ def compress(
   methods = gx_nn.methods_of(model, recipe)
   flat: dict[str, Any] = dict(check_params(model, params))
   curvatures: dict[str, jax.Array] = {}
-  if calibration is not None:
+  hessians: Mapping[str, Any] = {}
+  if isinstance(calibration, _statistics.Statistics):
+    hessians = calibration.inputs
+  elif calibration is not None:
     curvatures = _calibrate.second_moments(
       model, params, calibration, progress=progress
     )
   bar = tqdm.tqdm(
     methods.items(), desc='compress', unit='weight', disable=not progress
   )
+  tables: set[str] = set()
   for path, (site, method) in bar:
+    w = flat[site.whole]
+    if site.rows is not None:
+      tables.add(site.whole)
+      w = w[slice(*site.rows)]
     flat[path] = compress_weight(
-      flat[path], site, method, curvature=curvatures.get(path)
+      w,
+      site,
+      method,
+      curvature=curvatures.get(site.whole),
+      hessian=hessians.get(site.whole),
     )
+  for path in tables:
+    del flat[path]
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -78,6 +96,7 @@ def compress_weight(
   method: recipe_lib.Method,
   *,
   curvature: jax.Array | None = None,
+  hessian: Any = None,
 ) -> dict[str, jax.Array]:
   """Fits and packs one weight.
 
@@ -86,6 +105,8 @@ def compress_weight(
     site: Its site.
     method: How to compress it.
     curvature: Weights of the squared error along the input axis, `[cols]`.
+    hessian: Second moments of the inputs, `[cols, cols]`, to compensate errors
+      with, where the method leaves its codes free.
 
   Returns:
     `{'codes', 'scale'}`, see `gemma_ext.kernels`.
@@ -95,6 +116,11 @@ def compress_weight(
   """
   fmt = gx_nn.format_of(method, site.layout.cols)
   fit = _registry.fit_of(method)
+  if hessian is not None:
+    hessian = jnp.asarray(hessian)
+    curvature = jnp.diagonal(hessian)
+    if _compensate.is_free(method):
+      fit = functools.partial(_compensated, hessian=hessian)
   rows, cols = site.layout.rows, site.layout.cols
   matrix = site.layout.to_rows(jnp.asarray(w)).reshape((-1, cols))
   step = max(1, _BLOCK // cols)
@@ -120,6 +146,11 @@ def compress_weight(
     'codes': code.reshape(fmt.codes_shape(rows, cols)),
     'scale': scale.reshape(fmt.scale_shape(rows, cols)),
   }
+
+
+def _compensated(block, method, fmt, curvature, *, hessian):
+  del curvature
+  return _compensate.compensate(block, method=method, fmt=fmt, hessian=hessian)
 
 
 def check_params(

@@ -147,28 +147,36 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
     ParamsMismatchError: If it is no official model.
   """
   model, recipe = resolve(model, recipe)
-  methods = gx_nn.methods_of(model, recipe)
+  methods: dict[str, list[Any]] = {}
+  for site, method in gx_nn.methods_of(model, recipe).values():
+    methods.setdefault(site.whole, []).append((site, method))
   rows = []
-  for path, leaf in abstract_params(model).items():
-    size = math.prod(leaf.shape)
-    dense = size * leaf.dtype.itemsize
-    method: recipe_lib.Method = recipe_lib.Keep()
-    nbytes, group = dense, None
-    if path in methods:
-      site, method = methods[path]
-      fmt = gx_nn.format_of(method, site.layout.cols)
-      nbytes = fmt.nbytes(site.layout.rows, site.layout.cols)
-      group = fmt.group
-    rows.append(
-      PlanRow(
-        path=path,
-        shape=tuple(leaf.shape),
-        method=method,
-        group=group,
-        dense_bytes=dense,
-        nbytes=nbytes,
+  for whole, leaf in abstract_params(model).items():
+    itemsize = leaf.dtype.itemsize
+    if whole not in methods:
+      nbytes = math.prod(leaf.shape) * itemsize
+      rows.append(
+        PlanRow(
+          path=whole,
+          shape=tuple(leaf.shape),
+          method=recipe_lib.Keep(),
+          group=None,
+          dense_bytes=nbytes,
+          nbytes=nbytes,
+        )
       )
-    )
+    for site, method in methods.get(whole, ()):
+      fmt = gx_nn.format_of(method, site.layout.cols)
+      rows.append(
+        PlanRow(
+          path=site.path,
+          shape=site.layout.shape,
+          method=method,
+          group=fmt.group,
+          dense_bytes=site.layout.size * itemsize,
+          nbytes=fmt.nbytes(site.layout.rows, site.layout.cols),
+        )
+      )
   return Plan(recipe=recipe, rows=tuple(rows))
 
 

@@ -17,7 +17,9 @@ from gemma_ext.nn._packed import param as packed_param
 from gemma_ext.nn._part import part
 from gemma_ext.nn._rolling import rolling_cache
 from gemma_ext.nn._rolling import slots_of
+from gemma_ext.nn._sites import join
 from gemma_ext.nn._sites import Kind
 from gemma_ext.nn._sites import Layout
 from gemma_ext.nn._sites import Site
 from gemma_ext.nn._sites import sites
+from gemma_ext.nn._sites import split

@@ -129,7 +129,8 @@ def methods_of(
     recipe: The recipe.
 
   Returns:
-    For the path of every weight that is compressed, its site and method.
+    For the path of every weight that is compressed, its site and method; of a
+    table in bands, one entry for each band, in order.
 
   Raises:
     UnmatchedRuleError: If a rule matches nothing.
@@ -141,11 +142,12 @@ def methods_of(
   for path, method in methods.items():
     if isinstance(method, recipe_lib.Keep):
       continue
-    try:
-      _packed.format_of(method, sites[path].layout.cols)
-    except errors.GroupSizeError as e:
-      raise errors.GroupSizeError(f'{path!r}: {e}') from e
-    resolved[path] = (sites[path], method)
+    for site, each in _sites.split(sites[path], method):
+      try:
+        _packed.format_of(each, site.layout.cols)
+      except errors.GroupSizeError as e:
+        raise errors.GroupSizeError(f'{path!r}: {e}') from e
+      resolved[site.path] = (site, each)
   return resolved
 
 
@@ -195,7 +197,7 @@ class _Interceptor:
           return next_fun(*args, **kwargs)
       if method == 'decode':
         table = module.input_embedding_table
-        if isinstance(table, _packed.PackedWeight):
+        if isinstance(table, _packed.PackedWeight | _packed.PackedRows):
           if self.head_rows is not None:
             head = module.get_variable('params', 'head')
             table = table.part(head, self.head_rows)
@@ -227,12 +229,17 @@ class _Interceptor:
           return _fused.feed_forward(x, gate, down)
     return official(x)
 
-  def _weight(
-    self, module: nn.Module, name: str
-  ) -> _packed.PackedWeight | None:
+  def _weight(self, module: nn.Module, name: str) -> Any:
+    """The packed weight, or the bands of a table; `None` if it is dense."""
     path = '/'.join(module.path[self.depth :] + (name,))
     if path not in self.methods:
-      return None
+      bands: list[tuple[_sites.Layout, recipe_lib.Method]] = []
+      while (band := _sites.band_path(path, len(bands))) in self.methods:
+        site, method = self.methods[band]
+        bands.append((site.layout, method))
+      if not bands:
+        return None
+      return _packed.rows_param(module, name, bands=bands, dtype=self.dtype)
     site, method = self.methods[path]
     return _packed.param(
       module, name, layout=site.layout, method=method, dtype=self.dtype

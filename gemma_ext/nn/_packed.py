@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -126,6 +127,72 @@ class PackedWeight:
     return jnp.transpose(y, [order.index(c) for c in outputs])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PackedRows:
+  """A table whose bands of rows are packed, each in its own way.
+
+  Stands in for the dense table like `PackedWeight`.
+
+  Attributes:
+    bands: The bands, in order, each of shape `[rows, D]`.
+  """
+
+  bands: tuple[PackedWeight, ...]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    rows = sum(band.shape[0] for band in self.bands)
+    return (rows, *self.bands[0].shape[1:])
+
+  @property
+  def ndim(self) -> int:
+    return 2
+
+  def dequantize(self) -> jax.Array:
+    """Returns the dense table."""
+    return jnp.concatenate([band.dequantize() for band in self.bands])
+
+  def __jax_array__(self) -> jax.Array:
+    return self.dequantize()
+
+  def __getitem__(self, index: Any) -> jax.Array:
+    """Looks up rows along the first axis, as embedders do."""
+    if isinstance(index, tuple) and len(index) == 1:
+      (index,) = index
+    if isinstance(index, tuple) or not hasattr(index, 'dtype'):
+      return self.dequantize()[index]
+    # As of an array: from the end if negative, else the nearest there is.
+    count = self.shape[0]
+    index = jnp.clip(jnp.where(index < 0, index + count, index), 0, count - 1)
+    found = self.bands[0][jnp.minimum(index, self.bands[0].shape[0] - 1)]
+    start = self.bands[0].shape[0]
+    for band in self.bands[1:]:
+      own = jnp.clip(index - start, 0, band.shape[0] - 1)
+      found = jnp.where((index >= start)[..., None], band[own], found)
+      start += band.shape[0]
+    return found
+
+  def part(self, leaf: dict[str, Any], rows: int) -> PackedRows:
+    """Returns the table of the first rows, `leaf` those of its bands."""
+    bands = []
+    for i, band in enumerate(self.bands):
+      if rows <= 0:
+        break
+      own = min(rows, band.shape[0])
+      bands.append(band.part(leaf[f'rows_{i}'], own))
+      rows -= own
+    return PackedRows(bands=tuple(bands))
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """Computes `jnp.einsum(eqn, x, table)`, the rows last in the outputs."""
+    weights, outputs = _sites.split_equation(eqn)[1:]
+    if not outputs.endswith(weights[0]):
+      return jnp.einsum(eqn, x, self.dequantize().astype(x.dtype))
+    return jnp.concatenate(
+      [band.einsum(eqn, x) for band in self.bands], axis=-1
+    )
+
+
 def param(
   module: nn.Module,
   name: str,
@@ -166,6 +233,56 @@ def param(
       module, name, _initializer(fmt, layout), layout.shape
     )
   return PackedWeight(leaf=leaf, fmt=fmt, layout=layout, dtype=dtype)
+
+
+def rows_param(
+  module: nn.Module,
+  name: str,
+  *,
+  bands: Sequence[tuple[_sites.Layout, recipe_lib.Method]],
+  dtype: Any,
+) -> PackedRows:
+  """Declares a table in bands as a parameter of `module` and returns it.
+
+  Args:
+    module: The module that owns the parameter.
+    name: Name of the parameter.
+    bands: Layout and method of each.
+    dtype: Type of the dense table.
+
+  Raises:
+    ParamsMismatchError: As `param`.
+  """
+  formats = [format_of(method, layout.cols) for layout, method in bands]
+  path = '/'.join(module.path + (name,))
+  names = [f'rows_{i}' for i in range(len(bands))]
+  if module.has_variable('params', name):
+    leaf = module.get_variable('params', name)
+    if not isinstance(leaf, dict) or set(leaf) != set(names):
+      got = sorted(leaf) if isinstance(leaf, dict) else 'an array'
+      raise errors.ParamsMismatchError(
+        f'{path!r} is compressed in bands of rows, so its parameter must be'
+        f' {names}, got {got}. Did you pass the params through `gx.compress`,'
+        ' with the same recipe?'
+      )
+    for part, fmt, (layout, _) in zip(names, formats, bands, strict=True):
+      _check(leaf[part], fmt, layout, f'{path}/{part}')
+  else:
+
+    def init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = None):
+      return {
+        part: _initializer(fmt, layout)(rng, shape, dtype)
+        for part, fmt, (layout, _) in zip(names, formats, bands, strict=True)
+      }
+
+    shape = (sum(layout.shape[0] for layout, _ in bands), bands[0][0].cols)
+    leaf = nn.Module.param(module, name, init, shape)
+  return PackedRows(
+    bands=tuple(
+      PackedWeight(leaf=leaf[part], fmt=fmt, layout=layout, dtype=dtype)
+      for part, fmt, (layout, _) in zip(names, formats, bands, strict=True)
+    )
+  )
 
 
 def _check(leaf: Any, fmt: Any, layout: _sites.Layout, path: str) -> None:

@@ -87,13 +87,15 @@ def part(
     dense, flat, methods = _of_layers(dense, flat, methods, layers)
   if head_rows is not None:
     _check_rows(head_rows, dense.config.num_embed)
-    if _TABLE in methods:
-      head = _first(flat, methods, _TABLE, planes=planes, rows=head_rows)[0]
-      flat |= {f'embedder/head/{name}': leaf for name, leaf in head.items()}
+    for path, rows in _head(methods, head_rows):
+      head = _first(flat, methods, path, planes=planes, rows=rows)[0]
+      place = path.replace(_TABLE, 'embedder/head', 1)
+      flat |= {f'{place}/{name}': leaf for name, leaf in head.items()}
   if planes is not None:
     flat, methods = _of_planes(flat, methods, planes)
+  rules = _sites.join(methods).items()
   recipe = recipe_lib.Recipe(
-    rules=tuple((re.escape(path), m) for path, (_, m) in methods.items())
+    rules=tuple((re.escape(path), method) for path, method in rules)
   )
   dense = _config.attach(dense, recipe)
   if head_rows is not None:
@@ -172,6 +174,18 @@ def _of_planes(
     )
     methods[path] = site, method
   return flat, methods
+
+
+def _head(methods: _Methods, rows: int) -> list[tuple[str, int | None]]:
+  """Of a packed table: parts that have its first rows, and how many of them."""
+  if _TABLE in methods:
+    return [(_TABLE, rows)]
+  found: list[tuple[str, int | None]] = []
+  while (path := _sites.band_path(_TABLE, len(found))) in methods and rows > 0:
+    count = methods[path][0].layout.shape[0]
+    found.append((path, rows if rows < count else None))
+    rows -= count
+  return found
 
 
 def _first(

@@ -8,7 +8,7 @@ weight are contracted follows from the einsum that the model really runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import enum
 import functools
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_ext import errors
+from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 
 # The official classes come once per family and share no base class.
@@ -115,11 +116,89 @@ class Site:
     path: Path of the parameter, e.g. `layer_0/attn/q_einsum/w`.
     layout: Its shape and contracted axes.
     kind: How the model reads it.
+    rows: Of a band of a table, `[start, stop)` of its rows.
   """
 
   path: str
   layout: Layout
   kind: Kind
+  rows: tuple[int, int] | None = None
+
+  @property
+  def whole(self) -> str:
+    """Path of the parameter that it is, or is a band of."""
+    return self.path.rpartition('/')[0] if self.rows else self.path
+
+
+def band_path(path: str, index: int) -> str:
+  """Path of the parameter of a band of the table at `path`."""
+  return f'{path}/rows_{index}'
+
+
+def split(
+  site: Site, method: recipe_lib.Method
+) -> tuple[tuple[Site, recipe_lib.Method], ...]:
+  """Returns the site and its method, or those of every band of `Rows`.
+
+  Args:
+    site: A site of a model.
+    method: Its method.
+
+  Raises:
+    RecipeError: If it has bands and is no table, or has too few rows.
+  """
+  if not isinstance(method, recipe_lib.Rows):
+    return ((site, method),)
+  layout = site.layout
+  if site.kind != Kind.EMBEDDING or layout.in_axes != (1,):
+    raise errors.RecipeError(
+      f'{site.path!r} of shape {layout.shape} is no table of embeddings, which'
+      f' {method!r} is for.'
+    )
+  count = layout.shape[0]
+  starts = [0, *(end for end, _ in method.bands[:-1] if end is not None)]
+  if starts[-1] >= count:
+    raise errors.RecipeError(
+      f'{site.path!r} has {count} rows, and bands up to row {starts[-1]} leave'
+      ' none for the last one.'
+    )
+  stops = [*starts[1:], count]
+  parts = []
+  for i, (_, each) in enumerate(method.bands):
+    part = dataclasses.replace(
+      site,
+      path=band_path(site.path, i),
+      layout=dataclasses.replace(
+        layout, shape=(stops[i] - starts[i], layout.shape[1])
+      ),
+      rows=(starts[i], stops[i]),
+    )
+    parts.append((part, each))
+  return tuple(parts)
+
+
+def join(
+  methods: Mapping[str, tuple[Site, recipe_lib.Method]],
+) -> dict[str, recipe_lib.Method]:
+  """Inverse of `split`: methods by path of the whole parameter.
+
+  Args:
+    methods: Site and method by path; all bands of a table, in order.
+  """
+  found: dict[str, recipe_lib.Method] = {}
+  bands: dict[str, list[tuple[int | None, recipe_lib.Method]]] = {}
+  for path, (site, method) in methods.items():
+    if site.rows is None:
+      found[path] = method
+      continue
+    of = bands.setdefault(site.whole, [])
+    of.append((site.rows[1], method))
+    found[site.whole] = method
+  for path, of in bands.items():
+    last = (None, of[-1][1])
+    if len(of) > 1:
+      found[path] = recipe_lib.Rows(bands=(*of[:-1], last))
+  return found
 
 
 def einsum_layout(eqn: str, shape: tuple[int, ...]) -> Layout:

@@ -235,7 +235,7 @@ def test_output_of_another_kind_is_never_replaced(
   'recipe,message',
   [
     ('tsn', 'No recipe preset'),
-    ('missing.json', 'Cannot read the recipe'),
+    ('missing.json', 'Cannot read'),
     ('int9', 'No recipe preset'),
   ],
 )

@@ -1,0 +1,333 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`allocate`: a budget of bits, spent where it hurts least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import re
+from typing import Any
+
+from flax import linen as nn
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _compress
+from gemma_ext.compress import _divergence
+from gemma_ext.compress import _sensitivity
+from gemma_ext.compress import _statistics
+
+# Of the solver: how far from the optimum it may stop, and after how long.
+_GAP = 1e-4
+_SECONDS = 60.0
+_SUFFIXES = {'KB': 1e3, 'MB': 1e6, 'GB': 1e9}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+  """What a compressed model may have; one of these.
+
+  Attributes:
+    bits: Bits a parameter, mean of the whole model.
+    share: Share of the bytes of the dense model, in (0, 1].
+    nbytes: Bytes of all parameters.
+    ratio: Perplexity over that of the dense model, above 1.
+  """
+
+  bits: float | None = None
+  share: float | None = None
+  nbytes: int | None = None
+  ratio: float | None = None
+
+  def __post_init__(self):
+    given = {
+      f.name: getattr(self, f.name)
+      for f in dataclasses.fields(self)
+      if getattr(self, f.name) is not None
+    }
+    if len(given) != 1:
+      raise errors.RecipeError(
+        f'A budget is one of bits, share, nbytes and ratio; got {given}.'
+      )
+    ((name, value),) = given.items()
+    least = 1 if name == 'ratio' else 0
+    most = 1 if name == 'share' else math.inf
+    if (
+      isinstance(value, bool)
+      or not isinstance(value, (int, float))
+      or not least < value <= most
+      or math.isinf(value)
+    ):
+      raise errors.RecipeError(
+        f'Budget.{name}={value!r}; expected a number above {least}'
+        + (f', at most {most}.' if name == 'share' else '.')
+      )
+
+  @classmethod
+  def parse(cls, text: str) -> Budget:
+    """Reads '28%', '4.5bits', '150MB' or 'ratio=1.02'.
+
+    Args:
+      text: The budget.
+
+    Raises:
+      RecipeError: If it is no budget.
+    """
+    number = r'(\d{1,12}(?:\.\d{1,9})?)'
+    compact = text.replace(' ', '')
+    if found := re.fullmatch(number + '%', compact):
+      return cls(share=float(found[1]) / 100)
+    if found := re.fullmatch(number + 'bits?', compact):
+      return cls(bits=float(found[1]))
+    if found := re.fullmatch(number + '([KMG]B)', compact):
+      return cls(nbytes=int(float(found[1]) * _SUFFIXES[found[2]]))
+    if found := re.fullmatch('ratio=' + number, compact):
+      return cls(ratio=float(found[1]))
+    raise errors.RecipeError(
+      f"{text!r} is no budget; expected one like '28%' (of the dense bytes),"
+      " '4.5bits' (a parameter), '150MB' or 'ratio=1.02' (of perplexities)."
+    )
+
+  def most_bytes(self, found: _sensitivity.Sensitivities) -> float | None:
+    """Returns the bytes of all parameters; `None` for a ratio."""
+    if self.nbytes is not None:
+      return self.nbytes
+    if self.share is not None:
+      return self.share * found.dense_bytes
+    if self.bits is not None:
+      return self.bits * found.weights / 8
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Allocation:
+  """A choice of one candidate for every weight.
+
+  Attributes:
+    choice: Candidate by path.
+    sensitivities: What it was chosen from.
+  """
+
+  choice: dict[str, _sensitivity.Candidate]
+  sensitivities: _sensitivity.Sensitivities
+
+  @property
+  def recipe(self) -> recipe_lib.Recipe:
+    """The recipe, one rule for each weight.
+
+    Neighbouring bands of a table with the same method are one.
+    """
+    methods: dict[str, recipe_lib.Method] = {}
+    bands: dict[str, list[tuple[int | None, recipe_lib.Method]]] = {}
+    for path, candidate in self.choice.items():
+      if path not in self.sensitivities.rows:
+        methods[path] = candidate.method
+        continue
+      whole = path.rpartition('/')[0]
+      found = bands.setdefault(whole, [])
+      if found and found[-1][1] == candidate.method:
+        found.pop()
+      found.append((self.sensitivities.rows[path][1], candidate.method))
+      methods[whole] = candidate.method
+    for whole, found in bands.items():
+      if len(found) > 1:
+        last = (None, found[-1][1])
+        methods[whole] = recipe_lib.Rows(bands=(*found[:-1], last))
+    rules = tuple((re.escape(path), m) for path, m in methods.items())
+    return recipe_lib.Recipe(rules=rules)
+
+  @property
+  def nbytes(self) -> int:
+    """Predicted bytes of all parameters."""
+    chosen = sum(c.nbytes for c in self.choice.values())
+    return self.sensitivities.other_bytes + chosen
+
+  @property
+  def loss(self) -> float:
+    """Predicted increase of the loss, nats a token."""
+    return sum(self.losses.values())
+
+  @property
+  def losses(self) -> dict[str, float]:
+    """The same, by path."""
+    return {p: self.sensitivities.loss(p, c) for p, c in self.choice.items()}
+
+  @property
+  def ratio(self) -> float:
+    """Predicted perplexity over that of the dense model."""
+    return math.exp(min(self.loss, 700.0))
+
+  def of_kind(self, kind: str) -> Allocation:
+    """Returns the choice for weights of one kind, the others dense."""
+    choice = {
+      p: c for p, c in self.choice.items() if _sensitivity.kind_of(p) == kind
+    }
+    return dataclasses.replace(self, choice=choice)
+
+
+def solve(found: _sensitivity.Sensitivities, budget: Budget) -> Allocation:
+  """Chooses a candidate for every weight: least loss in a budget of bytes.
+
+  A multiple-choice knapsack, solved by branch and bound to one part in 10,000.
+  For a ratio: least bytes within its loss.
+
+  Args:
+    found: What there is to choose from.
+    budget: The budget.
+
+  Returns:
+    The choice.
+
+  Raises:
+    RecipeError: If even the smallest candidates are too large, or the best
+      ones too coarse.
+  """
+  paths = [*found.candidates]
+  items = [(p, c) for p in paths for c in found.candidates[p]]
+  nbytes = np.array([c.nbytes for _, c in items], np.float64)
+  loss = np.array([found.loss(p, c) for p, c in items])
+  groups = np.array([paths.index(p) for p, _ in items])
+  one_each = scipy.sparse.csr_array(
+    (np.ones(len(items)), (groups, np.arange(len(items)))),
+    shape=(len(paths), len(items)),
+  )
+  most = budget.most_bytes(found)
+  cost, limited, limit = loss, nbytes, 0.0
+  if most is not None:
+    limit = most - found.other_bytes
+  else:
+    assert budget.ratio is not None
+    cost, limited, limit = nbytes, loss, math.log(budget.ratio)
+  smallest = sum(limited[groups == i].min() for i in range(len(paths)))
+  if smallest > limit:
+    what = (
+      f'{smallest + found.other_bytes:,.0f} bytes'
+      if most is not None
+      else f'a ratio of {math.exp(smallest):.4f}'
+    )
+    raise errors.RecipeError(
+      f'{budget} cannot be had: the candidates take {what} at least. Add'
+      ' smaller or finer ones, or raise the budget.'
+    )
+  # In units that the solver's tolerances are made for.
+  result = scipy.optimize.milp(
+    cost / max(cost.max(), 1e-30),
+    integrality=np.ones(len(items)),
+    bounds=scipy.optimize.Bounds(0, 1),
+    constraints=[
+      scipy.optimize.LinearConstraint(one_each, 1, 1),
+      scipy.optimize.LinearConstraint(
+        limited[None] / max(limit, 1e-30), -np.inf, 1
+      ),
+    ],
+    options={'mip_rel_gap': _GAP, 'time_limit': _SECONDS},
+  )
+  if result.x is None:
+    raise errors.RecipeError(f'{budget} was not solved: {result.message}.')
+  chosen = result.x.reshape(-1) > 0.5
+  return Allocation(
+    choice=dict(item for item, yes in zip(items, chosen, strict=True) if yes),
+    sensitivities=found,
+  )
+
+
+def corrected(
+  allocation: Allocation,
+  model: nn.Module,
+  params: Mapping[str, Any],
+  statistics: _statistics.Statistics,
+  tokens: Any,
+  *,
+  progress: bool = False,
+) -> _sensitivity.Sensitivities:
+  """Returns sensitivities whose losses were measured for one allocation.
+
+  Each kind of weight is compressed as allocated, all others dense, and what
+  that costs is measured as the divergence from the dense model.
+
+  Args:
+    allocation: The choice to measure at.
+    model: The official model.
+    params: Its dense parameters.
+    statistics: What its weights are fitted with.
+    tokens: Token ids `[batch, length]` to measure on.
+    progress: Whether to show progress bars.
+  """
+  found = allocation.sensitivities
+  corrections = {}
+  for kind in sorted({_sensitivity.kind_of(p) for p in allocation.choice}):
+    part = allocation.of_kind(kind)
+    plain = sum(c.loss for c in part.choice.values())
+    if plain <= 0:
+      continue
+    measured = _divergence.divergence(
+      model,
+      params,
+      gx_nn.Compressed(model=model, recipe=part.recipe),
+      _compress.compress(
+        model, params, part.recipe, calibration=statistics, progress=progress
+      ),
+      tokens,
+      progress=progress,
+    )
+    corrections[kind] = measured / plain
+  return dataclasses.replace(found, corrections=corrections)
+
+
+def allocate(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  budget: Budget | str,
+  calibration: Any,
+  *,
+  progress: bool = False,
+) -> recipe_lib.Recipe:
+  """Chooses the width of every weight under a budget.
+
+  Sensitivities to second order, a knapsack, one round of measuring what each
+  kind of weight really costs, and the knapsack again. To keep the parts, or to
+  fit the weights with the same statistics:
+
+      statistics = gx.compress.statistics(model, params, tokens)
+      found = gx.compress.sensitivities(model, params, statistics)
+      recipe = gx.compress.solve(found, gx.Budget(share=0.28)).recipe
+      params = gx.compress(model, params, recipe, calibration=statistics)
+
+  Args:
+    model: The official model.
+    params: Its dense parameters.
+    budget: A `Budget`, or what `Budget.parse` reads.
+    calibration: Token ids `[batch, length]`, padded with 0.
+    progress: Whether to show progress bars.
+
+  Returns:
+    The recipe.
+
+  Raises:
+    RecipeError: If the budget is none or cannot be met.
+    ShapeError: If `calibration` holds no tokens.
+    ParamsMismatchError: If the parameters do not belong to the model.
+  """
+  if isinstance(budget, str):
+    budget = Budget.parse(budget)
+  statistics = _statistics.statistics(
+    model, params, calibration, progress=progress
+  )
+  found = _sensitivity.sensitivities(
+    model, params, statistics, progress=progress
+  )
+  found = corrected(
+    solve(found, budget),
+    model,
+    params,
+    statistics,
+    calibration,
+    progress=progress,
+  )
+  return solve(found, budget).recipe

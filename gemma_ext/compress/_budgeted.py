@@ -1,0 +1,154 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command's way to a recipe within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+from gemma_ext import _cli
+from gemma_ext import ckpts
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _allocate
+from gemma_ext.compress import _divergence
+from gemma_ext.compress import _sensitivity
+from gemma_ext.compress import _statistics
+
+# Windows of the calibration text that allocations are measured on.
+_MEASURED = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgeted:
+  """An allocation, and what it was made with.
+
+  Attributes:
+    allocation: The choice.
+    statistics: What weights are to be fitted with.
+    checkpoint: The dense checkpoint.
+    tokens: The calibration text.
+  """
+
+  allocation: _allocate.Allocation
+  statistics: _statistics.Statistics
+  checkpoint: ckpts.Checkpoint
+  tokens: Any
+
+  @property
+  def recipe(self) -> recipe_lib.Recipe:
+    """The recipe."""
+    return self.allocation.recipe
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what is predicted, as plain JSON values."""
+    return {
+      'predicted_bytes': self.allocation.nbytes,
+      'predicted_ratio': self.allocation.ratio,
+      'predicted_loss_by_weight': self.allocation.losses,
+      'corrections': self.allocation.sensitivities.corrections,
+    }
+
+  def measure(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Measures and prints the divergence beside the predicted one."""
+    measured = _divergence.divergence(
+      self.checkpoint.model,
+      self.checkpoint.params,
+      gx_nn.Compressed(model=self.checkpoint.model, recipe=self.recipe),
+      params,
+      self.tokens[-_MEASURED:],
+      progress=True,
+    )
+    print(
+      f'Divergence from the dense model on calibration text: {measured:.4f}'
+      f' nats a token (x {math.exp(measured):.4f} in perplexity), predicted'
+      f' {self.allocation.loss:.4f}. Held-out text: `python -m'
+      ' gemma_ext.evaluate`.'
+    )
+    return {'measured_loss': measured}
+
+
+def check(args: Any) -> None:
+  """Raises `RecipeError` if flags of a budget are not valid."""
+  _allocate.Budget.parse(args.budget)
+  if args.calibration == 'none':
+    raise errors.RecipeError(
+      '--budget measures what each weight costs and needs a text:'
+      ' --calibration=none will not do.'
+    )
+  if args.sensitivities:
+    _cli.check_output(args.sensitivities)
+    if os.path.exists(args.sensitivities):
+      _sensitivity.read(args.sensitivities)
+
+
+def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
+  """Measures and chooses.
+
+  Args:
+    args: Flags of the command.
+    checkpoint: The dense checkpoint.
+    tokens: The calibration text `[batch, length]`.
+
+  Raises:
+    RecipeError: If the budget cannot be met.
+  """
+  if tokens is None:
+    raise errors.RecipeError(
+      'A budget needs a text: install gemma_ext[samples], or give'
+      ' --calibration=PATH.'
+    )
+  budget = _allocate.Budget.parse(args.budget)
+  model, params = checkpoint.model, checkpoint.params
+  known = None
+  if args.sensitivities and os.path.exists(args.sensitivities):
+    known = _sensitivity.read(args.sensitivities)
+  statistics = _statistics.statistics(
+    model, params, tokens, seed=args.seed, progress=True
+  )
+
+  def keep(found: _sensitivity.Sensitivities) -> None:
+    if args.sensitivities:
+      _cli.write_json(args.sensitivities, found.to_json())
+
+  found = _sensitivity.sensitivities(
+    model, params, statistics, known=known, keep=keep, progress=True
+  )
+  if known is not None and known.fingerprint == found.fingerprint:
+    found = dataclasses.replace(found, corrections=known.corrections)
+  allocation = _allocate.solve(found, budget)
+  if not found.corrections and not args.dry_run:
+    found = _allocate.corrected(
+      allocation,
+      model,
+      params,
+      statistics,
+      tokens[:_MEASURED],
+      progress=True,
+    )
+    keep(found)
+    allocation = _allocate.solve(found, budget)
+  print(_table(allocation))
+  return Budgeted(
+    allocation=allocation,
+    statistics=statistics,
+    checkpoint=checkpoint,
+    tokens=tokens,
+  )
+
+
+def _table(allocation: _allocate.Allocation) -> str:
+  found = allocation.sensitivities
+  kinds = json.dumps({k: round(v, 3) for k, v in found.corrections.items()})
+  return (
+    f'Predicted: {_cli.human_bytes(allocation.nbytes)},'
+    f' {allocation.nbytes / found.dense_bytes:.1%} of dense,'
+    f' {8 * allocation.nbytes / found.weights:.2f} bits a parameter;'
+    f' perplexity x {allocation.ratio:.4f}. Measured over predicted: {kinds}.'
+  )

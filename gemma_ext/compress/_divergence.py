@@ -1,0 +1,81 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How far the predictions of a compressed model are from the dense one's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from gemma_ext.compress import _calibrate
+
+# Positions whose probabilities are in float32 at a time.
+_CHUNK = 64
+
+
+def divergence(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  other: nn.Module,
+  other_params: Mapping[str, Any],
+  tokens: Any,
+  *,
+  progress: bool = False,
+) -> float:
+  """Mean of KL(model || other) of the next token, nats a token.
+
+  Args:
+    model: The dense model.
+    params: Its parameters.
+    other: The compressed one.
+    other_params: Its parameters.
+    tokens: Token ids `[batch, length]`, padded with 0. What follows padding or
+      BOS does not count.
+    progress: Whether to show a progress bar.
+
+  Raises:
+    ShapeError: If `tokens` is not a non-empty integer matrix.
+  """
+  tokens = _calibrate.check_tokens(tokens)
+  total = count = 0.0
+  for window in tqdm.tqdm(
+    tokens, desc='divergence', unit='window', disable=not progress
+  ):
+    window = jnp.asarray(window[None])
+    logits = (
+      _logits(model, params, window),
+      _logits(other, other_params, window),
+    )
+    mask = (window != _calibrate.PAD) & (window != _calibrate.BOS)
+    total += float(_divergence(*logits, mask))
+    count += float(jnp.sum(mask))
+  return total / max(count, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _logits(model, params, tokens):
+  return model.apply({'params': params}, tokens).logits[0]
+
+
+@jax.jit
+def _divergence(p, q, mask):
+  """Sum of divergences of [L, V] logits, some rows at a time."""
+  length, vocab = p.shape
+  pad = -length % _CHUNK
+  rows = lambda x: jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, _CHUNK, vocab)
+  mask = jnp.pad(mask[0], (0, pad)).reshape(-1, _CHUNK)
+
+  def body(total, part):
+    p, q, mask = part
+    log_p = jax.nn.log_softmax(p.astype(jnp.float32))
+    log_q = jax.nn.log_softmax(q.astype(jnp.float32))
+    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return total + jnp.sum(jnp.where(mask, kl, 0)), None
+
+  return jax.lax.scan(body, jnp.float32(0), (rows(p), rows(q), mask))[0]

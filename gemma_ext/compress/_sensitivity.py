@@ -1,0 +1,367 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sensitivities: of every weight and candidate, its bytes and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from gemma_ext import errors
+from gemma_ext import kernels
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _compress
+from gemma_ext.compress import _plan
+from gemma_ext.compress import _statistics
+
+_JSON_VERSION = 1
+_MAX_JSON_BYTES = 1 << 26
+# Of a table of embeddings.
+BANDS = 16
+
+CANDIDATES: tuple[recipe_lib.Method, ...] = (
+  recipe_lib.Ternary(group=16, packing='5trit', scale='ue5m3'),
+  recipe_lib.Int(bits=2, group=32),
+  recipe_lib.Int(bits=3, group=128),
+  recipe_lib.Int(bits=3, group=64),
+  recipe_lib.Int(bits=3, group=32),
+  recipe_lib.Int(bits=4, group=128),
+  recipe_lib.Int(bits=4, group=64),
+  recipe_lib.Int(bits=4, group=32),
+  recipe_lib.Int(bits=5, group=128),
+  recipe_lib.Int(bits=5, group=64),
+  recipe_lib.Int(bits=5, group=32),
+  recipe_lib.Int(bits=6, group=128),
+  recipe_lib.Int(bits=6, group=64),
+  recipe_lib.Int(bits=8, group=128),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+  """One way to store one weight.
+
+  Attributes:
+    method: The way.
+    nbytes: Bytes of codes and scales.
+    loss: What it adds to the loss, nats a token, to second order.
+  """
+
+  method: recipe_lib.Method
+  nbytes: int
+  loss: float
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns all as plain JSON values."""
+    return {**self.method.to_json(), 'bytes': self.nbytes, 'loss': self.loss}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sensitivities:
+  """What `allocate` chooses from. A file that people keep, edit and share.
+
+  Attributes:
+    candidates: By path of the weight.
+    weights: Parameters of the model.
+    dense_bytes: Bytes of the model, all dense.
+    other_bytes: Of them, bytes of what is not among the candidates.
+    corrections: By kind of weight (`kind_of`), what losses are multiplied by:
+      measured over predicted.
+    fingerprint: Of model, parameters and text.
+    rows: Of bands of a table, their rows `(start, stop)`, by path.
+  """
+
+  candidates: dict[str, tuple[Candidate, ...]]
+  weights: int
+  dense_bytes: int
+  other_bytes: int
+  corrections: dict[str, float] = dataclasses.field(default_factory=dict)
+  fingerprint: str = ''
+  rows: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+  def loss(self, path: str, candidate: Candidate) -> float:
+    """Returns the corrected loss of a candidate, in nats a token."""
+    return candidate.loss * self.corrections.get(kind_of(path), 1.0)
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns all as plain JSON values."""
+    return {
+      'version': _JSON_VERSION,
+      'fingerprint': self.fingerprint,
+      'weights': self.weights,
+      'dense_bytes': self.dense_bytes,
+      'other_bytes': self.other_bytes,
+      'corrections': self.corrections,
+      'rows': {path: list(rows) for path, rows in self.rows.items()},
+      'candidates': {
+        path: [c.to_json() for c in found]
+        for path, found in self.candidates.items()
+      },
+    }
+
+  @classmethod
+  def from_json(cls, data: Any) -> Sensitivities:
+    """Inverse of `to_json`.
+
+    Args:
+      data: Parsed JSON.
+
+    Raises:
+      RecipeError: If it is none, naming the field.
+    """
+    fields = {
+      'version',
+      'fingerprint',
+      'weights',
+      'dense_bytes',
+      'other_bytes',
+      'corrections',
+      'rows',
+      'candidates',
+    }
+    if not isinstance(data, dict) or set(data) != fields:
+      got = sorted(data) if isinstance(data, dict) else type(data).__name__
+      raise errors.RecipeError(
+        f'Sensitivities in JSON have the keys {sorted(fields)}, got {got}.'
+      )
+    if data['version'] != _JSON_VERSION:
+      raise errors.RecipeError(
+        f'Version {data["version"]!r} of sensitivities is not supported,'
+        f' expected {_JSON_VERSION}.'
+      )
+    numbers = {
+      name: _number(name, data[name], whole=True)
+      for name in ('weights', 'dense_bytes', 'other_bytes')
+    }
+    for name in ('corrections', 'candidates', 'rows'):
+      if not isinstance(data[name], dict):
+        raise errors.RecipeError(f'{name!r} must be an object by name.')
+    corrections, candidates = data['corrections'], data['candidates']
+    return cls(
+      candidates={
+        path: _candidates_from_json(path, found)
+        for path, found in candidates.items()
+      },
+      corrections={
+        kind: _number(f'corrections.{kind}', value)
+        for kind, value in corrections.items()
+      },
+      fingerprint=str(data['fingerprint']),
+      rows={
+        path: _rows_from_json(path, rows) for path, rows in data['rows'].items()
+      },
+      **numbers,
+    )
+
+
+def kind_of(path: str) -> str:
+  """Returns the kind of weight: the module that owns it, without its number."""
+  parts = re.sub(r'layer_\d+/', '', path).split('/')
+  return parts[0]
+
+
+def sensitivities(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  statistics: _statistics.Statistics,
+  *,
+  candidates: Sequence[recipe_lib.Method] = CANDIDATES,
+  bands: int = BANDS,
+  known: Sensitivities | None = None,
+  keep: Callable[[Sensitivities], None] = lambda found: None,
+  progress: bool = False,
+) -> Sensitivities:
+  """Fits every weight with every candidate and adds up what it costs.
+
+  Args:
+    model: The official model.
+    params: Its dense parameters.
+    statistics: Of `gx.compress.statistics`.
+    candidates: Methods, for all weights.
+    bands: Of the table of embeddings, bands of rows that have a choice each.
+    known: Results so far, of the same fingerprint; weights in it are not
+      fitted again.
+    keep: Told the results so far after every weight, to be resumed from.
+    progress: Whether to show a progress bar.
+
+  Returns:
+    The sensitivities. Weights that the statistics have not seen are left out
+    and stay dense.
+
+  Raises:
+    ParamsMismatchError: If the parameters do not belong to the model.
+  """
+  flat = _compress.check_params(model, params)
+  sites = {
+    part.path: part
+    for site in gx_nn.sites(model)
+    if site.path in statistics.inputs
+    for part in _parts(site, bands if statistics.is_table(site.path) else 1)
+  }
+  wholes = {site.whole for site in sites.values()}
+  abstract = _plan.abstract_params(model)
+  size = lambda path: math.prod(abstract[path].shape)
+  nbytes = lambda path: size(path) * abstract[path].dtype.itemsize
+  mark = fingerprint(flat, statistics, candidates, bands)
+  found = dict(known.candidates) if known and known.fingerprint == mark else {}
+  result = Sensitivities(
+    candidates=found,
+    weights=sum(map(size, abstract)),
+    dense_bytes=sum(map(nbytes, abstract)),
+    other_bytes=sum(nbytes(p) for p in abstract if p not in wholes),
+    fingerprint=mark,
+    rows={p: site.rows for p, site in sites.items() if site.rows is not None},
+  )
+  bar = tqdm.tqdm(
+    sites.items(), desc='sensitivities', unit='weight', disable=not progress
+  )
+  for path, site in bar:
+    if path not in found:
+      found[path] = _frontier(
+        [
+          _candidate(flat[site.whole], site, method, statistics)
+          for method in candidates
+        ]
+      )
+      keep(result)
+  return result
+
+
+def fingerprint(
+  flat: Mapping[str, Any],
+  statistics: _statistics.Statistics,
+  candidates: Sequence[recipe_lib.Method],
+  bands: int,
+) -> str:
+  """Returns a hash of parameters, statistics and candidates."""
+  digest = hashlib.sha256()
+  for path in sorted(flat):
+    leaf = flat[path]
+    # A sum tells parameters apart that differ by training, at no cost.
+    total = float(jnp.sum(jnp.abs(leaf.astype(jnp.float32))))
+    digest.update(f'{path} {leaf.shape} {leaf.dtype} {total!r};'.encode())
+  for path in sorted(statistics.outputs):
+    total = float(np.sum(statistics.outputs[path], dtype=np.float64))
+    digest.update(f'{path} {total!r};'.encode())
+  digest.update(f'{bands};'.encode())
+  for method in candidates:
+    digest.update(json.dumps(method.to_json()).encode())
+  return digest.hexdigest()
+
+
+def read(path: str | os.PathLike[str]) -> Sensitivities:
+  """Reads a file of sensitivities.
+
+  Args:
+    path: The file.
+
+  Raises:
+    RecipeError: If it cannot be read or is none.
+  """
+  return Sensitivities.from_json(
+    recipe_lib.read_json(os.fspath(path), _MAX_JSON_BYTES)
+  )
+
+
+def _candidate(
+  w: jax.Array,
+  site: gx_nn.Site,
+  method: recipe_lib.Method,
+  statistics: _statistics.Statistics,
+) -> Candidate | None:
+  """A candidate, or `None` where its group size cannot be had."""
+  cols = site.layout.cols
+  try:
+    fmt = gx_nn.format_of(method, cols)
+  except errors.GroupSizeError:
+    return None
+  w = jnp.asarray(w)
+  if site.rows is not None:
+    w = w[slice(*site.rows)]
+  leaf = _compress.compress_weight(
+    w, site, method, hessian=statistics.inputs[site.whole]
+  )
+  rows = math.prod(site.layout.rows)
+  flat = site.layout.to_rows(w).reshape(rows, cols)
+  got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
+  error = flat.astype(jnp.float32) - got.reshape(rows, cols)
+  return Candidate(
+    method=method,
+    nbytes=fmt.nbytes(site.layout.rows, cols),
+    loss=float(jnp.sum(statistics.loss(site.whole, error, site.rows))),
+  )
+
+
+def _parts(site: gx_nn.Site, bands: int) -> tuple[gx_nn.Site, ...]:
+  """The site, or bands of its rows, all of one size but for the last."""
+  count = site.layout.shape[0]
+  step = -(-count // bands)
+  ends = [*range(step, count, step)]
+  if bands == 1 or not ends:
+    return (site,)
+  any_method = recipe_lib.Int()
+  method = recipe_lib.Rows(bands=tuple((e, any_method) for e in (*ends, None)))
+  return tuple(part for part, _ in gx_nn.split(site, method))
+
+
+def _frontier(found: Sequence[Candidate | None]) -> tuple[Candidate, ...]:
+  """Candidates that none with as few bytes beats, smallest first."""
+  kept: list[Candidate] = []
+  usable = [c for c in found if c is not None]
+  for candidate in sorted(usable, key=lambda c: (c.nbytes, c.loss)):
+    if not kept or candidate.loss < kept[-1].loss:
+      kept.append(candidate)
+  return tuple(kept)
+
+
+def _candidates_from_json(path: str, found: Any) -> tuple[Candidate, ...]:
+  if not isinstance(found, list) or not found:
+    raise errors.RecipeError(f'{path!r} must have a list of candidates.')
+  result = []
+  for i, fields in enumerate(found):
+    name = f'{path}[{i}]'
+    if not isinstance(fields, dict) or not {'bytes', 'loss'} <= set(fields):
+      raise errors.RecipeError(
+        f"{name} must be an object with 'method', 'bytes' and 'loss'."
+      )
+    rest = {k: v for k, v in fields.items() if k not in ('bytes', 'loss')}
+    result.append(
+      Candidate(
+        method=recipe_lib.method_from_json(rest),
+        nbytes=int(_number(f'{name}.bytes', fields['bytes'], whole=True)),
+        loss=_number(f'{name}.loss', fields['loss']),
+      )
+    )
+  return tuple(result)
+
+
+def _rows_from_json(path: str, rows: Any) -> tuple[int, int]:
+  if not isinstance(rows, list) or len(rows) != 2:
+    raise errors.RecipeError(
+      f'rows.{path} must be [start, stop], got {rows!r}.'
+    )
+  start, stop = (_number(f'rows.{path}', x, whole=True) for x in rows)
+  if start >= stop:
+    raise errors.RecipeError(f'rows.{path} must ascend, got {rows!r}.')
+  return start, stop
+
+
+def _number(name: str, value: Any, *, whole: bool = False) -> Any:
+  kinds = (int,) if whole else (int, float)
+  if type(value) not in kinds or not math.isfinite(value) or value < 0:
+    kind = 'an integer' if whole else 'a number'
+    raise errors.RecipeError(f'{name} must be {kind} >= 0, got {value!r}.')
+  return value

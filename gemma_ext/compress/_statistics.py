@@ -1,0 +1,326 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Second-order statistics: what an error of a weight costs, to second order.
+
+To second order an error E of a weight raises the mean loss of a token by half
+of the mean of `(g E x)^2`, x being the input that the weight meets and g the
+gradient of the log-likelihood of a label that the model itself drew, with
+respect to the output. Taken as independent, that is
+
+    1/2 * sum_i F_i * E_i H E_i^T,  H = mean x x^T,  F_i = mean g_i^2
+
+with E_i a row of the error. The table of embeddings is read twice: as input,
+where row v counts as often as token v comes, and as output, where the Fisher
+information of its logit is p (1 - p).
+
+Reference: Martens and Grosse, "Optimizing Neural Networks with
+Kronecker-factored Approximate Curvature", arXiv 1503.05671.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from gemma_ext import errors
+from gemma_ext.compress import _calibrate
+from gemma_ext.nn import _config
+from gemma_ext.nn import _sites
+
+_TABLE = 'input_embedding'
+# Share of tokens that could be any.
+_ELSEWHERE = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+  """Statistics of one model on one text, means over tokens.
+
+  Attributes:
+    inputs: By path, H of the inputs of a weight, float32 `[cols, cols]`. Of the
+      table of embeddings it is that of both its uses, weighed by what they
+      cost.
+    outputs: By path, F of the rows of the weight, float32 `[rows]`. Of the
+      table: the Fisher information of each logit.
+    counts: Of the table: how often each token comes, float32 `[V]`.
+    encoded: Of the table: second moments of gradients with respect to a looked
+      up row, float32 `[D, D]`.
+    decoded: Of the table: second moments of the inputs of the output head.
+    tokens: Tokens that were seen.
+  """
+
+  inputs: dict[str, np.ndarray]
+  outputs: dict[str, np.ndarray]
+  counts: np.ndarray
+  encoded: np.ndarray
+  decoded: np.ndarray
+  tokens: int
+
+  def hessian(self, path: str) -> np.ndarray | None:
+    """Returns H of a weight, `None` if it was not seen."""
+    return self.inputs.get(path)
+
+  def loss(
+    self,
+    path: str,
+    error: jax.Array,
+    rows: tuple[int, int] | None = None,
+  ) -> jax.Array:
+    """Returns what an error costs row by row, in nats a token.
+
+    Args:
+      path: Path of the weight.
+      error: Its error `[n, cols]`, all rows or those of `rows`.
+      rows: `[start, stop)`.
+
+    Raises:
+      ShapeError: If the weight was not seen.
+    """
+    if path not in self.inputs:
+      raise errors.ShapeError(
+        f'There are no statistics of {path!r}, only of {sorted(self.inputs)}.'
+      )
+    part = slice(*(rows or (None,)))
+    fisher = self.outputs[path]
+    if not self.is_table(path):
+      return _loss(error, fisher[part], self.inputs[path])
+    fisher, counts = _smooth(fisher)[part], _smooth(self.counts)[part]
+    return _table_loss(error, fisher, counts, self.encoded, self.decoded)
+
+  def is_table(self, path: str) -> bool:
+    """Whether the path is that of the table of embeddings."""
+    return path.rpartition('/')[2] == _TABLE
+
+
+def statistics(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  tokens: Any,
+  *,
+  seed: int = 0,
+  progress: bool = False,
+) -> Statistics:
+  """Collects the statistics of every weight of the text model.
+
+  Takes a forward and a backward pass. Padding and BOS do not count, as in
+  `second_moments`.
+
+  Args:
+    model: The official model.
+    params: Its dense parameters.
+    tokens: Token ids `[batch, length]`, padded with 0.
+    seed: Seed of the labels.
+    progress: Whether to show a progress bar.
+
+  Returns:
+    The statistics, on the host: for every weight a matrix of its input axis.
+
+  Raises:
+    ShapeError: If `tokens` is not a non-empty integer matrix of real tokens.
+    ParamsMismatchError: If `model` is no official model.
+  """
+  _config.check(model)
+  tokens = _calibrate.check_tokens(tokens)
+  sites = {site.path: site for site in _sites.sites(model)}
+  probe = _config.probe(model)
+  total: Any = None
+  for i, window in enumerate(
+    tqdm.tqdm(tokens, desc='statistics', unit='window', disable=not progress)
+  ):
+    zeros = _zeros(sites)
+    found = _window(
+      probe, params, zeros, jnp.asarray(window[None]), jax.random.key(seed + i)
+    )
+    found = jax.device_get(found)
+    total = found if total is None else jax.tree.map(np.add, total, found)
+  sums, count, frequency, fisher = total
+  if not count:
+    raise errors.ShapeError('Calibration tokens hold nothing but padding.')
+  means = jax.tree.map(lambda x: np.asarray(x / count, np.float32), sums)
+  # A weight that no einsum reads, or not as the sites say, has no inputs.
+  seen = {
+    path: pair
+    for path, pair in means.items()
+    if path in sites and np.any(pair['inputs'])
+  }
+  counts = np.asarray(frequency / count, np.float32)
+  outputs = {path: pair['outputs'] for path, pair in seen.items()}
+  inputs = {path: pair['inputs'] for path, pair in seen.items()}
+  encoded, decoded = means[_ENCODED]['inputs'], means[_DECODED]['inputs']
+  for path, site in sites.items():
+    if path.rpartition('/')[2] == _TABLE and site.layout.cols == len(decoded):
+      outputs[path] = np.asarray(fisher / count, np.float32)
+      inputs[path] = outputs[path].sum() * decoded + counts.sum() * encoded
+  return Statistics(
+    inputs=inputs,
+    outputs=outputs,
+    counts=counts,
+    encoded=encoded,
+    decoded=decoded,
+    tokens=int(count),
+  )
+
+
+# Names of the two uses of the table among the sums.
+_ENCODED, _DECODED = 'encoded', 'decoded'
+
+
+def _zeros(sites: Mapping[str, _sites.Site]) -> dict[str, Any]:
+  """Sums to be, by path."""
+  sums = {}
+  width = 0
+  for path, site in sites.items():
+    layout = site.layout
+    if site.kind == _sites.Kind.EINSUM:
+      sums[path] = {
+        'inputs': jnp.zeros((layout.cols, layout.cols), jnp.float32),
+        'outputs': jnp.zeros(layout.size // layout.cols, jnp.float32),
+      }
+    elif path.rpartition('/')[2] == _TABLE:
+      width = layout.cols
+  for name in (_ENCODED, _DECODED):
+    sums[name] = {'inputs': jnp.zeros((width, width), jnp.float32)}
+  return sums
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _window(model, params, zeros, tokens, key):
+  """Sums over one window: of `zeros`, of tokens, by token, and of p (1 - p)."""
+  mask = (tokens != _calibrate.PAD) & (tokens != _calibrate.BOS)
+
+  def loss(sums):
+    with nn.intercept_methods(_Taps(sums, mask)):
+      logits = model.apply({'params': params}, tokens).logits
+    logits = logits.astype(jnp.float32)
+    labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    p = jnp.exp(jax.lax.stop_gradient(log_p))
+    fisher = jnp.sum(jnp.where(mask[..., None], p * (1 - p), 0), axis=(0, 1))
+    return jnp.sum(jnp.where(mask, picked, 0)), fisher
+
+  sums, fisher = jax.grad(loss, has_aux=True)(zeros)
+  frequency = jnp.zeros(fisher.shape).at[tokens].add(mask)
+  return sums, jnp.sum(mask), frequency, fisher
+
+
+@jax.custom_vjp
+def _tap(x: jax.Array, total: jax.Array, mask: jax.Array) -> jax.Array:
+  """x; the gradient of `total` is the sum of its own gradients, squared."""
+  del total, mask
+  return x
+
+
+def _tap_forward(x, total, mask):
+  return x, (total.ndim, mask)
+
+
+def _tap_backward(kept, g):
+  ndim, mask = kept
+  flat = jnp.where(mask[..., None], g, 0).astype(jnp.float32)
+  flat = flat.reshape(-1, g.shape[-1])
+  found = flat.T @ flat if ndim == 2 else jnp.sum(flat * flat, axis=0)
+  return g, found, None
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+@jax.custom_vjp
+def _tap_inputs(x: jax.Array, total: jax.Array, mask: jax.Array) -> jax.Array:
+  """x; the gradient of `total` is the sum of second moments of x."""
+  del total, mask
+  return x
+
+
+def _tap_inputs_forward(x, total, mask):
+  del total
+  return x, (x, mask)
+
+
+def _tap_inputs_backward(kept, g):
+  x, mask = kept
+  flat = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
+  flat = flat.reshape(-1, x.shape[-1])
+  return g, flat.T @ flat, None
+
+
+_tap_inputs.defvjp(_tap_inputs_forward, _tap_inputs_backward)
+
+
+class _Taps:
+  """Interceptor that leads inputs and outputs of weights past the sums."""
+
+  def __init__(self, sums: Mapping[str, Any], mask: jax.Array):
+    self._sums, self._mask = sums, mask
+
+  def __call__(self, next_fun, args, kwargs, context):
+    module, method = context.module, context.method_name
+    if isinstance(module, _sites.EINSUMS) and method == '__call__':
+      path = '/'.join((*module.path, module.weight_name))
+      if path in self._sums:
+        return self._einsum(next_fun, self._sums[path], module, *args, **kwargs)
+    elif isinstance(module, _sites.EMBEDDERS):
+      if method == 'encode':
+        y = next_fun(*args, **kwargs)
+        total = self._sums[_ENCODED]['inputs']
+        # Rows of the table are scaled by the root of their width on the way.
+        return _tap(y, total * total.shape[0], self._mask)
+      if method == 'decode':
+        (x,) = args
+        return next_fun(
+          _tap_inputs(x, self._sums[_DECODED]['inputs'], self._mask)
+        )
+    return next_fun(*args, **kwargs)
+
+  def _einsum(self, next_fun, sums, module, eqn, x):
+    inputs, weights, outputs = _sites.split_equation(eqn)
+    layout = _sites.einsum_layout(eqn, module.shape)
+    lead = self._mask.shape
+    bare = inputs.replace('...', '')
+    axes = [x.ndim - len(bare) + bare.index(weights[i]) for i in layout.in_axes]
+    count = len(axes)
+    if axes == [*range(x.ndim - count, x.ndim)] and x.shape[:-count] == lead:
+      flat = x.reshape(*lead, layout.cols)
+      x = _tap_inputs(flat, sums['inputs'], self._mask).reshape(x.shape)
+    y = next_fun(eqn, x)
+    # To [batch, length, rows], past the tap, and back.
+    bare = outputs.replace('...', '')
+    first = y.ndim - len(bare)
+    axes = [first + bare.index(weights[i]) for i in layout.out_axes]
+    order = [i for i in range(y.ndim) if i not in axes] + axes
+    turned = jnp.transpose(y, order)
+    if turned.shape[: -len(axes)] != lead:
+      return y
+    flat = _tap(turned.reshape(*lead, -1), sums['outputs'], self._mask)
+    back = [order.index(i) for i in range(y.ndim)]
+    return jnp.transpose(flat.reshape(turned.shape), back)
+
+
+def _smooth(x: np.ndarray) -> np.ndarray:
+  """Shares some of what tokens of one text have among all tokens.
+
+  Other texts have other tokens.
+  """
+  return (1 - _ELSEWHERE) * x + _ELSEWHERE * np.mean(x)
+
+
+@jax.jit
+def _loss(error, fisher, hessian):
+  error = error.astype(jnp.float32)
+  return 0.5 * fisher * jnp.sum((error @ hessian) * error, axis=-1)
+
+
+@jax.jit
+def _table_loss(error, fisher, counts, encoded, decoded):
+  error = error.astype(jnp.float32)
+  out = fisher * jnp.sum((error @ decoded) * error, axis=-1)
+  return 0.5 * (out + counts * jnp.sum((error @ encoded) * error, axis=-1))
