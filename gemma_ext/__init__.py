@@ -29,12 +29,13 @@ _MODULES = (
   'train',
 )
 _NAMES = {
+  'Budget': 'compress',
   'GemmaExtError': 'errors',
   'Int': 'recipe',
-  'Budget': 'compress',
   'Keep': 'recipe',
   'Plan': 'compress',
   'Recipe': 'recipe',
+  'Rows': 'recipe',
   'Ternary': 'recipe',
   'allocate': 'compress',
   'plan': 'compress',
@@ -59,6 +60,7 @@ if _typing.TYPE_CHECKING:
   from gemma_ext.recipe import Int
   from gemma_ext.recipe import Keep
   from gemma_ext.recipe import Recipe
+  from gemma_ext.recipe import Rows
   from gemma_ext.recipe import Ternary
 
 __all__ = [*_MODULES, *_NAMES]

@@ -31,6 +31,8 @@ _JSON_VERSION = 1
 _MAX_JSON_BYTES = 1 << 26
 # Of a table of embeddings.
 BANDS = 16
+# Rows that are fitted of a weight, to tell what all of them cost.
+_SAMPLE = 2048
 
 CANDIDATES: tuple[recipe_lib.Method, ...] = (
   recipe_lib.Ternary(group=16, packing='5trit', scale='ue5m3'),
@@ -230,12 +232,7 @@ def sensitivities(
   )
   for path, site in bar:
     if path not in found:
-      found[path] = _frontier(
-        [
-          _candidate(flat[site.whole], site, method, statistics)
-          for method in candidates
-        ]
-      )
+      found[path] = _candidates(flat[site.whole], site, candidates, statistics)
       keep(result)
   return result
 
@@ -276,33 +273,64 @@ def read(path: str | os.PathLike[str]) -> Sensitivities:
   )
 
 
-def _candidate(
+def _candidates(
   w: jax.Array,
   site: gx_nn.Site,
-  method: recipe_lib.Method,
+  methods: Sequence[recipe_lib.Method],
   statistics: _statistics.Statistics,
-) -> Candidate | None:
-  """A candidate, or `None` where its group size cannot be had."""
+) -> tuple[Candidate, ...]:
+  """The candidates of one weight, fitted on a sample of its rows."""
   cols = site.layout.cols
-  try:
-    fmt = gx_nn.format_of(method, cols)
-  except errors.GroupSizeError:
-    return None
-  w = jnp.asarray(w)
-  if site.rows is not None:
-    w = w[slice(*site.rows)]
-  leaf = _compress.compress_weight(
-    w, site, method, hessian=statistics.inputs[site.whole]
+  w = w if site.rows is None else w[slice(*site.rows)]
+  matrix = site.layout.to_rows(jnp.asarray(w)).reshape(-1, cols)
+  importance = statistics.importance(site.whole, site.rows)
+  rows, times = _sample(importance)
+  matrix = matrix[rows]
+  sampled = dataclasses.replace(
+    site,
+    layout=gx_nn.Layout(shape=(len(rows), cols), in_axes=(1,)),
   )
-  rows = math.prod(site.layout.rows)
-  flat = site.layout.to_rows(w).reshape(rows, cols)
-  got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
-  error = flat.astype(jnp.float32) - got.reshape(rows, cols)
-  return Candidate(
-    method=method,
-    nbytes=fmt.nbytes(site.layout.rows, cols),
-    loss=float(jnp.sum(statistics.loss(site.whole, error, site.rows))),
-  )
+  found = []
+  for method in methods:
+    try:
+      fmt = gx_nn.format_of(method, cols)
+    except errors.GroupSizeError:
+      continue
+    leaf = _compress.compress_weight(
+      matrix, sampled, method, hessian=statistics.inputs[site.whole]
+    )
+    got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
+    error = matrix.astype(jnp.float32) - got.reshape(matrix.shape)
+    own = rows + (site.rows[0] if site.rows else 0)
+    loss = np.asarray(statistics.loss(site.whole, error, own), np.float64)
+    found.append(
+      Candidate(
+        method=method,
+        nbytes=fmt.nbytes(site.layout.rows, cols),
+        loss=float(loss @ times),
+      )
+    )
+  return _frontier(found)
+
+
+def _sample(importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Rows to fit, `[n]` ascending, and for how many each of them stands.
+
+  The most important half, and others at random; those stand for the importance
+  of all the rest.
+  """
+  count = len(importance)
+  if count <= _SAMPLE:
+    return np.arange(count), np.ones(count)
+  order = np.argsort(-importance, kind='stable')
+  first, rest = order[: _SAMPLE // 2], order[_SAMPLE // 2 :]
+  rng = np.random.default_rng(0)
+  some = rng.choice(rest, _SAMPLE - len(first), replace=False)
+  share = np.sum(importance[rest]) / max(np.sum(importance[some]), 1e-30)
+  times = np.zeros(count)
+  times[first], times[some] = 1.0, share
+  rows = np.flatnonzero(times)
+  return rows, times[rows]
 
 
 def _parts(site: gx_nn.Site, bands: int) -> tuple[gx_nn.Site, ...]:
@@ -317,11 +345,10 @@ def _parts(site: gx_nn.Site, bands: int) -> tuple[gx_nn.Site, ...]:
   return tuple(part for part, _ in gx_nn.split(site, method))
 
 
-def _frontier(found: Sequence[Candidate | None]) -> tuple[Candidate, ...]:
+def _frontier(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
   """Candidates that none with as few bytes beats, smallest first."""
   kept: list[Candidate] = []
-  usable = [c for c in found if c is not None]
-  for candidate in sorted(usable, key=lambda c: (c.nbytes, c.loss)):
+  for candidate in sorted(found, key=lambda c: (c.nbytes, c.loss)):
     if not kept or candidate.loss < kept[-1].loss:
       kept.append(candidate)
   return tuple(kept)

@@ -69,17 +69,14 @@ class Statistics:
     return self.inputs.get(path)
 
   def loss(
-    self,
-    path: str,
-    error: jax.Array,
-    rows: tuple[int, int] | None = None,
+    self, path: str, error: jax.Array, rows: np.ndarray | None = None
   ) -> jax.Array:
     """Returns what an error costs row by row, in nats a token.
 
     Args:
       path: Path of the weight.
       error: Its error `[n, cols]`, all rows or those of `rows`.
-      rows: `[start, stop)`.
+      rows: Numbers of the rows, `[n]`.
 
     Raises:
       ShapeError: If the weight was not seen.
@@ -88,12 +85,30 @@ class Statistics:
       raise errors.ShapeError(
         f'There are no statistics of {path!r}, only of {sorted(self.inputs)}.'
       )
-    part = slice(*(rows or (None,)))
+    part = slice(None) if rows is None else rows
     fisher = self.outputs[path]
     if not self.is_table(path):
       return _loss(error, fisher[part], self.inputs[path])
     fisher, counts = _smooth(fisher)[part], _smooth(self.counts)[part]
     return _table_loss(error, fisher, counts, self.encoded, self.decoded)
+
+  def importance(
+    self, path: str, rows: tuple[int, int] | None = None
+  ) -> np.ndarray:
+    """Returns what an error of one in every column costs, about, by row.
+
+    Args:
+      path: Path of the weight.
+      rows: `[start, stop)`, or all.
+    """
+    part = slice(*(rows or (None,)))
+    fisher = self.outputs[path]
+    if not self.is_table(path):
+      return fisher[part].astype(np.float64)
+    return (
+      _smooth(fisher) * np.trace(self.decoded)
+      + _smooth(self.counts) * np.trace(self.encoded)
+    )[part].astype(np.float64)
 
   def is_table(self, path: str) -> bool:
     """Whether the path is that of the table of embeddings."""

@@ -12,6 +12,7 @@ from gemma_ext.nn._latent import to_latent
 from gemma_ext.nn._lora import LoRA
 from gemma_ext.nn._optim import freeze_codes
 from gemma_ext.nn._packed import format_of
+from gemma_ext.nn._packed import PackedRows
 from gemma_ext.nn._packed import PackedWeight
 from gemma_ext.nn._packed import param as packed_param
 from gemma_ext.nn._part import part

@@ -175,7 +175,7 @@ class _Interceptor:
     module, method = context.module, context.method_name
     if method == '__call__' and isinstance(module, _rolling.ATTENTIONS):
       call = _rolling.Call.of(args, kwargs)
-      if call.rolls:
+      if call.rolls and module.attn_type.name == _rolling.SLIDING:
         return _rolling.attend(
           functools.partial(self._attention, next_fun, module), module, call
         )

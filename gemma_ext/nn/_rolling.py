@@ -26,7 +26,7 @@ from gemma_ext import errors
 
 _LINEAR = gemma_modules.Attention
 ATTENTIONS = (_LINEAR, gemma4_modules.Attention)
-_SLIDING = 'LOCAL_SLIDING'
+SLIDING = 'LOCALSLIDING'
 # Slots are a multiple of so many.
 _STEP = 64
 
@@ -120,7 +120,7 @@ def slots_of(
   slots = {}
   for i, kind in enumerate(config.attention_types):
     most = cache_length
-    if window and kind.name == _SLIDING and _known(kind):
+    if window and kind.name == SLIDING and _known(kind):
       most = min(most, -(-(window + step) // _STEP) * _STEP)
     slots[f'layer_{i}'] = most
   return slots

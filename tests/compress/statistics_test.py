@@ -1,0 +1,127 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of second-order statistics: exact where they are, else measured."""
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import gemma_ext as gx
+from gemma_ext import errors
+from tests import tiny
+
+_TABLE = 'embedder/input_embedding'
+
+
+def _tokens(batch=4, length=48):
+  tokens = np.random.default_rng(0).integers(5, 500, (batch, length))
+  tokens[:, 0] = 2
+  return tokens.astype(np.int32)
+
+
+@pytest.mark.parametrize('family', ['gemma2', 'gemma3', 'gemma4'])
+def test_the_diagonal_is_that_of_second_moments(family):
+  model = tiny.model(family)
+  params = tiny.params(model)
+  found = gx.compress.statistics(model, params, _tokens())
+  want = gx.compress.second_moments(model, params, _tokens())
+  assert found.tokens == 4 * 47
+  assert set(want) <= set(found.inputs)
+  for path, moment in want.items():
+    np.testing.assert_allclose(
+      np.diagonal(found.inputs[path]), moment, rtol=2e-3, atol=1e-6
+    )
+    rows = next(s for s in gx.nn.sites(model) if s.path == path).layout.rows
+    assert found.outputs[path].shape == (int(np.prod(rows)),)
+    assert np.all(found.outputs[path] >= 0)
+
+
+def test_of_a_single_token_it_is_the_squared_gradient():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  tokens = jnp.array([[7]])
+  found = gx.compress.statistics(model, params, tokens, seed=3)
+  logits = model.apply({'params': params}, tokens).logits.astype(jnp.float32)
+  label = jax.random.categorical(jax.random.key(3), logits)[0, 0]
+
+  def loss(params):
+    logits = model.apply({'params': params}, tokens).logits
+    return jax.nn.log_softmax(logits.astype(jnp.float32))[0, 0, label]
+
+  grads = traverse_util.flatten_dict(jax.grad(loss)(params), sep='/')
+  for site in gx.nn.sites(model):
+    if site.path == _TABLE:
+      continue
+    got = np.outer(
+      found.outputs[site.path], np.diagonal(found.inputs[site.path])
+    )
+    want = np.asarray(site.layout.to_rows(grads[site.path])) ** 2
+    np.testing.assert_allclose(
+      got, want.reshape(got.shape), rtol=2e-3, atol=1e-3 * want.max()
+    )
+  p = jax.nn.softmax(logits[0, 0])
+  np.testing.assert_allclose(found.outputs[_TABLE], p * (1 - p), rtol=1e-4)
+  assert found.counts[7] == 1 and found.counts.sum() == 1
+
+
+def test_predicts_what_errors_cost():
+  """Noise in one weight at a time, predicted against measured divergence."""
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  tokens = _tokens(8)
+  found = gx.compress.statistics(model, params, tokens)
+  flat = traverse_util.flatten_dict(params, sep='/')
+  predicted, measured = [], []
+  for i, site in enumerate(gx.nn.sites(model)):
+    w = flat[site.path]
+    # Different sizes, so that there is something to predict.
+    size = 0.05 * (1 + i % 3) * float(jnp.std(w))
+    noise = size * jax.random.normal(jax.random.key(i), w.shape, w.dtype)
+    changed = traverse_util.unflatten_dict(
+      flat | {site.path: w + noise}, sep='/'
+    )
+    rows = site.layout.to_rows(noise).reshape(-1, site.layout.cols)
+    predicted.append(float(jnp.sum(found.loss(site.path, rows))))
+    measured.append(
+      gx.compress.divergence(model, params, model, changed, tokens)
+    )
+  ratio = np.array(measured) / np.array(predicted)
+  assert 0.5 < np.exp(np.mean(np.log(ratio))) < 2, ratio
+  assert np.all((ratio > 0.2) & (ratio < 5)), ratio
+  assert scipy.stats.spearmanr(predicted, measured).statistic > 0.9
+
+
+def test_rows_of_a_table_are_those_of_the_whole():
+  model = tiny.model('gemma3')
+  found = gx.compress.statistics(model, tiny.params(model), _tokens())
+  error = np.random.default_rng(0).standard_normal((512, 128))
+  whole = found.loss(_TABLE, jnp.asarray(error, jnp.float32))
+  part = found.loss(
+    _TABLE, jnp.asarray(error[40:90], jnp.float32), np.arange(40, 90)
+  )
+  np.testing.assert_allclose(part, whole[40:90], rtol=1e-4)
+  # What never came counts as well, if less.
+  seen = found.counts > 0
+  assert whole[~seen].min() > 0
+  assert np.mean(whole[seen]) > 2 * np.mean(whole[~seen])
+
+
+def test_divergence_of_a_model_from_itself_is_zero():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  got = gx.compress.divergence(model, params, model, params, _tokens())
+  assert abs(got) < 1e-6
+
+
+def test_bad_input_is_an_error():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  for tokens in (np.zeros((2, 4), np.int32), np.zeros((0, 4), np.int32)):
+    with pytest.raises(errors.ShapeError, match='Calibration tokens'):
+      gx.compress.statistics(model, params, tokens)
+  found = gx.compress.statistics(model, params, _tokens())
+  with pytest.raises(errors.ShapeError, match="'layer_9/x'"):
+    found.loss('layer_9/x', jnp.zeros((1, 1)))
