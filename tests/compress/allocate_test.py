@@ -1,0 +1,270 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of sensitivities and of the choice under a budget."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gemma_ext as gx
+from gemma_ext import errors
+from gemma_ext.compress import _compress
+from gemma_ext.compress import _sensitivity
+from tests import tiny
+
+_TABLE = 'embedder/input_embedding'
+_METHODS = (
+  gx.Ternary(group=16, packing='5trit', scale='ue5m3'),
+  gx.Int(bits=3, group=64),
+  gx.Int(bits=4, group=64),
+  gx.Int(bits=6, group=64),
+  gx.Int(bits=8, group=128),
+)
+
+
+def _tokens(seed=0, batch=6):
+  tokens = np.random.default_rng(seed).integers(5, 400, (batch, 48))
+  tokens[:, 0] = 2
+  return tokens.astype(np.int32)
+
+
+@pytest.fixture(scope='module')
+def case():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  statistics = gx.compress.statistics(model, params, _tokens())
+  found = gx.compress.sensitivities(
+    model, params, statistics, candidates=_METHODS, bands=4
+  )
+  return model, params, statistics, found
+
+
+def _made_up(seed=0, weights=5, methods=4):
+  rng = np.random.default_rng(seed)
+  candidates = {}
+  for i in range(weights):
+    nbytes = np.sort(rng.integers(10, 200, methods))
+    loss = np.sort(rng.exponential(size=methods))[::-1]
+    candidates[f'layer_{i}/mlp/w'] = tuple(
+      gx.compress.Candidate(
+        method=gx.Int(bits=2 + j), nbytes=int(n), loss=float(x)
+      )
+      for j, (n, x) in enumerate(zip(nbytes, loss, strict=True))
+    )
+  return gx.compress.Sensitivities(
+    candidates=candidates, weights=1000, dense_bytes=2000, other_bytes=7
+  )
+
+
+def test_solve_finds_what_trying_all_finds():
+  for seed in range(6):
+    found = _made_up(seed)
+    all_choices = [*itertools.product(*found.candidates.values())]
+    nbytes = lambda choice: 7 + sum(c.nbytes for c in choice)
+    loss = lambda choice: sum(c.loss for c in choice)
+    least = min(map(nbytes, all_choices))
+    budget = int(least * 1.4)
+    got = gx.compress.solve(found, gx.Budget(nbytes=budget))
+    fit = [c for c in all_choices if nbytes(c) <= budget]
+    assert got.nbytes <= budget
+    assert got.loss == pytest.approx(min(map(loss, fit)), rel=1e-3)
+    most = min(map(loss, all_choices)) * 1.5
+    got = gx.compress.solve(found, gx.Budget(ratio=float(np.exp(most))))
+    fit = [c for c in all_choices if loss(c) <= most]
+    assert got.loss <= most * (1 + 1e-6)
+    assert got.nbytes == pytest.approx(min(map(nbytes, fit)), rel=1e-3)
+    assert got.ratio == pytest.approx(np.exp(got.loss))
+
+
+def test_budgets_in_other_units_and_corrections():
+  found = _made_up()
+  by_share = gx.compress.solve(found, gx.Budget(share=0.3))
+  by_bits = gx.compress.solve(found, gx.Budget(bits=4.8))
+  assert by_share.choice == by_bits.choice and by_share.nbytes <= 600
+  twice = dataclasses.replace(found, corrections={'mlp': 2.0})
+  got = gx.compress.solve(twice, gx.Budget(share=0.3))
+  assert got.loss == pytest.approx(2 * by_share.loss, rel=1e-3)
+
+
+def test_budgets_that_cannot_be_had():
+  found = _made_up()
+  with pytest.raises(errors.RecipeError, match='bytes at least'):
+    gx.compress.solve(found, gx.Budget(nbytes=20))
+  with pytest.raises(errors.RecipeError, match='a ratio of'):
+    gx.compress.solve(found, gx.Budget(ratio=1 + 1e-9))
+
+
+@pytest.mark.parametrize(
+  'text, want',
+  [
+    ('28%', {'share': 0.28}),
+    ('4.5bits', {'bits': 4.5}),
+    ('3 bits', {'bits': 3.0}),
+    ('150MB', {'nbytes': 150_000_000}),
+    ('ratio=1.02', {'ratio': 1.02}),
+  ],
+)
+def test_parse(text, want):
+  assert gx.Budget.parse(text) == gx.Budget(**want)
+
+
+@pytest.mark.parametrize(
+  'text', ['', '28', '-3%', '0bits', '101%', 'ratio=1', '1e5MB', 'ratio=.9']
+)
+def test_parse_refuses(text):
+  with pytest.raises(errors.RecipeError, match='budget|Budget'):
+    gx.Budget.parse(text)
+
+
+def test_a_budget_is_one_number():
+  for kwargs in ({}, {'bits': 3.0, 'share': 0.2}, {'bits': float('inf')}):
+    with pytest.raises(errors.RecipeError):
+      gx.Budget(**kwargs)
+
+
+def test_more_bytes_cost_less_and_bytes_are_those_of_the_plan(case):
+  model, _, _, found = case
+  assert {f'{_TABLE}/rows_{i}' for i in range(4)} <= set(found.candidates)
+  assert len(found.candidates) == len(gx.nn.sites(model)) + 3
+  for candidates in found.candidates.values():
+    assert len(candidates) >= 3
+    sizes = [c.nbytes for c in candidates]
+    losses = [c.loss for c in candidates]
+    assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 50
+  for share in (0.25, 0.4):
+    got = gx.compress.solve(found, gx.Budget(share=share))
+    assert gx.plan(model, got.recipe).nbytes <= got.nbytes * 1.01
+    assert gx.plan(model, got.recipe).nbytes >= got.nbytes * 0.99
+    assert 0.9 * share < got.nbytes / found.dense_bytes <= share
+
+
+def _measure(case, recipe):
+  model, params, statistics, _ = case
+  packed = gx.compress(model, params, recipe, calibration=statistics)
+  compressed = gx.nn.Compressed(model=model, recipe=recipe)
+  return gx.compress.divergence(
+    model, params, compressed, packed, _tokens(seed=9)
+  )
+
+
+def test_better_than_uniform_and_as_predicted(case):
+  model, _, _, found = case
+  uniform = gx.Recipe.of({'.*': gx.Int(bits=4, group=64)})
+  nbytes = gx.plan(model, uniform).nbytes
+  got = gx.compress.solve(found, gx.Budget(nbytes=nbytes))
+  measured = _measure(case, got.recipe)
+  assert measured < 0.8 * _measure(case, uniform)
+  assert 0.5 < measured / got.loss < 2
+
+
+def test_corrections_are_measured(case):
+  model, params, statistics, found = case
+  got = gx.compress.solve(found, gx.Budget(share=0.25))
+  better = gx.compress.corrected(got, model, params, statistics, _tokens())
+  assert set(better.corrections) == {'attn', 'mlp', 'embedder'}
+  assert all(0.3 < x < 3 for x in better.corrections.values())
+  kind = got.of_kind('mlp')
+  assert all('/mlp/' in path for path in kind.choice)
+  assert 0 < kind.loss < got.loss
+
+
+def test_goes_on_from_what_is_known(case, monkeypatch):
+  model, params, statistics, found = case
+  kept = []
+  fitted = []
+  compress_weight = _compress.compress_weight
+
+  def counted(*args, **kwargs):
+    fitted.append(args[1].path)
+    return compress_weight(*args, **kwargs)
+
+  monkeypatch.setattr(_compress, 'compress_weight', counted)
+  left = [*found.candidates][-2:]
+  part = dataclasses.replace(
+    found,
+    candidates={p: c for p, c in found.candidates.items() if p not in left},
+  )
+  part = gx.compress.Sensitivities.from_json(
+    json.loads(json.dumps(part.to_json()))
+  )
+  again = gx.compress.sensitivities(
+    model,
+    params,
+    statistics,
+    candidates=_METHODS,
+    bands=4,
+    known=part,
+    keep=lambda x: kept.append(len(x.candidates)),
+  )
+  assert set(fitted) == set(left)
+  assert kept == [len(found.candidates) - 1, len(found.candidates)]
+  assert again.to_json() == found.to_json()
+  # Of another model, nothing is known.
+  fitted.clear()
+  other = jax.tree.map(lambda x: x * 1.5, params)
+  gx.compress.sensitivities(
+    model, other, statistics, candidates=_METHODS[:1], bands=1, known=part
+  )
+  assert len(fitted) == len(gx.nn.sites(model))
+
+
+def test_a_sample_of_rows_stands_for_all(monkeypatch):
+  rng = np.random.default_rng(0)
+  importance = rng.pareto(1.0, 4000)
+  cost = importance * rng.uniform(0.8, 1.2, 4000)
+  monkeypatch.setattr(_sensitivity, '_SAMPLE', 400)
+  rows, times = _sensitivity._sample(importance)
+  assert len(rows) == 400 and np.all(np.diff(rows) > 0)
+  assert cost[rows] @ times == pytest.approx(cost.sum(), rel=0.03)
+  rows, times = _sensitivity._sample(importance[:300])
+  assert len(rows) == 300 and np.all(times == 1)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'version': 2}, 'Version 2'),
+    ({'weights': -1}, 'weights must be an integer'),
+    ({'weights': True}, 'weights must be an integer'),
+    ({'corrections': []}, "'corrections' must be an object"),
+    ({'corrections': {'mlp': 'x'}}, 'corrections.mlp'),
+    ({'rows': {'a': [3, 3]}}, 'rows.a must ascend'),
+    ({'rows': {'a': 3}}, 'rows.a must be'),
+    ({'candidates': {'a': []}}, 'a list of candidates'),
+    ({'candidates': {'a': [{'bytes': 1}]}}, r'a\[0\] must be'),
+    (
+      {'candidates': {'a': [{'method': 'x', 'bytes': 1, 'loss': 1}]}},
+      'Unknown method',
+    ),
+    (
+      {'candidates': {'a': [{'method': 'int', 'bytes': 1, 'loss': None}]}},
+      'loss must be a number',
+    ),
+  ],
+)
+def test_files_that_are_not_valid(change, message):
+  good = _made_up().to_json()
+  gx.compress.Sensitivities.from_json(good)
+  with pytest.raises(errors.RecipeError, match=message):
+    gx.compress.Sensitivities.from_json(good | change)
+  with pytest.raises(errors.RecipeError, match='have the keys'):
+    gx.compress.Sensitivities.from_json({'version': 1})
+
+
+def test_allocate_gives_a_recipe_within_the_budget():
+  model = tiny.shallow() if hasattr(tiny, 'shallow') else tiny.model('gemma3')
+  params = tiny.params(model)
+  recipe = gx.allocate(model, params, '30%', _tokens(batch=2))
+  dense = sum(x.nbytes for x in jax.tree.leaves(params))
+  packed = gx.compress(model, params, recipe)
+  assert sum(x.nbytes for x in jax.tree.leaves(packed)) <= 0.3 * dense
+  compressed = gx.nn.Compressed(model=model, recipe=recipe)
+  assert jnp.isfinite(
+    compressed.apply({'params': packed}, jnp.array([[2, 9]])).logits
+  ).all()
