@@ -7,7 +7,7 @@
   python -m gemma_ext.compress --checkpoint=gemma3-270m --budget=28% \
       --sensitivities=FILE.json --output=DIR [--dry_run] [--plot=FILE.png]
 
-A budget ('28%' of the dense bytes, '4.5bits' a parameter, '150MB', or
+A budget ('28%' of bfloat16, '4.5bits' a parameter, '150MB', or
 'ratio=1.02' of perplexities) is spent where it hurts least, as measured on the
 calibration text. --sensitivities keeps what was measured: the same command
 goes on from there, and other budgets take seconds to plan. --dry_run stops
@@ -90,6 +90,13 @@ def _define_flags(values: flags.FlagValues) -> None:
     " if the extra `samples` is installed, else 'none'.",
     flag_values=values,
   )
+  flags.DEFINE_boolean(
+    'compensate',
+    False,
+    'With --recipe: round column by column, the error of each moved to those'
+    ' that follow. A budget always does.',
+    flag_values=values,
+  )
   flags.DEFINE_string(
     'text_field',
     'text',
@@ -163,8 +170,12 @@ def _run(args: Any) -> None:
     result['allocation'] = budgeted.to_json()
   if not args.dry_run:
     if budgeted is None:
-      required = any(map(_below_8_bits, recipe.rules))
-      text, fitted_on = _calibration(args, checkpoint, required=required)
+      below = any(map(_below_8_bits, recipe.rules))
+      text, fitted_on = _calibration(
+        args, checkpoint, required=below or args.compensate
+      )
+      if args.compensate:
+        fitted_on = _budgeted.statistics(args, checkpoint, fitted_on)
     params, found = _compress(args, checkpoint, recipe, plan, text, fitted_on)
     result |= found
     if budgeted is not None:

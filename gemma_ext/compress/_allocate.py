@@ -35,7 +35,7 @@ class Budget:
 
   Attributes:
     bits: Bits a parameter, mean of the whole model.
-    share: Share of the bytes of the dense model, in (0, 1].
+    share: Share of the bytes of the dense model in bfloat16, in (0, 1].
     nbytes: Bytes of all parameters.
     ratio: Perplexity over that of the dense model, above 1.
   """
@@ -90,7 +90,7 @@ class Budget:
     if found := re.fullmatch('ratio=' + number, compact):
       return cls(ratio=float(found[1]))
     raise errors.RecipeError(
-      f"{text!r} is no budget; expected one like '28%' (of the dense bytes),"
+      f"{text!r} is no budget; expected one like '28%' (of bfloat16),"
       " '4.5bits' (a parameter), '150MB' or 'ratio=1.02' (of perplexities)."
     )
 
@@ -99,7 +99,7 @@ class Budget:
     if self.nbytes is not None:
       return self.nbytes
     if self.share is not None:
-      return self.share * found.dense_bytes
+      return self.share * found.bfloat16_bytes
     if self.bits is not None:
       return self.bits * found.weights / 8
     return None

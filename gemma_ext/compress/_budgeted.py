@@ -88,6 +88,33 @@ def check(args: Any) -> None:
       _sensitivity.read(args.sensitivities)
 
 
+def statistics(
+  args: Any, checkpoint: ckpts.Checkpoint, tokens: Any
+) -> _statistics.Statistics:
+  """Collects the statistics of a calibration text.
+
+  Args:
+    args: Flags of the command.
+    checkpoint: The dense checkpoint.
+    tokens: The text `[batch, length]`; `None` if there is none.
+
+  Raises:
+    RecipeError: If there is none.
+  """
+  if tokens is None:
+    raise errors.RecipeError(
+      'This needs a text: install gemma_ext[samples], or give'
+      ' --calibration=PATH.'
+    )
+  return _statistics.statistics(
+    checkpoint.model,
+    checkpoint.params,
+    tokens,
+    seed=args.seed,
+    progress=True,
+  )
+
+
 def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   """Measures and chooses.
 
@@ -99,26 +126,19 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   Raises:
     RecipeError: If the budget cannot be met.
   """
-  if tokens is None:
-    raise errors.RecipeError(
-      'A budget needs a text: install gemma_ext[samples], or give'
-      ' --calibration=PATH.'
-    )
   budget = _allocate.Budget.parse(args.budget)
   model, params = checkpoint.model, checkpoint.params
   known = None
   if args.sensitivities and os.path.exists(args.sensitivities):
     known = _sensitivity.read(args.sensitivities)
-  statistics = _statistics.statistics(
-    model, params, tokens, seed=args.seed, progress=True
-  )
+  found_on = statistics(args, checkpoint, tokens)
 
   def keep(found: _sensitivity.Sensitivities) -> None:
     if args.sensitivities:
       _cli.write_json(args.sensitivities, found.to_json())
 
   found = _sensitivity.sensitivities(
-    model, params, statistics, known=known, keep=keep, progress=True
+    model, params, found_on, known=known, keep=keep, progress=True
   )
   if known is not None and known.fingerprint == found.fingerprint:
     found = dataclasses.replace(found, corrections=known.corrections)
@@ -128,7 +148,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
       allocation,
       model,
       params,
-      statistics,
+      found_on,
       tokens[:_MEASURED],
       progress=True,
     )
@@ -137,7 +157,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   print(_table(allocation))
   return Budgeted(
     allocation=allocation,
-    statistics=statistics,
+    statistics=found_on,
     checkpoint=checkpoint,
     tokens=tokens,
   )
@@ -148,7 +168,7 @@ def _table(allocation: _allocate.Allocation) -> str:
   kinds = json.dumps({k: round(v, 3) for k, v in found.corrections.items()})
   return (
     f'Predicted: {_cli.human_bytes(allocation.nbytes)},'
-    f' {allocation.nbytes / found.dense_bytes:.1%} of dense,'
+    f' {allocation.nbytes / found.bfloat16_bytes:.1%} of bfloat16,'
     f' {8 * allocation.nbytes / found.weights:.2f} bits a parameter;'
     f' perplexity x {allocation.ratio:.4f}. Measured over predicted: {kinds}.'
   )

@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error compensation: what a group loses is pushed to later groups."""
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,12 +26,41 @@ from gemma_ext.compress import _registry
 _REFIT = 1 << 24
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factored:
+  """A Hessian with its factor, for several fits.
+
+  Attributes:
+    hessian: Second moments of the inputs, `[I, I]`.
+    upper: Upper Cholesky factor of its damped inverse.
+  """
+
+  hessian: jax.Array
+  upper: jax.Array
+
+  @classmethod
+  def of(cls, hessian: Any, damping: float = 0.01) -> Factored:
+    """Factors a Hessian.
+
+    Args:
+      hessian: Second moments of the inputs, `[I, I]`.
+      damping: Share of the mean diagonal that is added to it.
+
+    Raises:
+      NonFiniteError: If it is not finite.
+    """
+    hessian = jnp.asarray(hessian)
+    if not bool(jnp.all(jnp.isfinite(hessian))):
+      raise errors.NonFiniteError('The hessian holds NaN or infinity.')
+    return cls(hessian=hessian, upper=jnp.asarray(_factor(hessian, damping)))
+
+
 def compensate(
   w: jax.Array,
   *,
   method: recipe_lib.Ternary | recipe_lib.Int,
   fmt: Any,
-  hessian: jax.Array,
+  hessian: jax.Array | Factored,
   damping: float = 0.01,
 ) -> tuple[jax.Array, jax.Array]:
   """Fits `w` column by column; no row ends worse than its diagonal fit.
@@ -41,8 +73,8 @@ def compensate(
     w: Weights `[N, I]`.
     method: `Ternary` with a free density, or `Int`.
     fmt: Its packed format, with a group that divides I.
-    hessian: Second moments of the inputs, `[I, I]`.
-    damping: Share of the mean diagonal that is added to it.
+    hessian: Second moments of the inputs, `[I, I]`, factored or not.
+    damping: Share of the mean diagonal that is added to it, if not.
 
   Returns:
     Codes and scales as `fit_ternary` and `fit_int` return them.
@@ -56,18 +88,20 @@ def compensate(
     RecipeError: If the method fixes a density or pattern.
   """
   group, cols = fmt.group, w.shape[-1]
-  if hessian.shape != (cols, cols):
+  given = hessian.hessian if isinstance(hessian, Factored) else hessian
+  if given.shape != (cols, cols):
     raise errors.ShapeError(
-      f'Got hessian {hessian.shape}; expected {(cols, cols)}.'
+      f'Got hessian {given.shape}; expected {(cols, cols)}.'
     )
   ternary = isinstance(method, recipe_lib.Ternary)
   if not is_free(method):
     raise errors.RecipeError(f'{method!r} fixes a density; expected free.')
-  diag = jnp.diagonal(hessian)
+  diag = jnp.diagonal(given)
   _groups.check(w, group, diag)
-  if not bool(jnp.all(jnp.isfinite(hessian))):
-    raise errors.NonFiniteError('The hessian holds NaN or infinity.')
-  upper = jnp.asarray(_factor(hessian, damping))
+  factored = (
+    hessian if isinstance(hessian, Factored) else Factored.of(hessian, damping)
+  )
+  hessian, upper = factored.hessian, factored.upper
   w = w.reshape(-1, cols).astype(jnp.float32)
   fit = _registry.fit_of(method)
   base_codes, base_scale = fit(w, method, fmt, diag)

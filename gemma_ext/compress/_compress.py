@@ -105,8 +105,8 @@ def compress_weight(
     site: Its site.
     method: How to compress it.
     curvature: Weights of the squared error along the input axis, `[cols]`.
-    hessian: Second moments of the inputs, `[cols, cols]`, to compensate errors
-      with, where the method leaves its codes free.
+    hessian: Second moments of the inputs, `[cols, cols]`, or `Factored`, to
+      compensate errors with, where the method leaves its codes free.
 
   Returns:
     `{'codes', 'scale'}`, see `gemma_ext.kernels`.
@@ -117,8 +117,9 @@ def compress_weight(
   fmt = gx_nn.format_of(method, site.layout.cols)
   fit = _registry.fit_of(method)
   if hessian is not None:
-    hessian = jnp.asarray(hessian)
-    curvature = jnp.diagonal(hessian)
+    if not isinstance(hessian, _compensate.Factored):
+      hessian = _compensate.Factored.of(hessian)
+    curvature = jnp.diagonal(hessian.hessian)
     if _compensate.is_free(method):
       fit = functools.partial(_compensated, hessian=hessian)
   rows, cols = site.layout.rows, site.layout.cols

@@ -23,6 +23,7 @@ from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _compensate
 from gemma_ext.compress import _compress
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
@@ -78,8 +79,7 @@ class Sensitivities:
   Attributes:
     candidates: By path of the weight.
     weights: Parameters of the model.
-    dense_bytes: Bytes of the model, all dense.
-    other_bytes: Of them, bytes of what is not among the candidates.
+    other_bytes: Bytes of what is not among the candidates.
     corrections: By kind of weight (`kind_of`), what losses are multiplied by:
       measured over predicted.
     fingerprint: Of model, parameters and text.
@@ -88,11 +88,15 @@ class Sensitivities:
 
   candidates: dict[str, tuple[Candidate, ...]]
   weights: int
-  dense_bytes: int
   other_bytes: int
   corrections: dict[str, float] = dataclasses.field(default_factory=dict)
   fingerprint: str = ''
   rows: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def bfloat16_bytes(self) -> int:
+    """Bytes of the model, all dense in two bytes a weight."""
+    return 2 * self.weights
 
   def loss(self, path: str, candidate: Candidate) -> float:
     """Returns the corrected loss of a candidate, in nats a token."""
@@ -104,7 +108,6 @@ class Sensitivities:
       'version': _JSON_VERSION,
       'fingerprint': self.fingerprint,
       'weights': self.weights,
-      'dense_bytes': self.dense_bytes,
       'other_bytes': self.other_bytes,
       'corrections': self.corrections,
       'rows': {path: list(rows) for path, rows in self.rows.items()},
@@ -128,7 +131,6 @@ class Sensitivities:
       'version',
       'fingerprint',
       'weights',
-      'dense_bytes',
       'other_bytes',
       'corrections',
       'rows',
@@ -146,7 +148,7 @@ class Sensitivities:
       )
     numbers = {
       name: _number(name, data[name], whole=True)
-      for name in ('weights', 'dense_bytes', 'other_bytes')
+      for name in ('weights', 'other_bytes')
     }
     for name in ('corrections', 'candidates', 'rows'):
       if not isinstance(data[name], dict):
@@ -180,7 +182,7 @@ def sensitivities(
   params: Mapping[str, Any],
   statistics: _statistics.Statistics,
   *,
-  candidates: Sequence[recipe_lib.Method] = CANDIDATES,
+  candidates: Sequence[recipe_lib.Method] | None = None,
   bands: int = BANDS,
   known: Sensitivities | None = None,
   keep: Callable[[Sensitivities], None] = lambda found: None,
@@ -192,7 +194,7 @@ def sensitivities(
     model: The official model.
     params: Its dense parameters.
     statistics: Of `gx.compress.statistics`.
-    candidates: Methods, for all weights.
+    candidates: Methods, for all weights; `CANDIDATES` by default.
     bands: Of the table of embeddings, bands of rows that have a choice each.
     known: Results so far, of the same fingerprint; weights in it are not
       fitted again.
@@ -206,6 +208,7 @@ def sensitivities(
   Raises:
     ParamsMismatchError: If the parameters do not belong to the model.
   """
+  candidates = CANDIDATES if candidates is None else candidates
   flat = _compress.check_params(model, params)
   sites = {
     part.path: part
@@ -222,7 +225,6 @@ def sensitivities(
   result = Sensitivities(
     candidates=found,
     weights=sum(map(size, abstract)),
-    dense_bytes=sum(map(nbytes, abstract)),
     other_bytes=sum(nbytes(p) for p in abstract if p not in wholes),
     fingerprint=mark,
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
@@ -290,15 +292,14 @@ def _candidates(
     site,
     layout=gx_nn.Layout(shape=(len(rows), cols), in_axes=(1,)),
   )
+  hessian = _compensate.Factored.of(statistics.inputs[site.whole])
   found = []
   for method in methods:
     try:
       fmt = gx_nn.format_of(method, cols)
     except errors.GroupSizeError:
       continue
-    leaf = _compress.compress_weight(
-      matrix, sampled, method, hessian=statistics.inputs[site.whole]
-    )
+    leaf = _compress.compress_weight(matrix, sampled, method, hessian=hessian)
     got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
     error = matrix.astype(jnp.float32) - got.reshape(matrix.shape)
     own = rows + (site.rows[0] if site.rows else 0)

@@ -21,8 +21,7 @@ _TABLE = 'embedder/input_embedding'
 _METHODS = (
   gx.Ternary(group=16, packing='5trit', scale='ue5m3'),
   gx.Int(bits=3, group=64),
-  gx.Int(bits=4, group=64),
-  gx.Int(bits=6, group=64),
+  gx.Int(bits=5, group=64),
   gx.Int(bits=8, group=128),
 )
 
@@ -39,7 +38,7 @@ def case():
   params = tiny.params(model)
   statistics = gx.compress.statistics(model, params, _tokens())
   found = gx.compress.sensitivities(
-    model, params, statistics, candidates=_METHODS, bands=4
+    model, params, statistics, candidates=_METHODS, bands=2
   )
   return model, params, statistics, found
 
@@ -57,7 +56,7 @@ def _made_up(seed=0, weights=5, methods=4):
       for j, (n, x) in enumerate(zip(nbytes, loss, strict=True))
     )
   return gx.compress.Sensitivities(
-    candidates=candidates, weights=1000, dense_bytes=2000, other_bytes=7
+    candidates=candidates, weights=1000, other_bytes=7
   )
 
 
@@ -129,8 +128,8 @@ def test_a_budget_is_one_number():
 
 def test_more_bytes_cost_less_and_bytes_are_those_of_the_plan(case):
   model, _, _, found = case
-  assert {f'{_TABLE}/rows_{i}' for i in range(4)} <= set(found.candidates)
-  assert len(found.candidates) == len(gx.nn.sites(model)) + 3
+  assert {f'{_TABLE}/rows_{i}' for i in range(2)} <= set(found.candidates)
+  assert len(found.candidates) == len(gx.nn.sites(model)) + 1
   for candidates in found.candidates.values():
     assert len(candidates) >= 3
     sizes = [c.nbytes for c in candidates]
@@ -141,7 +140,7 @@ def test_more_bytes_cost_less_and_bytes_are_those_of_the_plan(case):
     got = gx.compress.solve(found, gx.Budget(share=share))
     assert gx.plan(model, got.recipe).nbytes <= got.nbytes * 1.01
     assert gx.plan(model, got.recipe).nbytes >= got.nbytes * 0.99
-    assert 0.9 * share < got.nbytes / found.dense_bytes <= share
+    assert 0.9 * share < got.nbytes / found.bfloat16_bytes <= share
 
 
 def _measure(case, recipe):
@@ -198,7 +197,7 @@ def test_goes_on_from_what_is_known(case, monkeypatch):
     params,
     statistics,
     candidates=_METHODS,
-    bands=4,
+    bands=2,
     known=part,
     keep=lambda x: kept.append(len(x.candidates)),
   )
@@ -257,13 +256,14 @@ def test_files_that_are_not_valid(change, message):
     gx.compress.Sensitivities.from_json({'version': 1})
 
 
-def test_allocate_gives_a_recipe_within_the_budget():
-  model = tiny.shallow() if hasattr(tiny, 'shallow') else tiny.model('gemma3')
+def test_allocate_gives_a_recipe_within_the_budget(monkeypatch):
+  monkeypatch.setattr(_sensitivity, 'CANDIDATES', _METHODS[2:4])
+  model = tiny.TinyGemma3Shallow()
   params = tiny.params(model)
-  recipe = gx.allocate(model, params, '30%', _tokens(batch=2))
+  recipe = gx.allocate(model, params, '40%', _tokens(batch=2))
   dense = sum(x.nbytes for x in jax.tree.leaves(params))
   packed = gx.compress(model, params, recipe)
-  assert sum(x.nbytes for x in jax.tree.leaves(packed)) <= 0.3 * dense
+  assert sum(x.nbytes for x in jax.tree.leaves(packed)) <= 0.4 * dense
   compressed = gx.nn.Compressed(model=model, recipe=recipe)
   assert jnp.isfinite(
     compressed.apply({'params': packed}, jnp.array([[2, 9]])).logits

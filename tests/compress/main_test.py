@@ -311,3 +311,82 @@ def test_wrong_flags(dense, capsys):
   argv = (f'--checkpoint={dense}', '--recipe=int8', '--dry_run')
   assert 'recipes' in _fails(capsys, *argv, '--recipes=int8')
   assert 'calibration_tokens' in _fails(capsys, *argv, '--calibration_tokens=0')
+
+
+@pytest.fixture(name='budgeted', scope='module')
+def _budgeted(dense, texts, tmp_path_factory, request):
+  """Arguments of a run within a budget, and its JSON."""
+  few = gx.Int(bits=4, group=64), gx.Int(bits=8, group=64)
+  patch = pytest.MonkeyPatch()
+  request.addfinalizer(patch.undo)
+  patch.setattr('gemma_ext.compress._sensitivity.CANDIDATES', few)
+  folder = tmp_path_factory.mktemp('budgeted')
+  args = [
+    f'--checkpoint={dense}',
+    '--budget=40%',
+    f'--calibration={texts}',
+    '--calibration_tokens=100',
+    '--dtype=float32',
+    f'--sensitivities={folder / "s.json"}',
+  ]
+  code = command.main(
+    [
+      *args,
+      f'--output={folder / "c"}',
+      f'--json={folder / "out.json"}',
+      f'--plot={folder / "bits.png"}',
+    ]
+  )
+  assert code == 0
+  return args, json.loads((folder / 'out.json').read_text()), folder
+
+
+def test_a_budget_is_kept_on_disk(budgeted):
+  _, out, folder = budgeted
+  found = out['allocation']
+  dense = 2 * out['plan']['weights']
+  assert 0.36 < found['predicted_bytes'] / dense <= 0.4
+  assert out['plan']['bytes'] == found['predicted_bytes']
+  assert found['predicted_ratio'] > 1 and found['measured_loss'] > 0
+  assert set(found['corrections']) == {'attn', 'mlp', 'embedder'}
+  assert (folder / 'bits.png').read_bytes().startswith(b'\x89PNG')
+  loaded = ckpts.load(folder / 'c')
+  logits = loaded.model.apply({'params': loaded.params}, jnp.ones((1, 4), int))
+  assert np.isfinite(logits.logits).all()
+
+
+def test_another_budget_is_planned_from_the_file(budgeted, monkeypatch, capsys):
+  args, out, folder = budgeted
+  before = (folder / 's.json').read_text()
+  refuse = lambda *args, **kwargs: pytest.fail('fits again')
+  monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)
+  argv = [a if '--budget' not in a else '--budget=ratio=1.5' for a in args]
+  assert command.main([*argv, '--dry_run']) == 0
+  text = capsys.readouterr().out
+  assert 'Predicted: ' in text and 'perplexity x 1.' in text
+  assert (folder / 's.json').read_text() == before
+  assert out['allocation']['corrections'] == json.loads(before)['corrections']
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--budget=lots'], 'is no budget'),
+    (['--budget=30%', '--recipe=int8'], 'one of --recipe and --budget'),
+    ([], 'one of --recipe and --budget'),
+    (['--budget=30%', '--calibration=none'], 'needs a text'),
+    (['--budget=1%'], 'cannot be had'),
+  ],
+)
+def test_budgets_that_are_wrong(budgeted, capsys, flags, message):
+  args = [a for a in budgeted[0] if not a.startswith('--budget')]
+  given = {f.partition('=')[0] for f in flags}
+  args = [a for a in args if a.partition('=')[0] not in given]
+  assert message in _fails(capsys, *args, *flags, '--dry_run')
+
+
+def test_sensitivities_that_are_none(budgeted, capsys, tmp_path):
+  path = tmp_path / 's.json'
+  path.write_text('[1]')
+  args = [*budgeted[0], f'--sensitivities={path}', '--dry_run']
+  assert 'Sensitivities in JSON' in _fails(capsys, *args)
