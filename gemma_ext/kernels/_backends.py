@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an operation."""
 
+from collections.abc import Mapping
 import os
 
 import jax
@@ -9,7 +10,7 @@ import jax
 from gemma_ext import errors
 from gemma_ext.kernels import _cpu
 
-BACKENDS = ('xla', 'cpu')
+BACKENDS = ('xla', 'cpu', 'gpu', 'tpu')
 # Bits of x in 'cpu'.
 X_BITS = (16, 8)
 
@@ -22,27 +23,41 @@ def check(backend: str | None, x_bits: int = 16) -> None:
     raise errors.ShapeError(f'{x_bits=}; expected one of {X_BITS}.')
 
 
-def choose(backend: str | None, why_not_cpu: str) -> str:
+def choose(backend: str | None, why_not: str | Mapping[str, str]) -> str:
   """Returns the backend of an operation.
+
+  'gpu' and 'tpu' are taken where they are named, 'cpu' by default.
 
   Args:
     backend: The one that was asked for, if any.
-    why_not_cpu: Why 'cpu' cannot run it; empty if it can.
+    why_not: Why a backend cannot run it; empty if it can. A text is that of
+      'cpu'. Backends that are left out have no such operation.
 
   Raises:
-    BackendError: If the one that was asked for, here or by
-      `GEMMA_EXT_BACKEND`, cannot run it or does not exist.
+    BackendError: If the one that was asked for cannot run it, or the one that
+      `GEMMA_EXT_BACKEND` names does not exist.
   """
-  if backend == 'cpu' and why_not_cpu:
-    raise errors.BackendError(f"backend='cpu' cannot run here: {why_not_cpu}.")
-  if backend is None:
-    return 'xla' if why_not_cpu else _preferred()
-  return backend
+  reasons = {'cpu': why_not} if isinstance(why_not, str) else dict(why_not)
+  reasons['xla'] = ''
+  if backend is not None:
+    reason = reasons.get(backend, 'it has no such operation')
+    if reason:
+      raise errors.BackendError(f'{backend=} cannot run here: {reason}.')
+    return backend
+  named = _preferred()
+  # What it cannot do, the reference can.
+  return 'xla' if reasons.get(named, 'none') else named
 
 
 def on_cpu() -> bool:
   """Whether operations run in the C++ kernels by default."""
   return choose(None, _cpu.unavailable()) == 'cpu'
+
+
+def no_device(platform: str) -> str:
+  """Returns why no array is on an accelerator of this kind; '' if it is."""
+  found = jax.default_backend()
+  return '' if found == platform else f'the default device is a {found}'
 
 
 def _preferred() -> str:

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import sysconfig
+from typing import Any
 import warnings
 
 import jax
@@ -80,9 +81,7 @@ def has(name: str) -> bool:
   return lib is not None and bool(lib.gemma_ext_has_kernels(name.encode()))
 
 
-def why_not(
-  x: jax.Array, p: Mapping[str, jax.Array], fmt: _formats.Format
-) -> str:
+def why_not(x: Any, p: Mapping[str, jax.Array], fmt: _formats.Format) -> str:
   """Why the kernels cannot run a product; empty if they can."""
   if isinstance(fmt, _formats.TernaryFormat) and fmt.tied and fmt.planes > 5:
     return f'it sums up to 5 tied planes, not {fmt.planes}'

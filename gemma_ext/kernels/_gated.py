@@ -39,7 +39,7 @@ def gated_ffn(
     gate_fmt: Its format.
     down: Packed weight `[O, H]`.
     down_fmt: Its format.
-    backend: 'xla' or 'cpu', as for `matmul`.
+    backend: As for `matmul`.
     x_bits: What 'cpu' rounds x and the hidden activations to, as for `matmul`.
 
   Returns:
@@ -65,12 +65,17 @@ def gated_ffn(
   _matmul.check_x(x)
   _params.validate(gate, gate_fmt, rows, x.shape[-1], part=True)
   _params.validate(down, down_fmt, tuple(outs), rows[1], part=True)
-  reason = _cpu.why_not(x, gate, gate_fmt) or _cpu.why_not(x, down, down_fmt)
-  backend = _backends.choose(backend, reason)
-  if backend == 'xla':
+  hidden = jax.ShapeDtypeStruct((*x.shape[:-1], rows[1]), x.dtype)
+  first = _matmul.why_not(x, gate, gate_fmt)
+  second = _matmul.why_not(hidden, down, down_fmt)
+  chosen = _backends.choose(
+    backend, {name: first[name] or second[name] for name in first}
+  )
+  if chosen == 'xla':
     return _xla(x, gate, gate_fmt, down, down_fmt)
   gate, down = _params.own(gate, gate_fmt), _params.own(down, down_fmt)
-  return _cpu_ffn((gate_fmt, down_fmt), x_bits, x, dict(gate), dict(down))
+  formats = gate_fmt, down_fmt
+  return _packed_ffn(formats, chosen, x_bits, x, dict(gate), dict(down))
 
 
 def _xla(x, gate, gate_fmt, down, down_fmt):
@@ -79,16 +84,21 @@ def _xla(x, gate, gate_fmt, down, down_fmt):
   return _matmul.matmul_xla(hidden, down, down_fmt)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _cpu_ffn(formats, x_bits, x, gate, down):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _packed_ffn(formats, backend, x_bits, x, gate, down):
   (rows,) = _params.rows_of(down, formats[1])
-  y = _cpu.gated(x.reshape(-1, x.shape[-1]), gate, down, formats, x_bits=x_bits)
+  flat = x.reshape(-1, x.shape[-1])
+  if backend == 'cpu':
+    y = _cpu.gated(flat, gate, down, formats, x_bits=x_bits)
+  else:
+    hidden = _matmul.packed(backend, flat, gate, formats[0], gated=True)
+    y = _matmul.packed(backend, hidden, down, formats[1])
   return y.reshape(*x.shape[:-1], rows)
 
 
-@_cpu_ffn.defjvp
-def _cpu_ffn_jvp(formats, x_bits, primals, tangents):
-  out = _cpu_ffn(formats, x_bits, *primals)
+@_packed_ffn.defjvp
+def _packed_ffn_jvp(formats, backend, x_bits, primals, tangents):
+  out = _packed_ffn(formats, backend, x_bits, *primals)
   dx, dgate, ddown = tangents
   codes = lambda p, s: {'codes': p['codes'], 'scale': s}
   of = lambda x, gate_scale, down_scale: _xla(

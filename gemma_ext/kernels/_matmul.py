@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed matmul: `[..., I] x [*rows, I] -> [..., *rows]`.
 
-Backends: 'xla' unpacks and multiplies, everywhere; 'cpu' is C++ that reads
-packed codes, see `cpu/`.
+Backends: 'xla' unpacks and multiplies, everywhere; the others read packed
+codes: 'cpu' in C++, see `cpu/`; 'gpu' and 'tpu' in Pallas, see `mosaic_gpu/`
+and `tpu/`.
 """
 
 from collections.abc import Mapping
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +47,11 @@ def matmul(
     p: `{'codes', 'scale'}` of a weight `[*rows, I]`.
     fmt: Their format.
     backend: 'xla', the reference: unpack, then a dense dot. 'cpu', C++, for
-      codes and scales as they are stored and x in float32 or bfloat16. By
-      default 'cpu' where it can be had, on one CPU device, or what the
-      environment variable `GEMMA_EXT_BACKEND` names.
+      codes and scales as they are stored and x in float32 or bfloat16. 'gpu',
+      for at most `FEW_ROWS` rows of x in bfloat16 on Hopper or newer. 'tpu',
+      which has not run on one yet. By default 'cpu' where it can be had, on one
+      CPU device, or what the environment variable `GEMMA_EXT_BACKEND` names,
+      and 'xla' for what that cannot do.
     x_bits: What 'cpu' rounds x to, in blocks of at most 512: 16 (15 bits and a
       sign, finer than bfloat16), or 8, faster and coarser, in blocks of at most
       128. 'xla' does not round it.
@@ -63,17 +67,18 @@ def matmul(
   Raises:
     ParamsMismatchError: If `p` does not have the shapes that `fmt` and x need.
     ShapeError: If `x` is not floating or the backend is unknown.
-    BackendError: If `backend='cpu'` cannot run here.
+    BackendError: If the backend cannot run here.
   """
   _backends.check(backend, x_bits)
   check_x(x)
   rows = _params.rows_of(p, fmt)
   _params.validate(p, fmt, rows, x.shape[-1], part=True)
-  if _backends.choose(backend, _cpu.why_not(x, p, fmt)) == 'xla':
+  chosen = _backends.choose(backend, why_not(x, p, fmt))
+  if chosen == 'xla':
     return matmul_xla(x, p, fmt)
-  if not _cpu.contiguous(p, fmt):
+  if chosen != 'cpu' or not _cpu.contiguous(p, fmt):
     p = _params.own(p, fmt)
-  return _matmul_cpu(fmt, x_bits, x, p['codes'], p['scale'])
+  return _packed(fmt, chosen, x_bits, x, p['codes'], p['scale'])
 
 
 def check_x(x: jax.Array) -> None:
@@ -84,17 +89,91 @@ def check_x(x: jax.Array) -> None:
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _matmul_cpu(fmt, x_bits, x, codes, scale):
+def why_not(
+  x: Any, p: Mapping[str, jax.Array], fmt: _formats.Format
+) -> dict[str, str]:
+  """Returns why each backend cannot take a product; empty if it can."""
+  return {
+    'cpu': _cpu.why_not(x, p, fmt),
+    'gpu': _why_not_gpu(x, p, fmt),
+    'tpu': _why_not_tpu(x, p, fmt),
+  }
+
+
+def _why_not_gpu(x, p, fmt) -> str:
+  if reason := _backends.no_device('gpu'):
+    return reason
+  from gemma_ext.kernels import mosaic_gpu
+
+  capability = float(getattr(jax.devices()[0], 'compute_capability', 0) or 0)
+  if capability < 9:
+    return f'the GPU has compute capability {capability}, expected 9 or more'
+  if math.prod(x.shape[:-1]) > FEW_ROWS:
+    return f'{math.prod(x.shape[:-1])} rows of x, expected at most {FEW_ROWS}'
+  return mosaic_gpu.why_not(x, p['codes'], p['scale'], fmt)
+
+
+def _why_not_tpu(x, p, fmt) -> str:
+  if reason := _backends.no_device('tpu'):
+    return reason
+  from gemma_ext.kernels import tpu
+
+  return tpu.why_not(x, p['codes'], p['scale'], fmt)
+
+
+def packed(
+  backend: str,
+  x: jax.Array,
+  p: Mapping[str, jax.Array],
+  fmt: _formats.Format,
+  *,
+  x_bits: int = 16,
+  gated: bool = False,
+) -> jax.Array:
+  """`matmul` of a backend other than 'xla', which can take it.
+
+  Args:
+    backend: The backend.
+    x: Activations `[N, I]`.
+    p: Packed weight, its own codes.
+    fmt: Its format.
+    x_bits: As for `matmul`.
+    gated: Whether the rows are gate and up, and the result
+      `gelu(gate) * up`; not on 'cpu'.
+
+  Returns:
+    `[N, O]`, or half of it.
+  """
+  codes, scale = p['codes'], p['scale']
+  if backend == 'cpu':
+    return _cpu.matmul(x, codes, scale, fmt, x_bits=x_bits)
+  if backend == 'gpu':
+    from gemma_ext.kernels import mosaic_gpu
+
+    return mosaic_gpu.few_rows(x, codes, scale, fmt, gated=gated)
+  from gemma_ext.kernels import tpu
+
+  y = tpu.matmul(x, codes, scale, fmt)
+  if not gated:
+    return y
+  gate, up = jnp.split(y, 2, axis=-1)
+  return jax.nn.gelu(gate) * up
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _packed(fmt, backend, x_bits, x, codes, scale):
   cols = x.shape[-1]
   rows = _params.rows_of({'scale': scale}, fmt)
-  y = _cpu.matmul(x.reshape(-1, cols), codes, scale, fmt, x_bits=x_bits)
+  flat = x.reshape(-1, cols)
+  y = packed(
+    backend, flat, {'codes': codes, 'scale': scale}, fmt, x_bits=x_bits
+  )
   return y.reshape(*x.shape[:-1], *rows)
 
 
-def _matmul_cpu_jvp(fmt, x_bits, primals, tangents):
+def _packed_jvp(fmt, backend, x_bits, primals, tangents):
   # Both are linear in x, so that XLA's derivative is that of the kernel.
-  out = _matmul_cpu(fmt, x_bits, *primals)
+  out = _packed(fmt, backend, x_bits, *primals)
   x, codes, scale = primals
   dx, _, ds = tangents
   zero = jax.custom_derivatives.SymbolicZero
@@ -108,7 +187,7 @@ def _matmul_cpu_jvp(fmt, x_bits, primals, tangents):
   return out, jnp.zeros_like(out) if total is None else total
 
 
-_matmul_cpu.defjvp(_matmul_cpu_jvp, symbolic_zeros=True)
+_packed.defjvp(_packed_jvp, symbolic_zeros=True)
 
 
 def matmul_xla(
