@@ -30,26 +30,26 @@ from gemma_ext.compress import _statistics
 
 _JSON_VERSION = 1
 _MAX_JSON_BYTES = 1 << 26
-# Of a table of embeddings.
-BANDS = 16
+# Of a table of embeddings, and the rows that their ends are multiples of.
+BANDS = 24
+_BAND_STEP = 1024
 # Rows that are fitted of a weight, to tell what all of them cost.
 _SAMPLE = 2048
 
 CANDIDATES: tuple[recipe_lib.Method, ...] = (
   recipe_lib.Ternary(group=16, packing='5trit', scale='ue5m3'),
-  recipe_lib.Int(bits=2, group=32),
-  recipe_lib.Int(bits=3, group=128),
-  recipe_lib.Int(bits=3, group=64),
-  recipe_lib.Int(bits=3, group=32),
-  recipe_lib.Int(bits=4, group=128),
-  recipe_lib.Int(bits=4, group=64),
-  recipe_lib.Int(bits=4, group=32),
-  recipe_lib.Int(bits=5, group=128),
-  recipe_lib.Int(bits=5, group=64),
-  recipe_lib.Int(bits=5, group=32),
-  recipe_lib.Int(bits=6, group=128),
-  recipe_lib.Int(bits=6, group=64),
-  recipe_lib.Int(bits=8, group=128),
+  *(
+    recipe_lib.Int(bits=bits, group=group)
+    for bits, groups in {
+      2: (32,),
+      3: (128, 64, 32),
+      4: (128, 64, 32),
+      5: (128, 64, 32),
+      6: (64, 32),
+      8: (128, 32),
+    }.items()
+    for group in groups
+  ),
 )
 
 
@@ -214,7 +214,11 @@ def sensitivities(
     part.path: part
     for site in gx_nn.sites(model)
     if site.path in statistics.inputs
-    for part in _parts(site, bands if statistics.is_table(site.path) else 1)
+    for part in (
+      _parts(site, bands, statistics.importance(site.path))
+      if statistics.is_table(site.path)
+      else (site,)
+    )
   }
   wholes = {site.whole for site in sites.values()}
   abstract = _plan.abstract_params(model)
@@ -334,16 +338,48 @@ def _sample(importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return rows, times[rows]
 
 
-def _parts(site: gx_nn.Site, bands: int) -> tuple[gx_nn.Site, ...]:
-  """The site, or bands of its rows, all of one size but for the last."""
-  count = site.layout.shape[0]
-  step = -(-count // bands)
-  ends = [*range(step, count, step)]
-  if bands == 1 or not ends:
+def _parts(
+  site: gx_nn.Site, bands: int, importance: np.ndarray
+) -> tuple[gx_nn.Site, ...]:
+  """Bands of the rows of a table, or the table if there is one."""
+  ends = _edges(importance, bands)
+  if not ends:
     return (site,)
   any_method = recipe_lib.Int()
   method = recipe_lib.Rows(bands=tuple((e, any_method) for e in (*ends, None)))
   return tuple(part for part, _ in gx_nn.split(site, method))
+
+
+def _edges(importance: np.ndarray, bands: int) -> list[int]:
+  """Where bands end, the last one's end left out.
+
+  Rows that cost alike want as many bits, one for every factor of four: bands
+  have the least variance of the logarithm of what their rows cost.
+  """
+  count = len(importance)
+  step = min(_BAND_STEP, max(1, count // (4 * bands)))
+  starts = np.arange(0, count, step)
+  size = np.diff([*starts, count])
+  mean = np.add.reduceat(importance, starts) / size
+  x = np.log(np.maximum(mean, 1e-30))
+  n = len(x)
+  if bands >= n:
+    return [int(i) for i in starts[1:]] if bands > 1 else []
+  sums = [np.concatenate([[0.0], np.cumsum(size * x**k)]) for k in range(3)]
+  # cost[i, j] of a band of bins i to j, j left out.
+  i, j = np.arange(n + 1)[:, None], np.arange(n + 1)[None]
+  total, first, second = (s[j] - s[i] for s in sums)
+  cost = np.where(j > i, second - first**2 / np.maximum(total, 1), np.inf)
+  best, froms = cost[0].copy(), []
+  for _ in range(bands - 1):
+    through = best[:, None] + cost
+    froms.append(np.argmin(through, axis=0))
+    best = np.min(through, axis=0)
+  ends, at = [], n
+  for source in reversed(froms):
+    at = int(source[at])
+    ends.append(int(starts[at]))
+  return ends[::-1]
 
 
 def _frontier(found: Sequence[Candidate]) -> tuple[Candidate, ...]:

@@ -225,6 +225,19 @@ def test_a_sample_of_rows_stands_for_all(monkeypatch):
   assert len(rows) == 300 and np.all(times == 1)
 
 
+def test_bands_end_where_frequency_changes():
+  importance = np.full(4096, 1e-6)
+  importance[:256] = 1.0
+  importance[3000:3500] = 1e-2
+  assert _sensitivity._edges(importance, 4) == [256, 2816, 3584]
+  ends = _sensitivity._edges(np.exp(-np.arange(4096) / 300), 8)
+  assert len(ends) == 7 and ends == sorted(set(ends))
+  # A straight slope: bands of one size, but for rounding.
+  assert np.all(np.abs(np.diff([0, *ends, 4096]) - 512) <= 128)
+  assert _sensitivity._edges(importance, 1) == []
+  assert _sensitivity._edges(np.ones(3), 8) == [1, 2]
+
+
 @pytest.mark.parametrize(
   'change, message',
   [
