@@ -2,6 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity with intervals, paired comparisons, sizes of weights."""
 
+from gemma_ext.evals._comparisons import compare
+from gemma_ext.evals._comparisons import Comparison
+from gemma_ext.evals._comparisons import holm
+from gemma_ext.evals._comparisons import Mean
+from gemma_ext.evals._comparisons import mean
+from gemma_ext.evals._comparisons import wilson
 from gemma_ext.evals._perplexity import perplexity
 from gemma_ext.evals._results import finite
 from gemma_ext.evals._results import package_versions

@@ -1,44 +1,55 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Quality against bytes: budgets, uniform widths, and llama.cpp's types.
+"""Quality against bytes: budgets beside uniform widths.
 
   python -m tools.benchmarks.front --output=DIR [--budgets=50%,35%,28%,20%] \
       [--json=FILE] [--plot=FILE.png]
 
-Every point of ours is a directory that `python -m gemma_ext.compress` wrote and
-`python -m gemma_ext.evaluate` loaded: bytes are those of the parameters on
-disk, perplexity is that of held-out text, its ratio to the dense model paired
-by document, with a 95% interval. Uniform widths are fitted with the same
-statistics as budgets. What is there already is not made again.
+Every point is a directory that `gx.ckpts.save` wrote and `load` read: bytes are
+those of the parameters on disk. Perplexity is that of the test split, its ratio
+to the dense model paired by document, with a 95% interval; statistics and
+divergences are those of the calibration split. Uniform widths are fitted with
+the same statistics as budgets. What is there already is not made again.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
 import json
 import math
 import pathlib
+import re
 import sys
 from typing import Any
 
 from absl import flags
+import jax.numpy as jnp
+import numpy as np
 
 from gemma_ext import _cli
+from gemma_ext import ckpts
+from gemma_ext import compress as gx_compress
+from gemma_ext import data
 from gemma_ext import errors
-from gemma_ext import evaluate
+from gemma_ext import evals
 from gemma_ext import recipe as recipe_lib
-from gemma_ext.compress import __main__ as compress
+from gemma_ext.compress import _heatmap
 from tools.benchmarks import _timing
 
 _SAMPLE = 'sample'
+_WINDOW = 512
+# Windows of the calibration text that divergences are measured on.
+_MEASURED = 8
+# Share of bfloat16 at which kinds of weights are measured, to correct them.
+_CORRECTED = 0.28
 UNIFORM = {
   f'int{bits} g{group}': recipe_lib.Int(bits=bits, group=group)
   for bits, group in (
     (8, 128),
-    (6, 128),
+    (6, 64),
     (5, 64),
     (4, 32),
-    (4, 128),
     (3, 32),
-    (3, 128),
   )
 }
 
@@ -60,7 +71,10 @@ def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
     'uniform', [*UNIFORM], 'Uniform widths, or none.', flag_values=values
   )
-  string('text', _SAMPLE, 'Text to measure on, as evaluate takes it.')
+  string('text', _SAMPLE, 'Text, as evaluate takes it; it is split.')
+  flags.DEFINE_integer(
+    'tokens', 8192, 'Tokens to calibrate on.', 1, flag_values=values
+  )
   flags.DEFINE_integer(
     'max_tokens', 20_440, 'Tokens of it.', lower_bound=1, flag_values=values
   )
@@ -68,61 +82,118 @@ def _define_flags(values: flags.FlagValues) -> None:
   string('plot', None, 'PNG to draw.')
 
 
-def _command(name: str, run: Any, argv: Sequence[str]) -> None:
-  """Runs a command of the package, whose errors have been printed."""
-  if status := run(argv):
-    raise errors.GemmaExtError(f'{name} {" ".join(argv)} ended with {status}.')
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Bench:
+  """What all points share."""
 
+  args: Any
+  dense: ckpts.Checkpoint
+  statistics: gx_compress.Statistics
+  tokens: np.ndarray
+  windows: data.Windows
+  baseline: evals.PerplexityResult
 
-def _point(args: Any, folder: pathlib.Path, flags_: list[str]) -> Any:
-  """The results of one point, made if they are not there."""
-  made, measured = folder / 'compress.json', folder / 'evaluate.json'
-  folder.mkdir(parents=True, exist_ok=True)
-  if not made.exists():
-    _command(
-      'compress',
-      compress.main,
-      [
-        f'--checkpoint={args.checkpoint}',
-        f'--output={folder / "checkpoint"}',
-        '--overwrite',
-        f'--plot={folder / "bits.png"}',
-        f'--json={made}',
-        *flags_,
-      ],
+  def point(self, name: str, recipe: recipe_lib.Recipe) -> dict[str, Any]:
+    """The result of a recipe, made and measured if it is not there."""
+    folder = pathlib.Path(self.args.output) / re.sub(r'[^\w.]+', '_', name)
+    result = folder / 'result.json'
+    if result.exists():
+      found = json.loads(result.read_text())
+      if found['recipe'] == recipe.to_json():
+        return found
+    _cli.note(f'{name}: fitting ...')
+    params = gx_compress.compress(
+      self.dense.model,
+      self.dense.params,
+      recipe,
+      calibration=self.statistics,
+      progress=True,
     )
-  if not measured.exists():
-    _command(
-      'evaluate',
-      evaluate.main,
-      [
-        f'--checkpoint={folder / "checkpoint"}',
-        f'--baseline={args.checkpoint}',
-        f'--text={args.text}',
-        f'--max_tokens={args.max_tokens}',
-        f'--json={measured}',
-      ],
+    path = ckpts.save(
+      folder,
+      model=self.dense.model,
+      params=params,
+      tokenizer=self.dense.tokenizer,
+      recipe=recipe,
+      source=self.dense.source,
+      overwrite=True,
     )
-  return json.loads(made.read_text()), json.loads(measured.read_text())
+    del params
+    loaded = ckpts.load(path, dtype=jnp.bfloat16)
+    measured = gx_compress.divergence(
+      self.dense.model,
+      self.dense.params,
+      loaded.model,
+      loaded.params,
+      self.tokens[-_MEASURED:],
+      progress=True,
+    )
+    quality = evals.perplexity(
+      loaded.model, loaded.params, self.windows, progress=True
+    )
+    paired = evals.paired_json(evals.paired_ratio(quality, self.baseline))
+    plan = gx_compress.plan(self.dense.model, recipe)
+    _heatmap.plot(plan, path / 'bits.png')
+    nbytes = ckpts.directory_bytes(path)['params']
+    found = {
+      'name': name,
+      'bytes': nbytes,
+      'share': nbytes / (2 * plan.num_weights),
+      'planned_bytes': plan.nbytes,
+      'perplexity': quality.to_json()['perplexity'],
+      'ratio': paired['ratio'],
+      'ci95': paired['ci95'],
+      'measured_loss': measured,
+      'held_out_loss': math.log(paired['ratio']),
+      'recipe': recipe.to_json(),
+    }
+    _cli.write_json(str(result), found)
+    return found
 
 
-def _row(name: str, made: Mapping[str, Any], found: Any) -> dict[str, Any]:
-  paired, dense = found['paired_delta'], 2 * made['plan']['weights']
-  row = {
-    'name': name,
-    'bytes': made['bytes_on_disk']['params'],
-    'share': made['bytes_on_disk']['params'] / dense,
-    'ratio': paired['ratio'],
-    'ci95': paired['ci95'],
-    'tokens': found['tokens'],
-    'perplexity': found['perplexity'],
-  }
-  if allocation := made.get('allocation'):
-    row['predicted_bytes'] = allocation['predicted_bytes']
-    row['predicted_loss'] = sum(allocation['predicted_loss_by_weight'].values())
-    row['measured_loss'] = allocation['measured_loss']
-    row['held_out_loss'] = math.log(paired['ratio'])
-  return row
+def _bench(args: Any) -> _Bench:
+  """Loads, measures the dense model, and collects statistics."""
+  dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
+  documents = data.split(tuple(data.load_documents(args.text)))
+  cut = functools.partial(data.windows, dense.tokenizer, length=_WINDOW)
+  windows = cut(documents.test.documents, max_tokens=args.max_tokens)
+  tokens = cut(documents.calibration.documents, max_tokens=args.tokens).tokens
+  return _Bench(
+    args=args,
+    dense=dense,
+    statistics=gx_compress.statistics(
+      dense.model, dense.params, tokens, progress=True
+    ),
+    tokens=tokens,
+    windows=windows,
+    baseline=evals.perplexity(
+      dense.model, dense.params, windows, progress=True
+    ),
+  )
+
+
+def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
+  """Those of the file, or measured."""
+  known = gx_compress.read_sensitivities(path) if path.exists() else None
+  keep = lambda found: _cli.write_json(str(path), found.to_json())
+  model, params = bench.dense.model, bench.dense.params
+  found = gx_compress.sensitivities(
+    model, params, bench.statistics, known=known, keep=keep, progress=True
+  )
+  if known is not None and known.fingerprint == found.fingerprint:
+    if known.corrections:
+      return dataclasses.replace(found, corrections=known.corrections)
+  allocation = gx_compress.solve(found, gx_compress.Budget(share=_CORRECTED))
+  found = gx_compress.corrected(
+    allocation,
+    model,
+    params,
+    bench.statistics,
+    bench.tokens[:_MEASURED],
+    progress=True,
+  )
+  keep(found)
+  return found
 
 
 def _run(args: Any) -> None:
@@ -133,33 +204,31 @@ def _run(args: Any) -> None:
   for name in args.uniform:
     if name not in UNIFORM:
       raise errors.ConfigError(f'--uniform: {name!r} is none of {[*UNIFORM]}.')
+  budgets = {text: gx_compress.Budget.parse(text) for text in args.budgets}
   output = pathlib.Path(args.output)
   output.mkdir(parents=True, exist_ok=True)
+  bench = _bench(args)
+  found = _sensitivities(bench, output / 'sensitivities.json')
   rows = []
-  for budget in args.budgets:
-    flags_ = [
-      f'--budget={budget}',
-      f'--sensitivities={output / "sensitivities.json"}',
-    ]
-    folder = output / budget.replace('%', '_percent')
-    rows.append(_row(budget, *_point(args, folder, flags_)))
+  for text, budget in budgets.items():
+    allocation = gx_compress.solve(found, budget)
+    row = bench.point(text, allocation.recipe)
+    rows.append(row | {'predicted_loss': allocation.loss})
     _report(rows)
   for name in args.uniform:
     recipe = recipe_lib.Recipe(rules=(('.*', UNIFORM[name]),))
-    folder = output / name.replace(' ', '_')
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'recipe.json'
-    path.write_text(json.dumps(recipe.to_json()))
-    flags_ = [f'--recipe={path}', '--compensate', f'--calibration={_SAMPLE}']
-    rows.append(_row(name, *_point(args, folder, flags_)))
+    rows.append(bench.point(name, recipe))
     _report(rows)
   if args.json:
     _cli.write_json(
       args.json,
       {
         'machine': _timing.machine(),
+        'versions': evals.package_versions(),
         'checkpoint': args.checkpoint,
         'text': args.text,
+        'tokens': int(bench.windows.num_scored),
+        'corrections': found.corrections,
         'points': rows,
       },
     )
@@ -176,8 +245,8 @@ def _report(rows: Sequence[Mapping[str, Any]]) -> None:
       f'{row["ratio"]:.4f}',
       _cli.human_interval(row['ci95'], 4),
       f'{row["predicted_loss"]:.4f}' if 'predicted_loss' in row else '',
-      f'{row["measured_loss"]:.4f}' if 'measured_loss' in row else '',
-      f'{row["held_out_loss"]:.4f}' if 'held_out_loss' in row else '',
+      f'{row["measured_loss"]:.4f}',
+      f'{row["held_out_loss"]:.4f}',
     )
     for row in rows
   ]
