@@ -102,9 +102,7 @@ def mean(
   groups = int(of.max()) + 1
   value = float(x.mean())
   centred = x - value
-  sums = np.zeros((runs, groups))
-  np.add.at(sums, (slice(None), of), centred)
-  sums /= x.size
+  sums = np.stack([np.bincount(of, row, groups) for row in centred]) / x.size
   error, freedom = _one_way(sums.sum(axis=0))
   if runs > 1:
     by_run, run_freedom = _one_way(sums.sum(axis=1))
