@@ -1,0 +1,250 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the harness on tiny models."""
+
+import html.parser
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from gemma_ext import ckpts
+from gemma_ext import errors
+from tests import tiny
+from tools.benchmarks import _measure
+from tools.benchmarks import _suite
+from tools.benchmarks import _summary
+from tools.benchmarks import run
+
+_WORDS = 'the capital of a group is one river that flows'.split()
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """A folder with a suite, its checkpoints and data, run once."""
+  folder = tmp_path_factory.mktemp('suite')
+  model = tiny.model('gemma3')
+  ckpts.save(
+    folder / 'dense',
+    model=model,
+    params=tiny.params(model),
+    tokenizer=tiny.tokenizer(3),
+  )
+  ckpts.save(
+    folder / 'other',
+    model=model,
+    params=tiny.params(model, seed=5),
+    tokenizer=tiny.tokenizer(3),
+  )
+  (folder / 'texts').mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(12):
+    text = ' '.join(rng.choice(_WORDS, 40))
+    (folder / 'texts' / f'{i}.txt').write_text(text)
+  quiz = [
+    {
+      'prompt': ' '.join(rng.choice(_WORDS, 4)),
+      'choices': [' river', ' capital of'],
+      'answer': int(rng.integers(2)),
+      'cluster': str(i // 2),
+    }
+    for i in range(12)
+  ]
+  text = '\n'.join(map(json.dumps, quiz))
+  (folder / 'quiz.jsonl').write_text(text)
+  (folder / 'words.jsonl').write_text(
+    '\n'.join(
+      json.dumps({'prompt': word, 'answer': word}) for word in _WORDS[:3]
+    )
+  )
+  suite = {
+    'baseline': 'dense',
+    'models': {
+      'other': {'checkpoint': 'other'},
+      'int8': {'checkpoint': 'dense', 'recipe': 'int8'},
+      'dense': {'checkpoint': 'dense'},
+      '1b': {'shape': 'Gemma3_1B', 'recipe': 'int4'},
+    },
+    'tasks': {
+      'texts': {'kind': 'perplexity', 'text': 'texts', 'window': 32},
+      'quiz': {'kind': 'choices', 'items': 'quiz.jsonl'},
+      'words': {
+        'kind': 'generate',
+        'items': 'words.jsonl',
+        'check': 'exact_match',
+        'max_new_tokens': 3,
+        'temperature': 1.0,
+        'seeds': [0, 1],
+      },
+    },
+  }
+  (folder / 'suite.json').write_text(json.dumps(suite))
+  assert run.main(_argv(folder)) == 0
+  return folder
+
+
+def _argv(folder, *more):
+  return [f'--suite={folder}/suite.json', f'--output={folder}/out', *more]
+
+
+def _records(folder):
+  lines = (folder / 'out' / 'results.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_every_pair_is_a_line(made):
+  records = _records(made)
+  assert len(records) == 12
+  found = {(r['model'], r['task']): r for r in records}
+  dense, int8 = found['dense', 'texts'], found['int8', 'texts']
+  assert len(dense['nll']) == len(dense['tokens']) == 12
+  assert dense['tokens'] == int8['tokens'] and dense['nll'] != int8['nll']
+  np.testing.assert_allclose(dense['nll'], int8['nll'], rtol=0.02)
+  assert int8['bytes'] < 0.6 * dense['bytes'] == 0.6 * dense['dense_bytes']
+  assert np.shape(found['int8', 'quiz']['scores']) == (1, 12)
+  assert np.shape(found['int8', 'words']['scores']) == (2, 3)
+  assert found['1b', 'texts']['skipped']
+  assert 0.5e9 < found['1b', 'texts']['bytes'] < 0.7e9
+  for key in ('machine', 'versions', 'code', 'data_sha256', 'seconds'):
+    assert key in dense
+
+
+def test_reports(made):
+  out = made / 'out'
+  text = (out / 'report.md').read_text()
+  assert '| int8 | texts |' in text and 'ratio 1.0' in text
+  assert '| 1b |  |' in text
+  page = (out / 'report.html').read_text()
+  html.parser.HTMLParser().feed(page)
+  assert 'data:image/png;base64,' in page and 'http' not in page
+  bench = json.loads((out / 'benchmark.json').read_text())
+  assert all({'name', 'unit', 'value'} <= set(row) for row in bench)
+  assert any(row['name'] == 'int8: texts' and 'range' in row for row in bench)
+  junit = ElementTree.parse(out / 'junit.xml').getroot()
+  assert junit.get('failures') == '0' and len(junit) == 9
+
+
+def test_gates(made, capsys):
+  # A model of other random weights is not within 0.1% for certain.
+  argv = _argv(made, '--gate=other:texts_ratio<=0.5')
+  assert run.main(argv) == 1
+  assert 'gate: other: texts_ratio' in capsys.readouterr().err
+  junit = ElementTree.parse(made / 'out' / 'junit.xml').getroot()
+  assert junit.get('failures') == '1'
+  assert 'texts_ratio' in junit.find('testcase/failure').get('message')
+  assert run.main(_argv(made, '--gate=int8:texts_ratio<=1.05')) == 0
+  assert run.main(_argv(made, '--gate=quiz_difference>=-1')) == 0
+
+
+def test_what_is_there_is_not_measured_again(made, monkeypatch):
+  measured = []
+  once = _measure.run
+  monkeypatch.setattr(
+    _measure,
+    'run',
+    lambda task, *args: measured.append(task.name) or once(task, *args),
+  )
+  assert run.main(_argv(made)) == 0
+  assert measured == []
+  # A line that a kill tore is measured again, the others are kept.
+  path = made / 'out' / 'results.jsonl'
+  whole = path.read_text()
+  lines = whole.splitlines(keepends=True)
+  torn = next(i for i, line in enumerate(lines) if '"task": "quiz"' in line)
+  moved = lines[:torn] + lines[torn + 1 :] + [lines[torn][:40]]
+  path.write_text(''.join(moved))
+  assert run.main(_argv(made)) == 0
+  assert measured == ['quiz']
+  assert len(_records(made)) == 12
+  # In the middle it is no accident.
+  path.write_text('{"key"\n' + whole)
+  assert run.main(_argv(made)) == 2
+  path.write_text(whole)
+
+
+def test_an_interval_decides():
+  rng = np.random.default_rng(0)
+  tokens = [100] * 30
+  base = 300 + 20 * rng.standard_normal(30)
+  record = lambda model, nll: {
+    'model': model,
+    'task': 't',
+    'nll': list(nll),
+    'tokens': tokens,
+    'text_bytes': [400] * 30,
+    'whole': True,
+    'data_sha256': 'x',
+  }
+  lines = _summary.summarise(
+    [
+      record('base', base),
+      record('worse', base + 2 + rng.standard_normal(30)),
+      record('same', base + rng.standard_normal(30)),
+    ],
+    'base',
+  )
+  found = {line.model: line for line in lines}
+  assert found['worse'].verdict == 'worse' and found['same'].verdict == 'tied'
+  assert found['worse'].change == pytest.approx(np.exp(0.02), abs=0.005)
+  assert found['worse'].p_value < 1e-6 < 0.01 < found['same'].p_value
+  assert found['same'].smallest < 1.01
+  assert found['base'].bits_per_byte == pytest.approx(
+    base.sum() / np.log(2) / 12_000
+  )
+  gate = _summary.Gate.parse('t_ratio<=1.01', ['t'])
+  assert len(gate.failures(lines)) == 1
+  other = record('other', base) | {'data_sha256': 'y'}
+  with pytest.raises(errors.DataError, match='on different data'):
+    _summary.summarise([record('base', base), other], 'base')
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'baseline': 'x'}, "baseline 'x' is none"),
+    ({'models': {}}, "'models' must be"),
+    ({'models': {'d': {'checkpoint': 'a', 'gguf': 'b'}}}, 'expected one of'),
+    ({'models': {'d': {'checkpoint': 'a', 'x': 'b'}}}, 'expected some of'),
+    (
+      {'models': {'d': {'checkpoint': 'a', 'quantize': 'Q4_0'}}},
+      "'quantize' is for",
+    ),
+    ({'models': {'d': {'shape': 'Gemma3_1B'}}}, 'cannot be the baseline'),
+    ({'tasks': {'t': {'kind': 'x'}}}, "'kind' must be one of"),
+    ({'tasks': {'t': {'kind': 'choices'}}}, "'items' is missing"),
+    (
+      {'tasks': {'t': {'kind': 'choices', 'items': 'a', 'n': 1}}},
+      r"no fields \['n'\]",
+    ),
+    (
+      {'tasks': {'t': {'kind': 'choices', 'items': 3}}},
+      "'items' must be a str",
+    ),
+  ],
+)
+def test_suites_that_are_wrong(tmp_path, change, message):
+  good = {
+    'baseline': 'd',
+    'models': {'d': {'checkpoint': 'gemma3-270m'}},
+    'tasks': {'t': {'kind': 'perplexity', 'text': 'sample'}},
+  }
+  path = tmp_path / 's.json'
+  path.write_text(json.dumps(good))
+  assert _suite.read(path).baseline == 'd'
+  path.write_text(json.dumps(good | change))
+  with pytest.raises(errors.ConfigError, match=message):
+    _suite.read(path)
+
+
+def test_the_suites_in_the_repo_are_valid():
+  for path in (run.pathlib.Path(run.__file__).parent / 'suites').glob('*.json'):
+    assert _suite.read(path).tasks
+
+
+@pytest.mark.parametrize(
+  'text', ['x<=1', 't_ratio=1', 't_ratio<=x', 't_ratio < 1']
+)
+def test_gates_that_are_wrong(text):
+  with pytest.raises(errors.ConfigError, match='--gate'):
+    _summary.Gate.parse(text, ['t'])

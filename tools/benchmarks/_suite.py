@@ -1,0 +1,218 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Suites: which models do which tasks. A small file of JSON, checked whole.
+
+    {
+      "baseline": "dense",
+      "models": {
+        "dense": {"checkpoint": "gemma3-270m"},
+        "int8": {"checkpoint": "gemma3-270m", "recipe": "int8"},
+        "mine": {"checkpoint": "out/mine"},
+        "llama.cpp Q4_0": {"gguf": "model.gguf", "quantize": "Q4_0"},
+        "27b": {"shape": "Gemma3_27B", "recipe": "tssn"}
+      },
+      "tasks": {
+        "wiki": {"kind": "perplexity", "text": "sample", "max_tokens": 20440},
+        "quiz": {"kind": "choices", "items": "quiz.jsonl"},
+        "sums": {"kind": "generate", "items": "sums.jsonl",
+                 "check": "last_number", "max_new_tokens": 64}
+      }
+    }
+
+Paths are relative to the file. A model of a `shape` has no weights: its size is
+what is said of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from gemma_ext import errors
+from gemma_ext import recipe as recipe_lib
+
+_MAX_BYTES = 1 << 20
+_MODEL_KINDS = ('checkpoint', 'gguf', 'shape')
+_TASKS: dict[str, dict[str, tuple[type, Any]]] = {
+  'perplexity': {
+    'text': (str, None),
+    'text_field': (str, 'text'),
+    'split': (str, 'auto'),
+    'max_tokens': (int, 0),
+    'window': (int, 512),
+  },
+  'choices': {'items': (str, None), 'max_items': (int, 0)},
+  'generate': {
+    'items': (str, None),
+    'max_items': (int, 0),
+    'check': (str, None),
+    'max_new_tokens': (int, 128),
+    'temperature': (float, 0.0),
+    'seeds': (list, [0]),
+    'stops': (list, []),
+  },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """A model of a suite.
+
+  Attributes:
+    name: Its name there.
+    kind: 'checkpoint', 'gguf' or 'shape'.
+    source: Name or path of it.
+    recipe: How it is compressed on the way; '' if it is not.
+    quantize: Of a GGUF, the type it is quantised to first; '' for none.
+  """
+
+  name: str
+  kind: str
+  source: str
+  recipe: str = ''
+  quantize: str = ''
+
+  def to_json(self) -> dict[str, str]:
+    """Returns what makes the model, without its name."""
+    fields = {self.kind: self.source}
+    for key in ('recipe', 'quantize'):
+      if value := getattr(self, key):
+        fields[key] = value
+    return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """A task of a suite.
+
+  Attributes:
+    name: Its name there.
+    kind: 'perplexity', 'choices' or 'generate'.
+    options: All fields, defaults among them.
+  """
+
+  name: str
+  kind: str
+  options: Mapping[str, Any]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what makes the task, without its name."""
+    return {'kind': self.kind, **self.options}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+  """Models and tasks.
+
+  Attributes:
+    baseline: Name of the model that the others are compared with.
+    models: By name, the baseline first.
+    tasks: By name.
+  """
+
+  baseline: str
+  models: dict[str, Model]
+  tasks: dict[str, Task]
+
+
+def read(path: str | pathlib.Path) -> Suite:
+  """Reads a suite.
+
+  Args:
+    path: The file.
+
+  Raises:
+    ConfigError: If it is none; says which field.
+  """
+  path = pathlib.Path(path)
+  data = recipe_lib.read_json(str(path), _MAX_BYTES)
+  if not isinstance(data, dict) or set(data) != {'baseline', 'models', 'tasks'}:
+    raise errors.ConfigError(
+      f"{path}: a suite has the keys 'baseline', 'models' and 'tasks'."
+    )
+  for key in ('models', 'tasks'):
+    if not isinstance(data[key], dict) or not data[key]:
+      raise errors.ConfigError(f'{path}: {key!r} must be objects by name.')
+  if data['baseline'] not in data['models']:
+    raise errors.ConfigError(
+      f'{path}: the baseline {data["baseline"]!r} is none of the models'
+      f' {sorted(data["models"])}.'
+    )
+  models = {
+    name: _model(name, spec, path) for name, spec in data['models'].items()
+  }
+  baseline = models.pop(data['baseline'])
+  if baseline.kind == 'shape':
+    raise errors.ConfigError(f'{path}: a shape cannot be the baseline.')
+  return Suite(
+    baseline=baseline.name,
+    models={baseline.name: baseline, **models},
+    tasks={
+      name: _task(name, spec, path) for name, spec in data['tasks'].items()
+    },
+  )
+
+
+def _model(name: str, spec: Any, path: pathlib.Path) -> Model:
+  where = f'{path}: model {name!r}'
+  known = {*_MODEL_KINDS, 'recipe', 'quantize'}
+  if not isinstance(spec, dict) or not set(spec) <= known:
+    raise errors.ConfigError(f'{where}: expected some of {sorted(known)}.')
+  kinds = [kind for kind in _MODEL_KINDS if kind in spec]
+  if len(kinds) != 1 or not all(isinstance(v, str) for v in spec.values()):
+    raise errors.ConfigError(
+      f'{where}: expected one of {_MODEL_KINDS}, all values texts.'
+    )
+  (kind,) = kinds
+  if 'quantize' in spec and kind != 'gguf':
+    raise errors.ConfigError(f"{where}: 'quantize' is for a 'gguf'.")
+  if 'recipe' in spec and kind == 'gguf':
+    raise errors.ConfigError(f"{where}: 'recipe' is not for a 'gguf'.")
+  source = spec[kind]
+  if kind != 'shape' and (path.parent / source).exists():
+    source = str(path.parent / source)
+  recipe = spec.get('recipe', '')
+  if recipe and (path.parent / recipe).is_file():
+    recipe = str(path.parent / recipe)
+  if recipe:
+    recipe_lib.Recipe.of(recipe, num_layers=recipe_lib.ANY_LAYERS)
+  return Model(
+    name=name,
+    kind=kind,
+    source=source,
+    recipe=recipe,
+    quantize=spec.get('quantize', ''),
+  )
+
+
+def _task(name: str, spec: Any, path: pathlib.Path) -> Task:
+  where = f'{path}: task {name!r}'
+  kind = spec.get('kind') if isinstance(spec, dict) else None
+  if kind not in _TASKS:
+    raise errors.ConfigError(f"{where}: 'kind' must be one of {[*_TASKS]}.")
+  fields = _TASKS[kind]
+  given = {k: v for k, v in spec.items() if k != 'kind'}
+  if unknown := set(given) - set(fields):
+    raise errors.ConfigError(
+      f'{where}: no fields {sorted(unknown)}, expected some of'
+      f' {sorted(fields)}.'
+    )
+  options = {}
+  for key, (of, default) in fields.items():
+    value = given.get(key, default)
+    if value is None:
+      raise errors.ConfigError(f'{where}: {key!r} is missing.')
+    if of is float and type(value) is int:
+      value = float(value)
+    if type(value) is not of:
+      raise errors.ConfigError(
+        f'{where}: {key!r} must be a {of.__name__}, got {json.dumps(value)}.'
+      )
+    options[key] = value
+  for key in ('items', 'text'):
+    if key in options and (path.parent / options[key]).exists():
+      options[key] = str(path.parent / options[key])
+  return Task(name=name, kind=kind, options=options)
