@@ -498,3 +498,58 @@ def test_slowest_patterns_that_are_allowed(pattern):
   start = time.process_time()
   assert recipe.method_of(_LONG) == gx.Keep()
   assert time.process_time() - start < 0.5
+
+
+# ----------------------------------- rows ------------------------------------
+
+
+def test_rows_round_trip_and_are_hashable():
+  rows = gx.Rows(
+    bands=[
+      [100, gx.Int(bits=8)],
+      [2000, gx.Ternary(planes=2)],
+      [None, gx.Int(bits=3)],
+    ]
+  )
+  recipe = gx.Recipe.of({'embedder': rows})
+  again = gx.Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+  assert again == recipe and hash(again) == hash(recipe)
+  assert again.rules[0][1].bands[1] == (2000, gx.Ternary(planes=2))
+
+
+@pytest.mark.parametrize(
+  'bands, message',
+  [
+    ((), '2 to 64 pairs'),
+    (((None, gx.Int()),), '2 to 64 pairs'),
+    (((5, gx.Int()), (9, gx.Int())), 'ascend from 1'),
+    (((5, gx.Int()), (5, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((0, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((True, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((None, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((5, gx.Keep()), (None, gx.Int())), 'A band of Rows'),
+    (((5,), (None, gx.Int())), '2 to 64 pairs'),
+  ],
+)
+def test_rows_that_are_wrong(bands, message):
+  with pytest.raises(errors.RecipeError, match=message):
+    gx.Rows(bands=bands)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({}, "needs its 'bands'"),
+    ({'bands': 3}, '2 to 64 pairs'),
+    (
+      {'bands': [{'method': 'int'}, {'end': None, 'method': 'int'}]},
+      "key 'end'",
+    ),
+    ({'bands': [{'end': 3}, {'end': None, 'method': 'int'}]}, "key 'method'"),
+    ({'bands': [{'end': 3, 'method': 'rows'}] * 2}, "needs its 'bands'"),
+  ],
+)
+def test_rows_in_json_that_are_wrong(fields, message):
+  rule = {'match': 'embedder', 'method': 'rows', **fields}
+  with pytest.raises(errors.RecipeError, match=message):
+    gx.Recipe.from_json({'version': 1, 'rules': [rule]})

@@ -27,6 +27,7 @@ from gemma_ext.compress import _statistics
 # Weights that are fitted at a time, so that the float32 copy and the sorted
 # intermediates of the fit stay small beside the model.
 _BLOCK = 1 << 24
+_COMPENSATED_ROWS = 2048
 
 
 def compress(
@@ -125,6 +126,9 @@ def compress_weight(
   rows, cols = site.layout.rows, site.layout.cols
   matrix = site.layout.to_rows(jnp.asarray(w)).reshape((-1, cols))
   step = max(1, _BLOCK // cols)
+  if hessian is not None:
+    # Fewer, and always as many: each number of rows compiles anew.
+    step = min(step, _COMPENSATED_ROWS)
   codes, scales = [], []
   for start in range(0, matrix.shape[0], step):
     block = matrix[start : start + step].astype(jnp.float32)
@@ -135,9 +139,12 @@ def compress_weight(
         f' {start + block.shape[0]}. The checkpoint is damaged, or was'
         ' trained to divergence.'
       )
+    count = block.shape[0]
+    if hessian is not None and start:
+      block = jnp.pad(block, ((0, step - count), (0, 0)))
     code, scale = fit(block, method, fmt, curvature)
-    codes.append(fmt.pack(code))
-    scales.append(fmt.pack_scale(scale))
+    codes.append(fmt.pack(code[..., :count, :]))
+    scales.append(fmt.pack_scale(scale[..., :count, :]))
   # Codes and scales end in [rows, bytes]; planes come before the rows.
   code, scale = (
     parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
