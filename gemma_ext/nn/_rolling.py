@@ -26,7 +26,7 @@ from gemma_ext import errors
 
 _LINEAR = gemma_modules.Attention
 ATTENTIONS = (_LINEAR, gemma4_modules.Attention)
-SLIDING = 'LOCALSLIDING'
+SLIDING = 'LOCAL_SLIDING'
 # Slots are a multiple of so many.
 _STEP = 64
 

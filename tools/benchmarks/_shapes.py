@@ -22,6 +22,8 @@ from gemma_ext.text import _prompt
 from tools.benchmarks import _timing
 from tools.benchmarks import _weights
 
+# What is drawn as a text.
+TOKENS = (1000, 20_000)
 MODELS = {
   '270m': gm.nn.Gemma3_270M,
   '1b': gm.nn.Gemma3_1B,
@@ -127,7 +129,7 @@ class Decoding:
       official: Whether the loop is that of the official sampler.
     """
     self.model, self.params, self._official = model, params, official
-    tokens = np.random.default_rng(0).integers(1000, 20_000, context)
+    tokens = np.random.default_rng(0).integers(*TOKENS, context)
     self._loop = _sampler_loop.SamplerLoop(
       model=model,
       end_tokens=(),

@@ -150,7 +150,7 @@ def _prefills(args: Any, model: Any, params: Any) -> dict[str, Any]:
 
   def run(how: str, count: int, most: int = 0) -> float:
     room = max(count, most) + 64
-    inputs = _inputs(model, rng.integers(1000, 20_000, count))
+    inputs = _inputs(model, rng.integers(*_shapes.TOKENS, count))
 
     def call() -> None:
       if how == 'at once':

@@ -1,0 +1,79 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that measure, from end to end on tiny models: not what they find."""
+
+import json
+
+import numpy as np
+import pytest
+
+import gemma_ext as gx
+from gemma_ext import ckpts
+from tests import tiny
+from tools.benchmarks import _shapes
+from tools.benchmarks import front
+from tools.benchmarks import long_context
+
+_WORDS = 'the capital of a group is one river that flows'.split()
+
+
+def test_front(tmp_path, monkeypatch, capsys):
+  model = tiny.model('gemma3')
+  dense = ckpts.save(
+    tmp_path / 'dense',
+    model=model,
+    params=tiny.params(model),
+    tokenizer=tiny.tokenizer(3),
+  )
+  (tmp_path / 'texts').mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(12):
+    text = ' '.join(rng.choice(_WORDS, 60))
+    (tmp_path / 'texts' / f'{i}.txt').write_text(text)
+  few = gx.Int(bits=4, group=64), gx.Int(bits=8, group=64)
+  monkeypatch.setattr('gemma_ext.compress._sensitivity.CANDIDATES', few)
+  monkeypatch.setattr(front, '_CORRECTED', 0.4)
+  argv = [
+    f'--checkpoint={dense}',
+    f'--text={tmp_path}/texts',
+    f'--output={tmp_path}/out',
+    '--budgets=40%',
+    '--uniform=int4 g32',
+    '--tokens=100',
+    f'--json={tmp_path}/front.json',
+    f'--plot={tmp_path}/front.png',
+  ]
+  assert front.main(argv) == 0
+  result = json.loads((tmp_path / 'front.json').read_text())
+  budget, uniform = result['points']
+  assert budget['planned_bytes'] <= 0.4 * 2 * 485_184
+  assert uniform['name'] == 'int4 g32' and 'predicted_loss' not in uniform
+  for point in (budget, uniform):
+    assert point['ci95'][0] < point['ratio'] < point['ci95'][1]
+  assert (tmp_path / 'front.png').read_bytes().startswith(b'\x89PNG')
+  # Given once more, nothing is fitted.
+  refuse = lambda *args, **kwargs: pytest.fail('fits again')
+  monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)
+  assert front.main(argv) == 0
+  again = json.loads((tmp_path / 'front.json').read_text())
+  assert again['points'] == result['points']
+
+
+def test_long_context(tmp_path, monkeypatch):
+  monkeypatch.setitem(_shapes.MODELS, '270m', tiny.TinyGemma3)
+  monkeypatch.setattr('gemma_ext.text._prompt.PIECE', 32)
+  monkeypatch.setattr('tools.benchmarks._shapes.TOKENS', (5, 500))
+  argv = [
+    '--shape=270m',
+    '--context=200',
+    '--both=100',
+    '--rounds=2',
+    '--prefill_rounds=1',
+    '--tokens=2',
+    f'--json={tmp_path}/r.json',
+  ]
+  assert long_context.main(argv) == 0
+  result = json.loads((tmp_path / 'r.json').read_text())
+  sizes = {k: v['cache_bytes'] for k, v in result['decoding'].items()}
+  assert sizes['rolling'] < 0.6 * sizes['full'] == 0.6 * sizes['official']
+  assert result['prefill']['whole']['tokens'] == 200
