@@ -228,6 +228,7 @@ def unpack(
   """
   out = dict(flat)
   methods = gx_nn.methods_of(model.model, model.recipe)
+  bands: dict[str, list[jax.Array]] = {}
   for path, (site, method) in methods.items():
     if f'{path}/codes' not in out or f'{path}/scale' not in out:
       continue
@@ -241,7 +242,13 @@ def unpack(
       site.layout.cols,
       dtype=model.model.dtype,
     )
-    out[path] = site.layout.from_rows(rows)
+    dense = site.layout.from_rows(rows)
+    if site.rows is None:
+      out[path] = dense
+    else:
+      bands.setdefault(site.whole, []).append(dense)
+  for path, parts in bands.items():
+    out[path] = jnp.concatenate(parts)
   return out
 
 

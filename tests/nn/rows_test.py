@@ -4,6 +4,7 @@
 
 import dataclasses
 
+from flax import traverse_util
 from gemma import gm
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 import gemma_ext as gx
 from gemma_ext import errors
 from gemma_ext.nn import _sites
+from gemma_ext.train import _distill
 from tests import tiny
 
 _INT8, _INT4 = gx.Int(bits=8, group=64), gx.Int(bits=4, group=32)
@@ -132,6 +134,14 @@ def test_drafts_have_the_first_rows(head_rows, planes):
   if planes is None:
     want = model.apply({'params': params}, tokens).logits[..., :head_rows]
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_healing_sees_the_whole_table():
+  model, params, dense = _packed()
+  flat = traverse_util.flatten_dict(params, sep='/')
+  unpacked = _distill.unpack(flat, model=model)
+  assert set(unpacked) == set(traverse_util.flatten_dict(dense, sep='/'))
+  np.testing.assert_allclose(unpacked[_TABLE], _bands(dense), atol=1e-6)
 
 
 def test_split_and_join_are_inverse():
