@@ -55,11 +55,6 @@ _SIGNATURES = {
   'llama_memory_clear': (None, [_PTR, ctypes.c_bool]),
   'llama_set_n_threads': (None, [_PTR, ctypes.c_int32, ctypes.c_int32]),
   'llama_decode': (ctypes.c_int32, [_PTR, _Batch]),
-  'llama_model_quantize_default_params': (_Opaque, []),
-  'llama_model_quantize': (
-    ctypes.c_uint32,
-    [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Opaque)],
-  ),
   'llama_get_logits': (ctypes.POINTER(ctypes.c_float), [_PTR]),
   'llama_tokenize': (
     ctypes.c_int32,
@@ -171,38 +166,6 @@ class LlamaCpp:
     status = self._lib.llama_decode(self._context, batch)
     if status:
       raise errors.CheckpointError(f'llama_decode failed with {status}.')
-
-
-def quantize(
-  source: str | os.PathLike[str],
-  target: str | os.PathLike[str],
-  file_type: int,
-) -> None:
-  """Quantises a file as llama.cpp's own program does.
-
-  Args:
-    source: A GGUF file, quantised already or not.
-    target: The file to write.
-    file_type: A `llama_ftype`.
-
-  Raises:
-    CheckpointError: If llama.cpp refuses.
-  """
-  library = _library()
-  library.llama_backend_init()
-  params = library.llama_model_quantize_default_params()
-  # The first fields of the struct: threads, type, two types of tensors that
-  # stay as they are, and whether what is quantised may be quantised again.
-  fields = ctypes.cast(ctypes.pointer(params), ctypes.POINTER(ctypes.c_int32))
-  fields[1] = file_type
-  ctypes.cast(ctypes.pointer(params), ctypes.POINTER(ctypes.c_bool))[16] = True
-  status = library.llama_model_quantize(
-    os.fspath(source).encode(), os.fspath(target).encode(), params
-  )
-  if status:
-    raise errors.CheckpointError(
-      f'llama.cpp cannot quantise {source} to type {file_type}: {status}.'
-    )
 
 
 @_LOG
