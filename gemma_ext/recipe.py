@@ -48,6 +48,9 @@ class Method:
     fields = {
       k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
     }
+    if fields.get('x_bits') == 16:
+      # As recipes were written before there was a choice.
+      del fields['x_bits']
     return {'method': self.NAME, **fields}
 
 
@@ -74,6 +77,8 @@ class Ternary(Method):
     scale: 'bf16' stores a scale in two bytes, 'ue5m3' in one, see
       `docs/formats.md`. Groups of half the size are then the better bargain.
     tied: Whether planes share their scales, each a third of the one before.
+    x_bits: What kernels may round the activations to that meet the weight: 16,
+      or 8, which is faster and coarser.
   """
 
   NAME: ClassVar[str] = 'ternary'
@@ -85,8 +90,10 @@ class Ternary(Method):
   packing: str = '2bit'
   scale: str = 'bf16'
   tied: bool = False
+  x_bits: int = 16
 
   def __post_init__(self):
+    _check_x_bits('Ternary', self.x_bits)
     _check_int('Ternary.planes', self.planes, 1, _MAX_PLANES)
     _check_int('Ternary.group', self.group, 1, _MAX_GROUP)
     if self.density is not None and not (
@@ -145,14 +152,17 @@ class Int(Method):
     group: Input weights that share one scale; `None` for one scale per output
       channel. Where it does not divide the input axis of a weight, the largest
       divisor below it is used instead.
+    x_bits: As for `Ternary`.
   """
 
   NAME: ClassVar[str] = 'int'
 
   bits: int = 8
   group: int | None = None
+  x_bits: int = 16
 
   def __post_init__(self):
+    _check_x_bits('Int', self.x_bits)
     _check_int('Int.bits', self.bits, 2, 8)
     if self.group is not None:
       _check_int('Int.group', self.group, 1, _MAX_GROUP)
@@ -442,6 +452,13 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
     raise errors.RecipeError(
       f'{name} must be an integer in [{low}, {high}], got'
       f' {_patterns.brief(value)}.'
+    )
+
+
+def _check_x_bits(name: str, value: Any) -> None:
+  if type(value) is not int or value not in (8, 16):
+    raise errors.RecipeError(
+      f'{name}.x_bits must be 8 or 16, got {_patterns.brief(value)}.'
     )
 
 

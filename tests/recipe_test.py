@@ -301,7 +301,7 @@ def test_frozen_and_hashable():
 
 def test_str_names_rules_and_methods():
   text = str(gx.Recipe.of('int4'))
-  assert text == "Recipe(\n  '.*': Int(bits=4, group=32)\n)"
+  assert text == "Recipe(\n  '.*': Int(bits=4, group=32, x_bits=16)\n)"
 
 
 def _json(*rules, version=1):
@@ -553,3 +553,15 @@ def test_rows_in_json_that_are_wrong(fields, message):
   rule = {'match': 'embedder', 'method': 'rows', **fields}
   with pytest.raises(errors.RecipeError, match=message):
     gx.Recipe.from_json({'version': 1, 'rules': [rule]})
+
+
+def test_bits_of_activations():
+  method = gx.Int(bits=4, group=32, x_bits=8)
+  recipe = gx.Recipe.of({'.*': method})
+  assert recipe.to_json()['rules'][0]['x_bits'] == 8
+  assert gx.Recipe.from_json(recipe.to_json()) == recipe
+  # Recipes of before say nothing of it, and none that does not use it does.
+  assert 'x_bits' not in gx.Int(bits=4).to_json()
+  for bad in (4, True, '8', 16.0):
+    with pytest.raises(errors.RecipeError, match='x_bits must be 8 or 16'):
+      gx.Ternary(x_bits=bad)

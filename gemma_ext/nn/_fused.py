@@ -124,7 +124,14 @@ def feed_forward(
   Returns:
     `[..., D]`.
   """
-  return kernels.gated_ffn(x, gate.leaf, gate.fmt, down.leaf, down.fmt)
+  return kernels.gated_ffn(
+    x,
+    gate.leaf,
+    gate.fmt,
+    down.leaf,
+    down.fmt,
+    x_bits=max(gate.x_bits, down.x_bits),
+  )
 
 
 def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:

@@ -57,12 +57,14 @@ class PackedWeight:
     fmt: The packed format.
     layout: Shape of the dense weight and its contracted axes.
     dtype: Type of the dense weight.
+    x_bits: What activations may be rounded to, see `kernels.matmul`.
   """
 
   leaf: dict[str, jax.Array]
   fmt: Any
   layout: _sites.Layout
   dtype: Any
+  x_bits: int = 16
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -122,7 +124,7 @@ class PackedWeight:
     lead = ''.join(c for c in inputs if c not in contracted)
     x = jnp.transpose(x, [inputs.index(c) for c in lead + contracted])
     x = x.reshape(x.shape[: len(lead)] + (self.layout.cols,))
-    y = kernels.matmul(x, self.leaf, self.fmt)
+    y = kernels.matmul(x, self.leaf, self.fmt, x_bits=self.x_bits)
     order = lead + ''.join(weights[i] for i in self.layout.out_axes)
     return jnp.transpose(y, [order.index(c) for c in outputs])
 
@@ -232,7 +234,13 @@ def param(
     leaf = nn.Module.param(
       module, name, _initializer(fmt, layout), layout.shape
     )
-  return PackedWeight(leaf=leaf, fmt=fmt, layout=layout, dtype=dtype)
+  return PackedWeight(
+    leaf=leaf,
+    fmt=fmt,
+    layout=layout,
+    dtype=dtype,
+    x_bits=getattr(method, 'x_bits', 16),
+  )
 
 
 def rows_param(
@@ -279,8 +287,14 @@ def rows_param(
     leaf = nn.Module.param(module, name, init, shape)
   return PackedRows(
     bands=tuple(
-      PackedWeight(leaf=leaf[part], fmt=fmt, layout=layout, dtype=dtype)
-      for part, fmt, (layout, _) in zip(names, formats, bands, strict=True)
+      PackedWeight(
+        leaf=leaf[part],
+        fmt=fmt,
+        layout=layout,
+        dtype=dtype,
+        x_bits=getattr(method, 'x_bits', 16),
+      )
+      for part, fmt, (layout, method) in zip(names, formats, bands, strict=True)
     )
   )
 

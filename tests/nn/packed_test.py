@@ -328,3 +328,20 @@ def test_no_group_fits_names_the_weight():
 def test_keep_has_no_format():
   with pytest.raises(errors.RecipeError, match='no packed format'):
     gx.nn.format_of(gx.Keep(), 128)
+
+
+def test_activations_are_rounded_where_the_recipe_says_so(monkeypatch):
+  monkeypatch.setenv('GEMMA_EXT_BACKEND', 'cpu')
+  jax.clear_caches()
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  tokens = jnp.array([[2, 7, 9, 30]])
+  logits = []
+  for x_bits in (16, 8):
+    recipe = gx.Recipe.of({'.*': gx.Int(bits=8, group=64, x_bits=x_bits)})
+    packed = gx.compress(model, params, recipe)
+    compressed = gx.nn.Compressed(model=model, recipe=recipe)
+    logits.append(compressed.apply({'params': packed}, tokens).logits)
+  jax.clear_caches()
+  error = float(jnp.max(jnp.abs(logits[0] - logits[1])))
+  assert 0 < error < 0.05 * float(jnp.max(jnp.abs(logits[0])))

@@ -15,13 +15,15 @@ round.
 
 `--recipes` takes presets, JSON files and directories of compressed
 checkpoints; `mix8` is int8 with an int6 head, `mix4` ternary feed-forward
-layers, the rest int4. Compressed on the spot, without calibration: for speed,
-not for quality. `--drafts` adds speculative decoding of each of them, on five
-prompts one after another, as the acceptance of drafts depends on the text; it
-is judged beside `stream`, which then decodes the same.
+layers, the rest int4; `mix8 x8` and `mix4 x8` let activations be rounded to 8
+bits. Compressed on the spot, without calibration: for speed, not for quality.
+`--drafts` adds speculative decoding of each of them, on five prompts one after
+another, as the acceptance of drafts depends on the text; it is judged beside
+`stream`, which then decodes the same.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import gc
 import os
@@ -59,7 +61,7 @@ _CACHE = 512
 _PEERS = ('official bf16', 'llama.cpp')
 _PREFILL = 512
 
-RECIPES = {
+RECIPES: dict[str, recipe_lib.Recipe] = {
   'mix8': recipe_lib.Recipe(
     rules=(
       ('embedder.*', recipe_lib.Int(bits=6, group=64)),
@@ -72,6 +74,15 @@ RECIPES = {
       ('.*', recipe_lib.Int(bits=4, group=32)),
     )
   ),
+}
+RECIPES |= {
+  f'{name} x8': recipe_lib.Recipe(
+    rules=tuple(
+      (pattern, dataclasses.replace(method, x_bits=8))
+      for pattern, method in recipe.rules
+    )
+  )
+  for name, recipe in RECIPES.items()
 }
 
 
