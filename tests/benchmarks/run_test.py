@@ -210,6 +210,7 @@ def test_an_interval_decides():
       {'models': {'d': {'checkpoint': 'a', 'quantize': 'Q4_0'}}},
       "'quantize' is for",
     ),
+    ({'models': {'d': {'gguf': 'a', 'quantize': 'Q9'}}}, "quantize: 'Q9'"),
     ({'models': {'d': {'shape': 'Gemma3_1B'}}}, 'cannot be the baseline'),
     ({'tasks': {'t': {'kind': 'x'}}}, "'kind' must be one of"),
     ({'tasks': {'t': {'kind': 'choices'}}}, "'items' is missing"),

@@ -26,18 +26,9 @@ from gemma_ext import nn as gx_nn
 from gemma_ext.ckpts import _sample
 from tools.benchmarks import _suite
 from tools.benchmarks.peers import _llama_cpp
+from tools.benchmarks.peers import _requantize
 
 _KINDS = {'choices': evals.Choice, 'code': evals.Program}
-# `llama_ftype` of llama.h.
-_FILE_TYPES = {
-  'Q4_0': 2,
-  'Q8_0': 7,
-  'Q2_K': 10,
-  'Q3_K_M': 12,
-  'Q4_K_M': 15,
-  'Q6_K': 18,
-  'TQ2_0': 37,
-}
 
 
 @dataclasses.dataclass(eq=False)
@@ -116,7 +107,7 @@ def _load_gguf(spec: _suite.Model) -> Loaded:
   if spec.quantize:
     folder = tempfile.TemporaryDirectory()
     made = pathlib.Path(folder.name) / 'quantized.gguf'
-    _llama_cpp.quantize(path, made, _file_type(spec))
+    _requantize.requantize(path, made, spec.quantize)
     path = made
   loaded = Loaded(
     nbytes=path.stat().st_size, dense_bytes=0, peer=_llama_cpp.LlamaCpp(path)
@@ -125,15 +116,6 @@ def _load_gguf(spec: _suite.Model) -> Loaded:
   if folder is not None:
     folder.cleanup()
   return loaded
-
-
-def _file_type(spec: _suite.Model) -> int:
-  if spec.quantize not in _FILE_TYPES:
-    raise errors.ConfigError(
-      f'Model {spec.name!r}: llama.cpp type {spec.quantize!r}; expected one of'
-      f' {[*_FILE_TYPES]}.'
-    )
-  return _FILE_TYPES[spec.quantize]
 
 
 def data_of(task: _suite.Task, tokenizer: Any) -> tuple[Any, str]:

@@ -8,7 +8,7 @@
         "dense": {"checkpoint": "gemma3-270m"},
         "int8": {"checkpoint": "gemma3-270m", "recipe": "int8"},
         "mine": {"checkpoint": "out/mine"},
-        "llama.cpp Q4_0": {"gguf": "model.gguf", "quantize": "Q4_0"},
+        "llama.cpp Q4_0": {"gguf": "model.gguf", "quantize": "Q4_0 pure"},
         "27b": {"shape": "Gemma3_27B", "recipe": "tssn"}
       },
       "tasks": {
@@ -33,6 +33,7 @@ from typing import Any
 
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
+from tools.benchmarks.peers import _requantize
 
 _MAX_BYTES = 1 << 20
 _MODEL_KINDS = ('checkpoint', 'gguf', 'shape')
@@ -171,6 +172,8 @@ def _model(name: str, spec: Any, path: pathlib.Path) -> Model:
     raise errors.ConfigError(f"{where}: 'quantize' is for a 'gguf'.")
   if 'recipe' in spec and kind == 'gguf':
     raise errors.ConfigError(f"{where}: 'recipe' is not for a 'gguf'.")
+  if 'quantize' in spec:
+    _requantize.parse(spec['quantize'])
   source = spec[kind]
   if kind != 'shape' and (path.parent / source).exists():
     source = str(path.parent / source)
