@@ -22,6 +22,7 @@ from gemma_ext import ckpts
 from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import evals
+from gemma_ext import nn as gx_nn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,14 @@ def _define_flags(values: flags.FlagValues) -> None:
   integer('stride', None, 'New tokens a window; the others are context.', 1)
   integer('batch_size', 1, 'Windows at once.', 1)
   integer('seed', 0, 'Seed of the split and of the bootstrap.', 0)
+  flags.DEFINE_enum(
+    'x_bits',
+    None,
+    ['8', '16'],
+    'Bits that kernels on CPUs round the activations of --checkpoint to; by'
+    ' default what its recipe says.',
+    flag_values=values,
+  )
   string('json', '', 'File to write the result to.')
 
 
@@ -67,7 +76,9 @@ def _run(args: Any) -> None:
   for name in filter(None, (args.checkpoint, args.baseline)):
     ckpts.locate(name)
   documents, split = _documents(args)
-  found, result, tokenizer = _measure(args.checkpoint, args, documents, None)
+  found, result, tokenizer = _measure(
+    args.checkpoint, args, documents, None, x_bits=args.x_bits
+  )
   baseline: dict[str, Any] | None = None
   paired: dict[str, Any] | None = None
   if args.baseline:
@@ -104,6 +115,8 @@ def _measure(
   args: Any,
   documents: Sequence[data.Document],
   tokenizer: Any,
+  *,
+  x_bits: str | None = None,
 ) -> tuple[dict[str, Any], evals.PerplexityResult, Any]:
   """Loads one checkpoint, measures it, and lets go of it.
 
@@ -120,7 +133,15 @@ def _measure(
       f'{name!r} has no tokenizer, so the text cannot be turned into tokens.'
       ' Put its tokenizer.model beside the checkpoint.'
     )
-  sizes = evals.weight_sizes(checkpoint.model, checkpoint.params)
+  model, recipe = checkpoint.model, checkpoint.recipe
+  if x_bits is not None:
+    if recipe is None:
+      raise errors.RecipeError(
+        f'--x_bits: {name!r} is dense; only packed weights have kernels.'
+      )
+    recipe = recipe.with_x_bits(int(x_bits))
+    model = gx_nn.Compressed(model=model.model, recipe=recipe)
+  sizes = evals.weight_sizes(model, checkpoint.params)
   windows = data.windows(
     tokenizer,
     documents,
@@ -133,14 +154,13 @@ def _measure(
     ' documents ...'
   )
   result = evals.perplexity(
-    checkpoint.model,
+    model,
     checkpoint.params,
     windows,
     batch_size=args.batch_size,
     seed=args.seed,
     progress=True,
   )
-  recipe = checkpoint.recipe
   found = {
     'checkpoint': name,
     'source': checkpoint.source,
@@ -151,7 +171,7 @@ def _measure(
     'dense_bf16_bytes': sizes.dense_bf16_bytes,
   }
   # The next checkpoint must not have to share the memory with this one.
-  del checkpoint
+  del checkpoint, model
   gc.collect()
   return found, result, tokenizer
 

@@ -30,7 +30,7 @@ _ORDER = (
   'errors',
 )
 # Files of the top folder that are part of a room.
-_PARTS = {'_patterns': 'recipe'}
+_PARTS = {'_methods': 'recipe', '_patterns': 'recipe'}
 
 _ENHANCEMENTS = (
   *('1.1', '1.2', '1.3', '1.4', '2.1', '2.2', '2.3', '2.4'),

@@ -29,13 +29,13 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
+from gemma_ext import _budgeted
 from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
 from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
-from gemma_ext.compress import _budgeted
 from gemma_ext.compress import _heatmap
 
 _WINDOW = 512

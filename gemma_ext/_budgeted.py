@@ -13,13 +13,10 @@ from typing import Any
 
 from gemma_ext import _cli
 from gemma_ext import ckpts
+from gemma_ext import compress as gx_compress
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
-from gemma_ext.compress import _allocate
-from gemma_ext.compress import _divergence
-from gemma_ext.compress import _sensitivity
-from gemma_ext.compress import _statistics
 
 # Windows of the calibration text that allocations are measured on.
 _MEASURED = 8
@@ -36,8 +33,8 @@ class Budgeted:
     tokens: The calibration text.
   """
 
-  allocation: _allocate.Allocation
-  statistics: _statistics.Statistics
+  allocation: gx_compress.Allocation
+  statistics: gx_compress.Statistics
   checkpoint: ckpts.Checkpoint
   tokens: Any
 
@@ -57,7 +54,7 @@ class Budgeted:
 
   def measure(self, params: Mapping[str, Any]) -> dict[str, Any]:
     """Measures and prints the divergence beside the predicted one."""
-    measured = _divergence.divergence(
+    measured = gx_compress.divergence(
       self.checkpoint.model,
       self.checkpoint.params,
       gx_nn.Compressed(model=self.checkpoint.model, recipe=self.recipe),
@@ -76,7 +73,7 @@ class Budgeted:
 
 def check(args: Any) -> None:
   """Raises `RecipeError` if flags of a budget are not valid."""
-  _allocate.Budget.parse(args.budget)
+  gx_compress.Budget.parse(args.budget)
   if args.calibration == 'none':
     raise errors.RecipeError(
       '--budget measures what each weight costs and needs a text:'
@@ -85,12 +82,12 @@ def check(args: Any) -> None:
   if args.sensitivities:
     _cli.check_output(args.sensitivities)
     if os.path.exists(args.sensitivities):
-      _sensitivity.read(args.sensitivities)
+      gx_compress.read_sensitivities(args.sensitivities)
 
 
 def statistics(
   args: Any, checkpoint: ckpts.Checkpoint, tokens: Any
-) -> _statistics.Statistics:
+) -> gx_compress.Statistics:
   """Collects the statistics of a calibration text.
 
   Args:
@@ -106,7 +103,7 @@ def statistics(
       'This needs a text: install gemma_ext[samples], or give'
       ' --calibration=PATH.'
     )
-  return _statistics.statistics(
+  return gx_compress.statistics(
     checkpoint.model,
     checkpoint.params,
     tokens,
@@ -126,25 +123,25 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   Raises:
     RecipeError: If the budget cannot be met.
   """
-  budget = _allocate.Budget.parse(args.budget)
+  budget = gx_compress.Budget.parse(args.budget)
   model, params = checkpoint.model, checkpoint.params
   known = None
   if args.sensitivities and os.path.exists(args.sensitivities):
-    known = _sensitivity.read(args.sensitivities)
+    known = gx_compress.read_sensitivities(args.sensitivities)
   found_on = statistics(args, checkpoint, tokens)
 
-  def keep(found: _sensitivity.Sensitivities) -> None:
+  def keep(found: gx_compress.Sensitivities) -> None:
     if args.sensitivities:
       _cli.write_json(args.sensitivities, found.to_json())
 
-  found = _sensitivity.sensitivities(
+  found = gx_compress.sensitivities(
     model, params, found_on, known=known, keep=keep, progress=True
   )
   if known is not None and known.fingerprint == found.fingerprint:
     found = dataclasses.replace(found, corrections=known.corrections)
-  allocation = _allocate.solve(found, budget)
+  allocation = gx_compress.solve(found, budget)
   if not found.corrections and not args.dry_run:
-    found = _allocate.corrected(
+    found = gx_compress.corrected(
       allocation,
       model,
       params,
@@ -153,7 +150,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
       progress=True,
     )
     keep(found)
-    allocation = _allocate.solve(found, budget)
+    allocation = gx_compress.solve(found, budget)
   print(_table(allocation))
   return Budgeted(
     allocation=allocation,
@@ -163,7 +160,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   )
 
 
-def _table(allocation: _allocate.Allocation) -> str:
+def _table(allocation: gx_compress.Allocation) -> str:
   found = allocation.sensitivities
   kinds = json.dumps({k: round(v, 3) for k, v in found.corrections.items()})
   return (

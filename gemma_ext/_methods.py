@@ -1,0 +1,262 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The methods of recipes: how a weight can be stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from gemma_ext import _patterns
+from gemma_ext import errors
+
+_MAX_GROUP = 1 << 20
+_MAX_PLANES = 4
+_MAX_BANDS = 64
+_PACKINGS = ('2bit', '5trit')
+_SCALES = ('bf16', 'ue5m3')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """Base of the compression methods. Subclasses are in `METHODS` by name."""
+
+  NAME: ClassVar[str] = ''
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the method's name and every field as plain JSON values."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    fields = {
+      k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
+    }
+    if fields.get('x_bits') == 16:
+      # As recipes were written before there was a choice.
+      del fields['x_bits']
+    return {'method': self.NAME, **fields}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep(Method):
+  """Leaves the weights dense. Shields them from later rules."""
+
+  NAME: ClassVar[str] = 'keep'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ternary(Method):
+  """Weights in {-1, 0, 1} with one scale per group, as a sum of planes.
+
+  Attributes:
+    planes: Ternary matrices that are added up, 1 to 4; each has its own scales.
+    group: Input weights that share one scale. Where it does not divide the
+      input axis of a weight, the largest divisor below it is used instead.
+    density: Fraction of nonzero weights in every group, in (0, 1]. `None` lets
+      the fit choose what minimises the error.
+    pattern: `(n, m)`: exactly n nonzeros among every m consecutive inputs.
+      Excludes `density`.
+    packing: '2bit' stores 4 weights a byte, '5trit' stores 5.
+    scale: 'bf16' stores a scale in two bytes, 'ue5m3' in one, see
+      `docs/formats.md`. Groups of half the size are then the better bargain.
+    tied: Whether planes share their scales, each a third of the one before.
+    x_bits: What kernels may round the activations to that meet the weight: 16,
+      or 8, which is faster and coarser.
+  """
+
+  NAME: ClassVar[str] = 'ternary'
+
+  planes: int = 1
+  group: int = 128
+  density: float | None = None
+  pattern: tuple[int, int] | None = None
+  packing: str = '2bit'
+  scale: str = 'bf16'
+  tied: bool = False
+  x_bits: int = 16
+
+  def __post_init__(self):
+    _check_x_bits('Ternary', self.x_bits)
+    _check_int('Ternary.planes', self.planes, 1, _MAX_PLANES)
+    _check_int('Ternary.group', self.group, 1, _MAX_GROUP)
+    if self.density is not None and not (
+      isinstance(self.density, (int, float))
+      and not isinstance(self.density, bool)
+      and 0 < self.density <= 1
+    ):
+      raise errors.RecipeError(
+        'Ternary.density must be None or a number in (0, 1], got'
+        f' {self.density!r}.'
+      )
+    if self.pattern is not None:
+      pattern = (
+        tuple(self.pattern) if isinstance(self.pattern, (list, tuple)) else ()
+      )
+      if (
+        len(pattern) != 2
+        or not all(type(v) is int for v in pattern)
+        or not 1 <= pattern[0] <= pattern[1] <= 64
+      ):
+        raise errors.RecipeError(
+          'Ternary.pattern must be None or (n, m) with 1 <= n <= m <= 64,'
+          f' got {self.pattern!r}.'
+        )
+      if self.density is not None:
+        raise errors.RecipeError(
+          'Ternary takes `density` or `pattern`, not both; got'
+          f' density={self.density!r}, pattern={self.pattern!r}.'
+        )
+      object.__setattr__(self, 'pattern', pattern)
+    if self.packing not in _PACKINGS:
+      raise errors.RecipeError(
+        f'Ternary.packing must be one of {_PACKINGS}, got {self.packing!r}.'
+      )
+    if self.scale not in _SCALES:
+      raise errors.RecipeError(
+        f'Ternary.scale must be one of {_SCALES}, got {self.scale!r}.'
+      )
+    if not isinstance(self.tied, bool):
+      raise errors.RecipeError(
+        f'Ternary.tied must be a bool, got {self.tied!r}.'
+      )
+    if self.tied and (self.density is not None or self.pattern is not None):
+      raise errors.RecipeError(
+        'Ternary.tied leaves no choice of density or pattern; got'
+        f' density={self.density!r}, pattern={self.pattern!r}.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int(Method):
+  """Symmetric integers with one scale per group or per output channel.
+
+  Attributes:
+    bits: Bits a weight, 2 to 8.
+    group: Input weights that share one scale; `None` for one scale per output
+      channel. Where it does not divide the input axis of a weight, the largest
+      divisor below it is used instead.
+    x_bits: As for `Ternary`.
+  """
+
+  NAME: ClassVar[str] = 'int'
+
+  bits: int = 8
+  group: int | None = None
+  x_bits: int = 16
+
+  def __post_init__(self):
+    _check_x_bits('Int', self.x_bits)
+    _check_int('Int.bits', self.bits, 2, 8)
+    if self.group is not None:
+      _check_int('Int.group', self.group, 1, _MAX_GROUP)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows(Method):
+  """Bands of rows of a table of embeddings, each with a method of its own.
+
+  Tokenizers number frequent tokens first, so that bands of rows are bands of
+  frequency, and rare tokens can do with fewer bits.
+
+  Attributes:
+    bands: `(end, method)` pairs, 2 to 64: a band goes from the end of the one
+      before up to `end`; the last one has `None` and takes the rest.
+  """
+
+  NAME: ClassVar[str] = 'rows'
+
+  bands: tuple[tuple[int | None, Method], ...]
+
+  def __post_init__(self):
+    bands = self.bands
+    if (
+      not isinstance(bands, (list, tuple))
+      or not 2 <= len(bands) <= _MAX_BANDS
+      or not all(isinstance(b, (list, tuple)) and len(b) == 2 for b in bands)
+    ):
+      raise errors.RecipeError(
+        f'Rows.bands must be 2 to {_MAX_BANDS} pairs (end, method), got'
+        f' {_patterns.brief(bands)}.'
+      )
+    ends = [end for end, _ in bands]
+    numbers = [end for end in ends[:-1] if type(end) is int]
+    if (
+      ends[-1] is not None
+      or len(numbers) < len(ends) - 1
+      or any(a >= b for a, b in zip([0, *numbers], numbers, strict=False))
+    ):
+      raise errors.RecipeError(
+        'The ends of Rows.bands must ascend from 1, the last one be None; got'
+        f' {ends}.'
+      )
+    for _, method in bands:
+      if type(method) not in (Ternary, Int):
+        raise errors.RecipeError(
+          f'A band of Rows is `Ternary` or `Int`, got {method!r}.'
+        )
+    object.__setattr__(self, 'bands', tuple((e, m) for e, m in bands))
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the method's name and its bands as plain JSON values."""
+    bands = [{'end': end, **method.to_json()} for end, method in self.bands]
+    return {'method': self.NAME, 'bands': bands}
+
+
+METHODS: dict[str, type[Method]] = {
+  cls.NAME: cls for cls in (Keep, Ternary, Int, Rows)
+}
+
+
+def method_from_json(fields: Any) -> Method:
+  """Inverse of `Method.to_json`.
+
+  Args:
+    fields: Parsed JSON.
+
+  Raises:
+    RecipeError: If it is no method, naming the field.
+  """
+  if not isinstance(fields, dict) or 'method' not in fields:
+    raise errors.RecipeError(
+      f"A method in JSON has the key 'method', got {_patterns.brief(fields)}."
+    )
+  fields = dict(fields)
+  name = fields.pop('method')
+  if not isinstance(name, str) or name not in METHODS:
+    raise errors.RecipeError(
+      f'Unknown method {_patterns.brief(name)}, expected one of'
+      f' {sorted(METHODS)}.'
+    )
+  known = {f.name for f in dataclasses.fields(METHODS[name])}
+  if not set(fields) <= known:
+    raise errors.RecipeError(
+      f'Method {name!r} has no fields {sorted(set(fields) - known)}, expected'
+      f' some of {sorted(known)}.'
+    )
+  if name == Rows.NAME and 'bands' not in fields:
+    raise errors.RecipeError("Method 'rows' needs its 'bands'.")
+  if name == Rows.NAME and isinstance(fields.get('bands'), list):
+    fields['bands'] = tuple(map(_band_from_json, fields['bands']))
+  return METHODS[name](**fields)
+
+
+def _band_from_json(band: Any) -> tuple[Any, Method]:
+  if not isinstance(band, dict) or 'end' not in band:
+    raise errors.RecipeError(
+      f"A band in JSON has the key 'end', got {_patterns.brief(band)}."
+    )
+  rest = {k: v for k, v in band.items() if k != 'end'}
+  return band['end'], method_from_json(rest)
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+  if type(value) is not int or not low <= value <= high:
+    raise errors.RecipeError(
+      f'{name} must be an integer in [{low}, {high}], got'
+      f' {_patterns.brief(value)}.'
+    )
+
+
+def _check_x_bits(name: str, value: Any) -> None:
+  if type(value) is not int or value not in (8, 16):
+    raise errors.RecipeError(
+      f'{name}.x_bits must be 8 or 16, got {_patterns.brief(value)}.'
+    )

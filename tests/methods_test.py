@@ -1,0 +1,80 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of methods: bands of rows, bits of activations."""
+
+import json
+
+import pytest
+
+import gemma_ext as gx
+from gemma_ext import errors
+
+
+def test_rows_round_trip_and_are_hashable():
+  rows = gx.Rows(
+    bands=[
+      [100, gx.Int(bits=8)],
+      [2000, gx.Ternary(planes=2)],
+      [None, gx.Int(bits=3)],
+    ]
+  )
+  recipe = gx.Recipe.of({'embedder': rows})
+  again = gx.Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+  assert again == recipe and hash(again) == hash(recipe)
+  assert again.rules[0][1].bands[1] == (2000, gx.Ternary(planes=2))
+
+
+@pytest.mark.parametrize(
+  'bands, message',
+  [
+    ((), '2 to 64 pairs'),
+    (((None, gx.Int()),), '2 to 64 pairs'),
+    (((5, gx.Int()), (9, gx.Int())), 'ascend from 1'),
+    (((5, gx.Int()), (5, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((0, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((True, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((None, gx.Int()), (None, gx.Int())), 'ascend from 1'),
+    (((5, gx.Keep()), (None, gx.Int())), 'A band of Rows'),
+    (((5,), (None, gx.Int())), '2 to 64 pairs'),
+  ],
+)
+def test_rows_that_are_wrong(bands, message):
+  with pytest.raises(errors.RecipeError, match=message):
+    gx.Rows(bands=bands)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({}, "needs its 'bands'"),
+    ({'bands': 3}, '2 to 64 pairs'),
+    (
+      {'bands': [{'method': 'int'}, {'end': None, 'method': 'int'}]},
+      "key 'end'",
+    ),
+    ({'bands': [{'end': 3}, {'end': None, 'method': 'int'}]}, "key 'method'"),
+    ({'bands': [{'end': 3, 'method': 'rows'}] * 2}, "needs its 'bands'"),
+  ],
+)
+def test_rows_in_json_that_are_wrong(fields, message):
+  rule = {'match': 'embedder', 'method': 'rows', **fields}
+  with pytest.raises(errors.RecipeError, match=message):
+    gx.Recipe.from_json({'version': 1, 'rules': [rule]})
+
+
+def test_bits_of_activations():
+  method = gx.Int(bits=4, group=32, x_bits=8)
+  recipe = gx.Recipe.of({'.*': method})
+  assert recipe.to_json()['rules'][0]['x_bits'] == 8
+  assert gx.Recipe.from_json(recipe.to_json()) == recipe
+  # Recipes of before say nothing of it, and none that does not use it does.
+  assert 'x_bits' not in gx.Int(bits=4).to_json()
+  rows = gx.Rows(bands=((9, gx.Int(bits=8)), (None, gx.Ternary())))
+  several = gx.Recipe.of({'embedder': rows, 'a': gx.Keep(), '.*': gx.Int()})
+  found = several.with_x_bits(8)
+  assert found.rules[0][1].bands[1] == (None, gx.Ternary(x_bits=8))
+  assert found.rules[1][1] == gx.Keep() and found.rules[2][1].x_bits == 8
+  assert found.with_x_bits(16) == several
+  for bad in (4, True, '8', 16.0):
+    with pytest.raises(errors.RecipeError, match='x_bits must be 8 or 16'):
+      gx.Ternary(x_bits=bad)
