@@ -157,6 +157,7 @@ def test_tokenizer_of_the_first_serves_a_baseline_without(
     (['--checkpoint=mine', '--text=nowhere'], "No text at 'nowhere'"),
     (['--checkpoint=mine', '--json=/no/such/x.json'], 'Create it first'),
     (['--checkpoint=mine', '--stride=32'], 'stride must be 1'),
+    (['--checkpoint=mine', '--x_bits=8'], "'mine' is dense"),
     (
       ['--checkpoint=mine', '--baseline=other', '--max_tokens=64'],
       'Only results on the same tokens can be paired',
