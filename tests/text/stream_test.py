@@ -161,12 +161,12 @@ def test_the_cache_is_updated_in_place(monkeypatch):
     return advance(stepper, run, *args)
 
   monkeypatch.setattr(_loop, 'advance', catch)
-  # Its cache outweighs all else.
+  # Its cache outweighs all else, though only one layer of three has them all.
   list(gx.text.stream(_checkpoint(), _PROMPT, max_new_tokens=5000, chunk=9999))
   ((lowered, cache),) = caught
   nbytes = sum(x.nbytes for x in jax.tree.leaves(cache))
   memory = lowered.compile().memory_analysis()
-  assert memory.alias_size_in_bytes > nbytes > 3e6
+  assert memory.alias_size_in_bytes > nbytes > 1.5e6
   # What was given away is gone.
   assert all(x.is_deleted() for x in jax.tree.leaves(cache))
 
