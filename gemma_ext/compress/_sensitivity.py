@@ -183,7 +183,7 @@ def sensitivities(
   statistics: _statistics.Statistics,
   *,
   candidates: Sequence[recipe_lib.Method] | None = None,
-  bands: int = BANDS,
+  bands: int | None = None,
   known: Sensitivities | None = None,
   keep: Callable[[Sensitivities], None] = lambda found: None,
   progress: bool = False,
@@ -195,7 +195,8 @@ def sensitivities(
     params: Its dense parameters.
     statistics: Of `gx.compress.statistics`.
     candidates: Methods, for all weights; `CANDIDATES` by default.
-    bands: Of the table of embeddings, bands of rows that have a choice each.
+    bands: Of the table of embeddings, bands of rows that have a choice each;
+      `BANDS` by default.
     known: Results so far, of the same fingerprint; weights in it are not
       fitted again.
     keep: Told the results so far after every weight, to be resumed from.
@@ -209,6 +210,7 @@ def sensitivities(
     ParamsMismatchError: If the parameters do not belong to the model.
   """
   candidates = CANDIDATES if candidates is None else candidates
+  bands = BANDS if bands is None else bands
   flat = _compress.check_params(model, params)
   sites = {
     part.path: part

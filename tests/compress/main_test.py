@@ -320,6 +320,7 @@ def _budgeted(dense, texts, tmp_path_factory, request):
   patch = pytest.MonkeyPatch()
   request.addfinalizer(patch.undo)
   patch.setattr('gemma_ext.compress._sensitivity.CANDIDATES', few)
+  patch.setattr('gemma_ext.compress._sensitivity.BANDS', 2)
   folder = tmp_path_factory.mktemp('budgeted')
   args = [
     f'--checkpoint={dense}',
