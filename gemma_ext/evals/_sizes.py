@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -44,8 +45,10 @@ def weight_sizes(model: Any, params: Mapping[str, Any]) -> WeightSizes:
   count = _count(params, '', packed)
   if packed:
     dense = _dense_shapes(model)
-    for path in packed:
-      leaf = _get(dense, path)
+    # Bands of a table stand for the table, together.
+    wholes = {re.sub(r'/rows_\d+$', '', path): path for path in packed}
+    for whole, path in wholes.items():
+      leaf = _get(dense, whole)
       if leaf is None:
         raise errors.ParamsMismatchError(
           f'{path!r} is packed, but {type(model).__name__} has no weight'

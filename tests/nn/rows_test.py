@@ -118,6 +118,9 @@ def test_saved_and_loaded(tmp_path):
   assert paths == [f'{_TABLE}/rows_{i}' for i in range(3)]
   nbytes = sum(x.nbytes for x in jax.tree.leaves(params))
   assert plan.nbytes == nbytes
+  sizes = gx.evals.weight_sizes(loaded.model, loaded.params)
+  assert sizes.weight_bytes == nbytes
+  assert sizes.num_weights == plan.num_weights
   assert '[0' not in str(plan) and 'rows_1' in str(plan)
 
 
