@@ -342,7 +342,7 @@ def _budgeted(dense, texts, tmp_path_factory, request):
   return args, json.loads((folder / 'out.json').read_text()), folder
 
 
-def test_a_budget_is_kept_on_disk(budgeted):
+def test_a_budget_is_kept_on_disk(budgeted, texts):
   _, out, folder = budgeted
   found = out['allocation']
   dense = 2 * out['plan']['weights']
@@ -354,6 +354,8 @@ def test_a_budget_is_kept_on_disk(budgeted):
   loaded = ckpts.load(folder / 'c')
   logits = loaded.model.apply({'params': loaded.params}, jnp.ones((1, 4), int))
   assert np.isfinite(logits.logits).all()
+  argv = [f'--checkpoint={folder / "c"}', f'--text={texts}', '--window=32']
+  assert evaluate.main(argv) == 0
 
 
 def test_another_budget_is_planned_from_the_file(budgeted, monkeypatch, capsys):
