@@ -137,8 +137,6 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   found = gx_compress.sensitivities(
     model, params, found_on, known=known, keep=keep, progress=True
   )
-  if known is not None and known.fingerprint == found.fingerprint:
-    found = dataclasses.replace(found, corrections=known.corrections)
   allocation = gx_compress.solve(found, budget)
   if not found.corrections and not args.dry_run:
     found = gx_compress.corrected(

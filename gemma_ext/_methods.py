@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, ClassVar
 
@@ -193,6 +194,21 @@ class Rows(Method):
           f'A band of Rows is `Ternary` or `Int`, got {method!r}.'
         )
     object.__setattr__(self, 'bands', tuple((e, m) for e, m in bands))
+
+  @classmethod
+  def of(cls, bands: Sequence[tuple[int | None, Method]]) -> Method:
+    """Returns the method of bands up to the end of the table.
+
+    Args:
+      bands: As the attribute, the last end being that of the table.
+
+    Returns:
+      `Rows`, or the method itself of a single band.
+    """
+    last = bands[-1][1]
+    if len(bands) == 1:
+      return last
+    return cls(bands=(*bands[:-1], (None, last)))
 
   def to_json(self) -> dict[str, Any]:
     """Returns the method's name and its bands as plain JSON values."""

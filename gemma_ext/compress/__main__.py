@@ -10,8 +10,8 @@
 A budget ('28%' of bfloat16, '4.5bits' a parameter, '150MB', or
 'ratio=1.02' of perplexities) is spent where it hurts least, as measured on the
 calibration text. --sensitivities keeps what was measured: the same command
-goes on from there, and other budgets take seconds to plan. --dry_run stops
-after the prediction.
+goes on from there, and other budgets take one pass over the text to plan.
+--dry_run stops after the prediction.
 
 The output is a directory that `gx.ckpts.load`, `python -m gemma_ext.evaluate`
 and `python -m gemma_ext.generate` take.

@@ -135,10 +135,7 @@ class Allocation:
         found.pop()
       found.append((self.sensitivities.rows[path][1], candidate.method))
       methods[whole] = candidate.method
-    for whole, found in bands.items():
-      if len(found) > 1:
-        last = (None, found[-1][1])
-        methods[whole] = recipe_lib.Rows(bands=(*found[:-1], last))
+    methods |= {p: recipe_lib.Rows.of(found) for p, found in bands.items()}
     rules = tuple((re.escape(path), m) for path, m in methods.items())
     return recipe_lib.Recipe(rules=rules)
 

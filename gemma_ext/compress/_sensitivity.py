@@ -227,11 +227,14 @@ def sensitivities(
   size = lambda path: math.prod(abstract[path].shape)
   nbytes = lambda path: size(path) * abstract[path].dtype.itemsize
   mark = fingerprint(flat, statistics, candidates, bands)
-  found = dict(known.candidates) if known and known.fingerprint == mark else {}
+  if known is not None and known.fingerprint != mark:
+    known = None
+  found = dict(known.candidates) if known else {}
   result = Sensitivities(
     candidates=found,
     weights=sum(map(size, abstract)),
     other_bytes=sum(nbytes(p) for p in abstract if p not in wholes),
+    corrections=dict(known.corrections) if known else {},
     fingerprint=mark,
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
   )

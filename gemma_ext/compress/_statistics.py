@@ -64,10 +64,6 @@ class Statistics:
   decoded: np.ndarray
   tokens: int
 
-  def hessian(self, path: str) -> np.ndarray | None:
-    """Returns H of a weight, `None` if it was not seen."""
-    return self.inputs.get(path)
-
   def loss(
     self, path: str, error: jax.Array, rows: np.ndarray | None = None
   ) -> jax.Array:

@@ -194,11 +194,7 @@ def join(
     of = bands.setdefault(site.whole, [])
     of.append((site.rows[1], method))
     found[site.whole] = method
-  for path, of in bands.items():
-    last = (None, of[-1][1])
-    if len(of) > 1:
-      found[path] = recipe_lib.Rows(bands=(*of[:-1], last))
-  return found
+  return found | {p: recipe_lib.Rows.of(of) for p, of in bands.items()}
 
 
 def einsum_layout(eqn: str, shape: tuple[int, ...]) -> Layout:

@@ -180,9 +180,8 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
   found = gx_compress.sensitivities(
     model, params, bench.statistics, known=known, keep=keep, progress=True
   )
-  if known is not None and known.fingerprint == found.fingerprint:
-    if known.corrections:
-      return dataclasses.replace(found, corrections=known.corrections)
+  if found.corrections:
+    return found
   allocation = gx_compress.solve(found, gx_compress.Budget(share=_CORRECTED))
   found = gx_compress.corrected(
     allocation,

@@ -30,8 +30,8 @@ from gemma_ext.kernels import _params
 _XS = 256
 _ROWS = 256
 _BYTES = 512
-# Of an array of bytes or of bfloat16, what one register holds.
-_SUBLANES, _LANES = 32, 128
+# Columns of what one register holds.
+_LANES = 128
 _FEWEST_XS = 16
 # Numbers of a spread matrix that fit beside everything else: 4 MiB of float32.
 _MOST_SPREAD = 1 << 20
