@@ -33,6 +33,7 @@ _NAMES = {
   'GemmaExtError': 'errors',
   'Int': 'recipe',
   'Keep': 'recipe',
+  'MoE': 'recipe',
   'Plan': 'compress',
   'Recipe': 'recipe',
   'Rows': 'recipe',
@@ -59,6 +60,7 @@ if _typing.TYPE_CHECKING:
   from gemma_ext.errors import GemmaExtError
   from gemma_ext.recipe import Int
   from gemma_ext.recipe import Keep
+  from gemma_ext.recipe import MoE
   from gemma_ext.recipe import Recipe
   from gemma_ext.recipe import Rows
   from gemma_ext.recipe import Ternary

@@ -14,6 +14,8 @@ from gemma_ext import errors
 _MAX_GROUP = 1 << 20
 _MAX_PLANES = 4
 _MAX_BANDS = 64
+_MAX_EXPERTS = 1024
+_ROUTERS = ('norm', 'softmax', 'sigmoid', 'expert_choice')
 _PACKINGS = ('2bit', '5trit')
 _SCALES = ('bf16', 'ue5m3')
 
@@ -216,8 +218,67 @@ class Rows(Method):
     return {'method': self.NAME, 'bands': bands}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoE(Method):
+  """A feed-forward layer as a sparse mixture of experts.
+
+  The hidden neurons of the layer are cut into `shared + num_experts` slices of
+  the same size, each an expert of its own; the shared ones come first and run
+  for every token. Both weights of the layer keep their shapes, and with every
+  expert running the layer is the dense one.
+
+  Attributes:
+    num_experts: Experts that a router chooses from.
+    top_k: The most of them that a token gets. Fewer at run time: `k` and
+      `threshold` among the router's parameters.
+    shared: Experts that every token gets.
+    router: What a logit is, and so the weight of a chosen expert: 'norm', the
+      logarithm of the squared norm of the expert's output, as it is estimated,
+      the weight is one; 'softmax', the weights are the softmax of the chosen
+      logits; 'sigmoid', they are the sigmoids, normalised, and a bias takes
+      part in the choice alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2);
+      'expert_choice', the weight is the softmax over all experts, and each
+      expert takes its best tokens of a sequence, `top_k / num_experts` of them
+      (arXiv 2202.09368), which is not causal: for training alone.
+    weights: How the weights of the experts are stored: `Keep`, `Ternary` or
+      `Int`.
+  """
+
+  NAME: ClassVar[str] = 'moe'
+
+  num_experts: int
+  top_k: int
+  shared: int = 0
+  router: str = 'norm'
+  weights: Method = Keep()
+
+  def __post_init__(self):
+    _check_int('MoE.num_experts', self.num_experts, 1, _MAX_EXPERTS)
+    _check_int('MoE.top_k', self.top_k, 1, self.num_experts)
+    _check_int('MoE.shared', self.shared, 0, _MAX_EXPERTS)
+    if self.router not in _ROUTERS:
+      raise errors.RecipeError(
+        f'MoE.router must be one of {_ROUTERS}, got'
+        f' {_patterns.brief(self.router)}.'
+      )
+    if type(self.weights) not in (Keep, Ternary, Int):
+      raise errors.RecipeError(
+        'MoE.weights must be `Keep`, `Ternary` or `Int`, got'
+        f' {_patterns.brief(self.weights)}.'
+      )
+
+  @property
+  def slices(self) -> int:
+    """Experts of both kinds."""
+    return self.shared + self.num_experts
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the method's name and every field as plain JSON values."""
+    return {**super().to_json(), 'weights': self.weights.to_json()}
+
+
 METHODS: dict[str, type[Method]] = {
-  cls.NAME: cls for cls in (Keep, Ternary, Int, Rows)
+  cls.NAME: cls for cls in (Keep, Ternary, Int, Rows, MoE)
 }
 
 
@@ -251,6 +312,14 @@ def method_from_json(fields: Any) -> Method:
     raise errors.RecipeError("Method 'rows' needs its 'bands'.")
   if name == Rows.NAME and isinstance(fields.get('bands'), list):
     fields['bands'] = tuple(map(_band_from_json, fields['bands']))
+  if name == MoE.NAME:
+    if not {'num_experts', 'top_k'} <= set(fields):
+      raise errors.RecipeError("Method 'moe' needs 'num_experts' and 'top_k'.")
+    if 'weights' in fields:
+      inner = fields['weights']
+      if isinstance(inner, dict) and inner.get('method') in ('moe', 'rows'):
+        raise errors.RecipeError(f'MoE.weights cannot be {inner["method"]!r}.')
+      fields['weights'] = method_from_json(inner)
   return METHODS[name](**fields)
 
 

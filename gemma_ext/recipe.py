@@ -25,6 +25,7 @@ from gemma_ext._methods import Keep as Keep
 from gemma_ext._methods import Method as Method
 from gemma_ext._methods import method_from_json as method_from_json
 from gemma_ext._methods import METHODS as METHODS
+from gemma_ext._methods import MoE as MoE
 from gemma_ext._methods import Rows as Rows
 from gemma_ext._methods import Ternary as Ternary
 
@@ -211,6 +212,8 @@ class Recipe:
       if isinstance(method, Rows):
         bands = tuple((end, of(each)) for end, each in method.bands)
         return dataclasses.replace(method, bands=bands)
+      if isinstance(method, MoE):
+        return dataclasses.replace(method, weights=of(method.weights))
       if isinstance(method, (Ternary, Int)):
         return dataclasses.replace(method, x_bits=x_bits)
       return method

@@ -275,8 +275,10 @@ def _cast_dense(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
       packed = set(value) == {'codes', 'scale'}
       out[key] = dict(value) if packed else _cast_dense(value, dtype)
-    else:
+    elif jnp.issubdtype(value.dtype, jnp.floating):
       out[key] = value.astype(dtype)
+    else:
+      out[key] = value
   return out
 
 

@@ -31,7 +31,7 @@ _KEYS = {
   'created_with',
 }
 _MODEL_DTYPES = ('bfloat16', 'float16', 'float32')
-_LEAF_DTYPES = (*_MODEL_DTYPES, 'uint8', 'int8')
+_LEAF_DTYPES = (*_MODEL_DTYPES, 'uint8', 'int8', 'int32')
 _MAX_RANK = 8
 _MAX_DIM = 1 << 40
 _MAX_LEAVES = 100_000

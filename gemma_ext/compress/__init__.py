@@ -16,6 +16,7 @@ from gemma_ext.compress._allocate import Budget
 from gemma_ext.compress._allocate import corrected
 from gemma_ext.compress._allocate import solve
 from gemma_ext.compress._calibrate import second_moments
+from gemma_ext.compress._carve import carve
 from gemma_ext.compress._compensate import compensate
 from gemma_ext.compress._compress import check_params
 from gemma_ext.compress._compress import compress

@@ -19,6 +19,7 @@ from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _calibrate
+from gemma_ext.compress import _carve
 from gemma_ext.compress import _compensate
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _registry
@@ -52,16 +53,28 @@ def compress(
 
   Returns:
     Parameters for `gx.nn.Compressed(model=model, recipe=recipe)`. Parameters
-    that no rule matches are the same arrays as in `params`.
+    that no rule matches are the same arrays as in `params`. Layers that the
+    recipe makes mixtures are carved, see `carve`, unless `params` have a
+    router for them.
 
   Raises:
-    RecipeError: If the recipe does not fit the model.
+    RecipeError: If the recipe does not fit the model, or has mixtures to carve
+      and there are no calibration tokens.
     ParamsMismatchError: If the parameters do not belong to the model.
     NonFiniteError: If a weight holds NaN or infinity.
   """
   model, recipe = _plan.resolve(model, recipe)
   methods = gx_nn.methods_of(model, recipe)
   flat: dict[str, Any] = dict(check_params(model, params))
+  layers = gx_nn.mixtures_of(model, recipe)
+  if any(f'{path}/router/w' not in flat for path in layers):
+    if calibration is None or isinstance(calibration, _statistics.Statistics):
+      raise errors.RecipeError(
+        'Carving experts needs text: pass calibration tokens, as'
+        f' {list(layers)[:3]} have no router yet.'
+      )
+    params = _carve.carve(model, params, recipe, calibration, progress=progress)
+    flat = dict(check_params(model, params))
   curvatures: dict[str, jax.Array] = {}
   hessians: Mapping[str, Any] = {}
   if isinstance(calibration, _statistics.Statistics):

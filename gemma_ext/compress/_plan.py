@@ -177,6 +177,19 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
           nbytes=fmt.nbytes(site.layout.rows, site.layout.cols),
         )
       )
+  rows += [
+    PlanRow(
+      path=f'{path}/router',
+      shape=(mixture.method.num_experts, mixture.features + 1),
+      method=recipe_lib.Keep(),
+      group=None,
+      dense_bytes=0,
+      nbytes=mixture.method.num_experts
+      * (mixture.features + 1)
+      * jnp.dtype(model.dtype).itemsize,
+    )
+    for path, mixture in gx_nn.mixtures_of(model, recipe).items()
+  ]
   return Plan(recipe=recipe, rows=tuple(rows))
 
 

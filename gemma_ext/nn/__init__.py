@@ -6,10 +6,14 @@
 
 from gemma_ext.nn._compressed import Compressed
 from gemma_ext.nn._compressed import methods_of
+from gemma_ext.nn._compressed import mixtures_of
 from gemma_ext.nn._compressed import packed_weights
 from gemma_ext.nn._latent import from_latent
 from gemma_ext.nn._latent import to_latent
 from gemma_ext.nn._lora import LoRA
+from gemma_ext.nn._moe import Choice
+from gemma_ext.nn._moe import Mixture
+from gemma_ext.nn._moe import route
 from gemma_ext.nn._optim import freeze_codes
 from gemma_ext.nn._packed import format_of
 from gemma_ext.nn._packed import PackedRows

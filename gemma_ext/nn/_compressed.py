@@ -22,6 +22,7 @@ from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.nn import _fused
+from gemma_ext.nn import _moe
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _rolling
 from gemma_ext.nn import _scopes
@@ -92,6 +93,7 @@ class Compressed(nn.Module):
   def _intercept(self):
     return packed_weights(
       methods_of(self.model, self.recipe),
+      mixtures=mixtures_of(self.model, self.recipe),
       dtype=self.model.dtype,
       depth=len(self.path),
     )
@@ -103,6 +105,7 @@ def packed_weights(
   dtype: Any,
   depth: int = 0,
   head_rows: int | None = None,
+  mixtures: Mapping[str, _moe.Mixture] | None = None,
 ) -> contextlib.AbstractContextManager[None]:
   """Context in which the official modules read these weights packed.
 
@@ -111,10 +114,15 @@ def packed_weights(
     dtype: Type of the dense weights that they stand for.
     depth: Length of the path of the module that the paths start from.
     head_rows: Rows of the vocabulary that get logits; all by default.
+    mixtures: Layers that are mixtures, by path, as `mixtures_of` returns them.
   """
   return nn.intercept_methods(
     _Interceptor(
-      methods=dict(methods), depth=depth, dtype=dtype, head_rows=head_rows
+      methods=dict(methods),
+      mixtures=dict(mixtures or {}),
+      depth=depth,
+      dtype=dtype,
+      head_rows=head_rows,
     )
   )
 
@@ -139,6 +147,9 @@ def methods_of(
   sites = {site.path: site for site in _sites.sites(model)}
   methods = recipe.resolve(sites)
   resolved = {}
+  for mixture in _moe.mixtures(methods, sites).values():
+    for name in (_moe.GATE, _moe.DOWN):
+      methods[f'{mixture.path}/{name}'] = _moe.stored(mixture, name)
   for path, method in methods.items():
     if isinstance(method, recipe_lib.Keep):
       continue
@@ -151,6 +162,24 @@ def methods_of(
   return resolved
 
 
+def mixtures_of(
+  model: nn.Module, recipe: recipe_lib.Recipe
+) -> dict[str, _moe.Mixture]:
+  """Returns the feed-forward layers that a recipe makes mixtures, by path.
+
+  Args:
+    model: The model.
+    recipe: The recipe.
+
+  Raises:
+    RecipeError: If `MoE` is to hold for anything else.
+  """
+  if not any(isinstance(m, recipe_lib.MoE) for _, m in recipe.rules):
+    return {}
+  sites = {site.path: site for site in _sites.sites(model)}
+  return _moe.mixtures(recipe.resolve(sites), sites)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Interceptor:
   """Gives the official modules their weights packed.
@@ -161,12 +190,19 @@ class _Interceptor:
     dtype: Parameter type of the model.
     head_rows: Rows of the vocabulary that get logits; all by default. Of a
       packed table the parameters then have them as `head`, too.
+    mixtures: Layers that are mixtures, by path.
+    masks: Of the mixtures under way, see `_mixture`.
   """
 
   methods: dict[str, tuple[_sites.Site, recipe_lib.Method]]
   depth: int
   dtype: Any
   head_rows: int | None = None
+  mixtures: dict[str, _moe.Mixture] = dataclasses.field(default_factory=dict)
+  # Of the mixtures under way: where, and what multiplies hidden activations.
+  masks: list[tuple[tuple[str, ...], jax.Array]] = dataclasses.field(
+    default_factory=list
+  )
 
   # See `_fused.may_fuse`.
   fuses = True
@@ -180,9 +216,19 @@ class _Interceptor:
           functools.partial(self._attention, next_fun, module), module, call
         )
       return self._attention(next_fun, module, **call.kwargs)
+    if method == '__call__' and self.mixtures:
+      mixture = self.mixtures.get('/'.join(module.path[self.depth :]))
+      # The einsums of a feed-forward layer share its path.
+      if mixture is not None and not isinstance(module, _sites.EINSUMS):
+        return self._mixture(next_fun, module, mixture, *args, **kwargs)
     if method == '__call__' and isinstance(module, _fused.FEED_FORWARDS):
       return self._feed_forward(next_fun, module, *args, **kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
+      if self.masks and module.weight_name == _moe.DOWN:
+        path, mask = self.masks[-1]
+        if module.path == path:
+          eqn, x = args
+          args = (eqn, x * mask)
       weight = self._weight(module, module.weight_name)
       if weight is not None:
         return _einsum(module, weight, *args, **kwargs)
@@ -218,6 +264,23 @@ class _Interceptor:
     ):
       return _fused.attention(module, **kwargs)
     return official(**kwargs)
+
+  def _mixture(self, official, module, mixture, x):
+    """A feed-forward layer that is a mixture."""
+    router = _moe.router_param(module, mixture)
+    choice = _moe.route(mixture.method, router, x)
+    _moe.sow(module, mixture, choice)
+    if not module.is_initializing() and _fused.may_fuse():
+      gate = self._weight(module, _moe.GATE)
+      down = self._weight(module, _moe.DOWN)
+      if gate is not None and down is not None:
+        if _fused.experts_fit(mixture, x, gate, down):
+          return _fused.experts(mixture, x, choice, gate, down)
+    self.masks.append((module.path, _moe.mask(mixture, choice, x.dtype)))
+    try:
+      return official(x)
+    finally:
+      self.masks.pop()
 
   def _feed_forward(self, official, module, x):
     """A feed-forward layer, likewise."""

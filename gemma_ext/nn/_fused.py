@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_ext import kernels
+from gemma_ext.nn import _moe
 from gemma_ext.nn import _packed
 
 ATTENTION = gemma_modules.Attention
@@ -140,3 +141,46 @@ def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
     jnp.issubdtype(w.leaf['codes'].dtype, jnp.floating) for w in weights
   )
   return not latent and x.size // x.shape[-1] <= _FEW
+
+
+def experts(
+  mixture: _moe.Mixture,
+  x: jax.Array,
+  choice: _moe.Choice,
+  gate: _packed.PackedWeight,
+  down: _packed.PackedWeight,
+) -> jax.Array:
+  """A feed-forward layer that is a mixture, only the chosen experts read.
+
+  Args:
+    mixture: What it is.
+    x: Input `[..., D]`.
+    choice: Which experts.
+    gate: Weight of rows `[2, H]`.
+    down: Weight of rows `[D]`.
+
+  Returns:
+    `[..., D]`.
+  """
+  return kernels.experts_ffn(  # type: ignore[attr-defined]
+    x,
+    gate.leaf,
+    gate.fmt,
+    down.leaf,
+    down.fmt,
+    choice.chosen,
+    choice.weight,
+    size=mixture.size,
+    shared=mixture.method.shared,
+    x_bits=max(gate.x_bits, down.x_bits),
+  )
+
+
+def experts_fit(
+  mixture: _moe.Mixture, x: jax.Array, *weights: _packed.PackedWeight
+) -> bool:
+  """Whether `experts` may stand in for the official code and a mask."""
+  if not hasattr(kernels, 'experts_ffn'):
+    return False
+  few = mixture.method.router != 'expert_choice'
+  return few and feed_forward_fits(x, *weights)

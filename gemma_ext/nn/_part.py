@@ -36,6 +36,7 @@ class _Part(_compressed.Compressed):
   def _intercept(self):
     return _compressed.packed_weights(
       _compressed.methods_of(self.model, self.recipe),
+      mixtures=_compressed.mixtures_of(self.model, self.recipe),
       dtype=self.model.dtype,
       depth=len(self.path),
       head_rows=self.head_rows,

@@ -1,0 +1,324 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Feed-forward layers as sparse mixtures of experts: the router and its choice.
+
+Experts are slices of the hidden neurons of an official feed-forward layer, so
+that its weights keep their names and shapes. Where many tokens come at once the
+official code runs, the hidden activations of experts that were not chosen
+multiplied by zero; where a few do, `kernels.experts_ffn` reads the chosen ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma_ext import errors
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _sites
+
+GATE, DOWN, ROUTER = 'gating_einsum', 'linear', 'router'
+# The bias of an expert that is not there; below any logit.
+DEAD = -1e9
+# What a threshold is when there is none.
+NONE = -1e30
+# Name of what a layer that routes sows into 'intermediates'.
+SOWN = 'routing'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+  """A layer that a recipe makes a mixture.
+
+  Attributes:
+    path: Path of the feed-forward module, such as `layer_0/mlp`.
+    method: The method.
+    features: Inputs and outputs, D.
+    hidden: Hidden neurons, of all experts.
+  """
+
+  path: str
+  method: recipe_lib.MoE
+  features: int
+  hidden: int
+
+  @property
+  def size(self) -> int:
+    """Neurons of an expert."""
+    return self.hidden // self.method.slices
+
+  @property
+  def shared(self) -> int:
+    """Neurons of all shared experts."""
+    return self.size * self.method.shared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+  """Which experts the tokens get.
+
+  Attributes:
+    chosen: Numbers of experts `[..., K]`, the best first; -1 for none.
+    weight: What their outputs are multiplied by, float32 `[..., K]`.
+    logits: Of all experts, float32 `[..., E]`.
+  """
+
+  chosen: jax.Array
+  weight: jax.Array
+  logits: jax.Array
+
+  def gates(self, neurons: int = 1) -> jax.Array:
+    """Weights of all experts, each for so many neurons: `[..., E * neurons]`.
+
+    Args:
+      neurons: Neurons of an expert.
+    """
+    count = self.logits.shape[-1]
+    # -1 has no place in the one-hot vectors.
+    places = jax.nn.one_hot(self.chosen, count, dtype=jnp.float32)
+    gates = jnp.einsum('...k,...ke->...e', self.weight, places)
+    return jnp.repeat(gates, neurons, axis=-1)
+
+
+def mixtures(
+  methods: Mapping[str, recipe_lib.Method],
+  sites: Mapping[str, _sites.Site],
+) -> dict[str, Mixture]:
+  """Returns the layers that methods make mixtures, by path.
+
+  Args:
+    methods: Method by path of a weight.
+    sites: Site by path.
+
+  Raises:
+    RecipeError: If `MoE` is to hold for another weight than the two of a
+      feed-forward layer, for one of them alone, or does not divide them.
+  """
+  found: dict[str, Mixture] = {}
+  for path, method in methods.items():
+    if not isinstance(method, recipe_lib.MoE):
+      continue
+    place, _, name = path.rpartition('/')
+    site = sites[path]
+    if name not in (GATE, DOWN) or site.kind is not _sites.Kind.EINSUM:
+      raise errors.RecipeError(
+        f'{path!r} is no weight of a feed-forward layer, which {method!r} is'
+        f' for; those end in {GATE!r} and {DOWN!r}.'
+      )
+    other = f'{place}/{DOWN if name == GATE else GATE}'
+    if methods.get(other) != method:
+      raise errors.RecipeError(
+        f'{path!r} is to be a mixture and {other!r} is not, or another one;'
+        f' match {place!r}, that is, both.'
+      )
+    if name == GATE:
+      continue
+    hidden, features = site.layout.shape
+    if hidden % method.slices:
+      raise errors.RecipeError(
+        f'{place!r} has {hidden} hidden neurons, which {method.slices} experts'
+        f' ({method.shared} of them shared) do not divide.'
+      )
+    found[place] = Mixture(
+      path=place, method=method, features=features, hidden=hidden
+    )
+  return found
+
+
+def stored(mixture: Mixture, name: str) -> recipe_lib.Method:
+  """Returns how a weight of a mixture is stored.
+
+  Groups of the down projection lie within an expert.
+
+  Args:
+    mixture: The mixture.
+    name: `GATE` or `DOWN`.
+  """
+  method = mixture.method.weights
+  if name != DOWN or not isinstance(
+    method, (recipe_lib.Ternary, recipe_lib.Int)
+  ):
+    return method
+  # Where there is no group: a scale for each expert of a row.
+  group = math.gcd(method.group or mixture.size, mixture.size)
+  return dataclasses.replace(method, group=group)
+
+
+def router_param(module: nn.Module, mixture: Mixture) -> dict[str, jax.Array]:
+  """Declares the router of a feed-forward module and returns it.
+
+  Args:
+    module: The official module.
+    mixture: What it is to be.
+
+  Returns:
+    'w' `[E, D]` and 'bias' `[E]`, of the logits; 'k', int32, of how many of the
+    `top_k` experts a token gets at most, and 'threshold', float32, above which
+    the logits of an expert have to be, both to be changed at run time.
+
+  Raises:
+    ParamsMismatchError: If the parameters have no such router.
+  """
+  method = mixture.method
+  shapes = {
+    'w': (method.num_experts, mixture.features),
+    'bias': (method.num_experts,),
+    'k': (),
+    'threshold': (),
+  }
+  if module.is_initializing() and not module.has_variable('params', ROUTER):
+    init = functools.partial(initial, mixture)
+    return nn.Module.param(module, ROUTER, init, shapes['w'])
+  leaf = module.get_variable('params', ROUTER, None)
+  got = {
+    name: tuple(each.shape)
+    for name, each in (leaf.items() if isinstance(leaf, Mapping) else ())
+  }
+  if got != shapes:
+    raise errors.ParamsMismatchError(
+      f'{"/".join(module.path)!r} is a mixture by the recipe, so that it needs'
+      f" a 'router' of shapes {shapes}, got {got}. Did you pass the params"
+      ' through `gx.compress`, with the same recipe?'
+    )
+  return leaf
+
+
+def initial(
+  mixture: Mixture,
+  key: jax.Array,
+  shape: tuple[int, ...] = (),
+  dtype: Any = jnp.float32,
+) -> dict[str, jax.Array]:
+  """A router as it is before anything is known: small random logits."""
+  del shape
+  method = mixture.method
+  shape = (method.num_experts, mixture.features)
+  return {
+    'w': (jax.random.normal(key, shape) * mixture.features**-0.5).astype(dtype),
+    'bias': jnp.zeros((method.num_experts,), dtype),
+    'k': jnp.int32(method.top_k),
+    'threshold': jnp.full((), NONE, dtype),
+  }
+
+
+def route(
+  method: recipe_lib.MoE, router: Mapping[str, jax.Array], x: jax.Array
+) -> Choice:
+  """Chooses experts.
+
+  Gradients reach the router through the weights. Where these are all one
+  ('norm') they pass as if each were the sigmoid of how far its logit is above
+  that of the first expert that was left out.
+
+  Args:
+    method: The method.
+    router: Its parameters, see `router_param`.
+    x: Inputs of the layer `[..., L, D]`.
+
+  Returns:
+    The choice. With 'expert_choice', K is E and an expert may be taken by any
+    number of tokens.
+  """
+  wide = functools.partial(jnp.asarray, dtype=jnp.float32)
+  logits = jnp.einsum(
+    '...d,ed->...e',
+    x,
+    router['w'].astype(x.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  bias = wide(router['bias'])
+  if method.router == 'expert_choice':
+    return _expert_choice(method, logits + bias)
+  if method.router == 'sigmoid':
+    # The bias balances; it has no part in the weights.
+    score = jax.nn.sigmoid(logits)
+    select = jax.lax.stop_gradient(score + bias)
+  else:
+    logits = logits + bias
+    select = jax.lax.stop_gradient(logits)
+  most = min(method.top_k + 1, method.num_experts)
+  values, chosen = jax.lax.top_k(select, most)
+  k = jnp.clip(router['k'], 1, method.top_k)
+  keep = jnp.arange(most) < k
+  keep &= (values > wide(router['threshold'])) & (values > DEAD / 2)
+  take = functools.partial(jnp.take_along_axis, indices=chosen, axis=-1)
+  if method.router == 'norm':
+    # The first one that was left out, by number or by threshold.
+    out = jnp.where(keep, -jnp.inf, values).max(axis=-1, keepdims=True)
+    out = jnp.maximum(out, wide(router['threshold']))
+    out = jnp.where(jnp.isfinite(out) & (out > DEAD / 2), out, values[..., -1:])
+    soft = jax.nn.sigmoid(take(logits) - jax.lax.stop_gradient(out))
+    weight = 1 + soft - jax.lax.stop_gradient(soft)
+  elif method.router == 'sigmoid':
+    weight = jnp.where(keep, take(score), 0)
+    weight = weight / jnp.maximum(weight.sum(axis=-1, keepdims=True), 1e-20)
+  else:
+    weight = jax.nn.softmax(
+      jnp.where(keep, take(logits), DEAD), axis=-1, where=None
+    )
+  weight = jnp.where(keep, weight, 0)
+  chosen = jnp.where(keep, chosen, -1)
+  return Choice(
+    chosen=chosen[..., : method.top_k],
+    weight=weight[..., : method.top_k],
+    logits=logits,
+  )
+
+
+def _expert_choice(method: recipe_lib.MoE, logits: jax.Array) -> Choice:
+  """Every expert takes its best tokens of a sequence."""
+  length = logits.shape[-2]
+  share = method.top_k / method.num_experts
+  capacity = max(1, math.ceil(length * share))
+  weight = jax.nn.softmax(logits, axis=-1)
+  columns = jax.lax.stop_gradient(jnp.swapaxes(weight, -1, -2))
+  least = jax.lax.top_k(columns, capacity)[0][..., -1:]
+  taken = jnp.swapaxes(columns >= least, -1, -2) & (logits > DEAD / 2)
+  numbers = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+  return Choice(
+    chosen=jnp.where(taken, numbers, -1),
+    weight=jnp.where(taken, weight, 0),
+    logits=logits,
+  )
+
+
+def sow(module: nn.Module, mixture: Mixture, choice: Choice) -> None:
+  """Leaves counts for losses and metrics, if anyone collects 'intermediates'.
+
+  What is sown as 'routing', of all tokens of the batch: 'load' `[E]`, the share
+  of tokens that an expert got; 'probability' `[E]`, the mean of the softmax of
+  the logits; 'z', the mean squared log of its denominator; 'active', the share
+  of the layer's neurons that ran.
+  """
+  if not module.is_mutable_collection('intermediates'):
+    return
+  gates = (choice.gates() != 0).astype(jnp.float32)
+  lead = tuple(range(gates.ndim - 1))
+  method = mixture.method
+  load = gates.mean(axis=lead)
+  module.sow(
+    'intermediates',
+    SOWN,
+    {
+      'load': load,
+      'probability': jax.nn.softmax(choice.logits, axis=-1).mean(axis=lead),
+      'z': jnp.mean(jax.nn.logsumexp(choice.logits, axis=-1) ** 2),
+      'active': (method.shared + load.sum()) / method.slices,
+    },
+  )
+
+
+def mask(mixture: Mixture, choice: Choice, dtype: Any) -> jax.Array:
+  """What the hidden activations are multiplied by, `[..., H]`."""
+  gates = choice.gates(mixture.size).astype(dtype)
+  if not mixture.shared:
+    return gates
+  ones = jnp.ones((*gates.shape[:-1], mixture.shared), dtype)
+  return jnp.concatenate([ones, gates], axis=-1)
