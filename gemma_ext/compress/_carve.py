@@ -215,9 +215,8 @@ def groups(
     group = _assign(v @ centres.T, size)
     sums = np.zeros_like(centres)
     np.add.at(sums, group, v)
-    centres = sums / np.maximum(
-      np.linalg.norm(sums, axis=1, keepdims=True), 1e-9
-    )
+    sums /= np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+    centres = sums
   return group
 
 
@@ -270,7 +269,8 @@ def _regress(
   """Ridge regression with an intercept: `[E, D]`, `[E]`, variance explained."""
   wide = x.astype(np.float64)
   target = y.astype(np.float64)
-  mean, bias = wide.mean(axis=0), target.mean(axis=0)
+  mean: Any = wide.mean(axis=0)
+  bias: Any = target.mean(axis=0)
   wide, target = wide - mean, target - bias
   moments = wide.T @ wide
   ridge = _RIDGE * np.trace(moments) / len(moments) * np.eye(len(moments))

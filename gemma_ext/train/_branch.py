@@ -36,11 +36,13 @@ class Branch:
       unbound.
     methods: Site and method of the compressed weights, by path inside `mlp`.
     dtype: Type of activations.
+    mixture: What `mlp` is, if it is a mixture of experts.
   """
 
   modules: tuple[tuple[str, nn.Module], ...]
   methods: tuple[tuple[str, Any], ...]
   dtype: Any
+  mixture: gx_nn.Mixture | None = None
 
   def apply(
     self, params: Mapping[str, Any], residual: jax.Array
@@ -76,8 +78,11 @@ class Branch:
       return next_fun(*args, **kwargs)
 
     # Flax asks the interceptor that came first, and this one always goes on.
+    mixtures = {'': self.mixture} if self.mixture else None
     with nn.intercept_methods(record):
-      with gx_nn.packed_weights(dict(self.methods), dtype=self.dtype):
+      with gx_nn.packed_weights(
+        dict(self.methods), dtype=self.dtype, mixtures=mixtures
+      ):
         y = modules['mlp'].apply({'params': params['mlp']}, u)
     out['inner'] = y
     if 'post_ffw_norm' in modules:
@@ -98,8 +103,11 @@ def of_layer(model: nn.Module, layer: str) -> Branch:
   """
   _capture.check(model)
   modules = _modules(_bare(model), layer)
-  methods = {}
+  methods, mixture = {}, None
   if isinstance(model, gx_nn.Compressed):
+    mixture = gx_nn.mixtures_of(model.model, model.recipe).get(f'{layer}/mlp')
+    # As for sites: without the name of the layer.
+    mixture = mixture and dataclasses.replace(mixture, path='')
     prefix = f'{layer}/mlp/'
     for path, found in gx_nn.methods_of(model.model, model.recipe).items():
       if path.startswith(prefix):
@@ -110,6 +118,7 @@ def of_layer(model: nn.Module, layer: str) -> Branch:
     modules=modules,
     methods=tuple(methods.items()),
     dtype=_bare(model).dtype,
+    mixture=mixture,
   )
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import contextlib
+import dataclasses
 import functools
+import re
 from typing import Any
 
 from flax import linen as nn
@@ -269,8 +271,14 @@ def problem(
   """
   dense = _config.strip(model.model)
   scope: Any = contextlib.nullcontext
+  routed = _routed(model)
   if remat:
     dense, scope = _remat.stamped(dense), _remat.rematerialized
+  if routed is not None:
+    # The recipe goes into the config, too: the stamp has to come after it.
+    dense = gx_nn.Compressed(model=dense, recipe=routed)
+    if remat:
+      dense = dense.clone(model=_remat.stamped(dense.model))
   cap = model.model.config.final_logit_softcap
   dtype = model.model.dtype
 
@@ -301,13 +309,36 @@ def problem(
   return _problem.Problem(loss=loss)
 
 
+def _routed(model: gx_nn.Compressed) -> recipe_lib.Recipe | None:
+  """The recipe of the model's mixtures alone, their weights dense."""
+  mixtures = gx_nn.mixtures_of(model.model, model.recipe)
+  if not mixtures:
+    return None
+  return recipe_lib.Recipe(
+    rules=tuple(
+      (
+        re.escape(path),
+        dataclasses.replace(mixture.method, weights=recipe_lib.Keep()),
+      )
+      for path, mixture in mixtures.items()
+    )
+  )
+
+
 @functools.lru_cache(maxsize=8)
 def compressed_layers(model: nn.Module) -> tuple[str, ...]:
-  """Names of the layers whose feed-forward weights are compressed, in order."""
+  """Names of the layers whose feed-forward part is compressed, in order.
+
+  Their weights are, or they are mixtures of experts.
+  """
   found = {
     path.split('/')[0]
     for path in gx_nn.methods_of(model.model, model.recipe)
     if '/mlp/' in path
+  } | {
+    path.split('/')[0]
+    for path in gx_nn.mixtures_of(model.model, model.recipe)
+    if path.endswith('/mlp')
   }
   return tuple(sorted(found, key=lambda name: int(name.split('_')[1])))
 

@@ -25,6 +25,8 @@ class Gradient:
     scale_rate: Of scales, relative to their size.
     integer_rate: Of weights in whole numbers (see `Distill.integers`), relative
       to their root mean square.
+    dense_rate: Of feed-forward weights that are not packed and of routers,
+      relative to their root mean square.
     norm_rate: Of norm scales and of what else is not packed.
     warmup: Steps until the full rate; it then falls to 5% as a cosine.
     beta2: Of Adam. Few steps want a shorter memory than the usual 0.999.
@@ -44,6 +46,7 @@ class Gradient:
   learning_rate: float = 4e-3
   scale_rate: float = 2e-3
   integer_rate: float = 1e-3
+  dense_rate: float = 1e-3
   norm_rate: float = 1e-3
   warmup: int = 10
   beta2: float = 0.98
@@ -59,8 +62,8 @@ class Gradient:
           f'Gradient.{name} must be a positive integer, got {value!r}.'
         )
     for name in (
-      *('learning_rate', 'scale_rate', 'integer_rate', 'norm_rate'),
-      'clip',
+      *('learning_rate', 'scale_rate', 'integer_rate', 'dense_rate'),
+      *('norm_rate', 'clip'),
     ):
       value = getattr(self, name)
       if not isinstance(value, (int, float)) or not 0 <= value < 1e3:
@@ -118,6 +121,9 @@ class Gradient:
           'integers': optax.chain(
             adam(self.integer_rate), optax.scale_by_param_block_rms()
           ),
+          'dense': optax.chain(
+            adam(self.dense_rate), optax.scale_by_param_block_rms()
+          ),
           'other': adam(self.norm_rate),
         },
         labels,
@@ -138,6 +144,8 @@ def _label(path: Any, leaf: Any) -> str:
     # Branches begin with the name of their module, models with their layer.
     inside = name.startswith('mlp/') or '/mlp/' in name or '/' not in name
     return 'codes' if inside else 'integers'
+  if name.endswith(('gating_einsum', 'linear', 'router/w')):
+    return 'dense'
   # Norms call their parameter 'scale', too.
   if name.endswith('/scale') and 'norm' not in name:
     return 'scale'

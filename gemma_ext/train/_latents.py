@@ -94,7 +94,8 @@ def open_params(
         codes = latent(codes, scale, w, fmt, margin)
     moving[f'{path}/codes'] = codes
   for path, leaf in flat.items():
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
+    # A threshold is set, not learned.
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim:
       moving[path] = jnp.array(leaf, jnp.float32)
     else:
       fixed[path] = leaf

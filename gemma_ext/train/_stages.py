@@ -26,6 +26,7 @@ from gemma_ext.train import _branch
 from gemma_ext.train import _capture
 from gemma_ext.train import _closed_form
 from gemma_ext.train import _distill
+from gemma_ext.train import _gradient
 from gemma_ext.train import _latents
 from gemma_ext.train import _rewrite
 from gemma_ext.train import _rows
@@ -108,6 +109,11 @@ class Block(_Stage):
     calibration, model = run.blocks, run.model
     dtype = model.model.dtype
     branch = _branch.of_layer(model, unit)
+    if branch.mixture and not isinstance(self.optimizer, _gradient.Gradient):
+      raise errors.TrainError(
+        f'{unit} is a mixture of experts, which `Gradient` heals; got'
+        f' {self.optimizer!r}.'
+      )
     residual = run.stream.residual(run.params, unit)
     target = calibration.target(unit)
     fisher = calibration.fisher[unit]
@@ -123,7 +129,9 @@ class Block(_Stage):
       weights=self.weights,
       margin=getattr(self.optimizer, 'margin', _shared.MARGIN),
     )
-    if not any(f'mlp/{path}/scale' in moving for path, _ in branch.methods):
+    if branch.methods and not any(
+      f'mlp/{path}/scale' in moving for path, _ in branch.methods
+    ):
       raise errors.TrainError(
         f'Block.weights={self.weights!r} matches none of the compressed weights'
         f' {[path for path, _ in branch.methods]} of {unit}.'
