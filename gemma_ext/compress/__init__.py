@@ -22,6 +22,10 @@ from gemma_ext.compress._compress import check_params
 from gemma_ext.compress._compress import compress
 from gemma_ext.compress._compress import compress_weight
 from gemma_ext.compress._divergence import divergence
+from gemma_ext.compress._experts import choose as choose_experts
+from gemma_ext.compress._experts import Curves
+from gemma_ext.compress._experts import curves as expert_curves
+from gemma_ext.compress._experts import with_experts
 from gemma_ext.compress._fit_int import fit_int
 from gemma_ext.compress._fit_ternary import fit_ternary
 from gemma_ext.compress._plan import Plan

@@ -295,7 +295,7 @@ def sow(module: nn.Module, mixture: Mixture, choice: Choice) -> None:
   What is sown as 'routing', of all tokens of the batch: 'load' `[E]`, the share
   of tokens that an expert got; 'probability' `[E]`, the mean of the softmax of
   the logits; 'z', the mean squared log of its denominator; 'active', the share
-  of the layer's neurons that ran.
+  of the layer's neurons that ran. And 'logits' `[..., E]`, of every token.
   """
   if not module.is_mutable_collection('intermediates'):
     return
@@ -311,6 +311,7 @@ def sow(module: nn.Module, mixture: Mixture, choice: Choice) -> None:
       'probability': jax.nn.softmax(choice.logits, axis=-1).mean(axis=lead),
       'z': jnp.mean(jax.nn.logsumexp(choice.logits, axis=-1) ** 2),
       'active': (method.shared + load.sum()) / method.slices,
+      'logits': choice.logits,
     },
   )
 
