@@ -6,6 +6,8 @@ from gemma_ext.kernels._attend import attend
 from gemma_ext.kernels._attend import MOST_ROWS
 from gemma_ext.kernels._backends import on_cpu
 from gemma_ext.kernels._dequantize import dequantize
+from gemma_ext.kernels._experts import experts_ffn
+from gemma_ext.kernels._experts_dense import experts_dense
 from gemma_ext.kernels._formats import choose_group
 from gemma_ext.kernels._formats import Format
 from gemma_ext.kernels._formats import IntFormat

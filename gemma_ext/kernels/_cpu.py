@@ -30,7 +30,8 @@ _FOLDERS = (
   pathlib.Path(sysconfig.get_path('platlib'), 'gemma_ext', 'kernels'),
 )
 _OPERATIONS = tuple(
-  f'gemma_ext_{name}' for name in ('matmul', 'gated', 'attend', 'read')
+  f'gemma_ext_{name}'
+  for name in ('matmul', 'gated', 'experts', 'attend', 'read')
 )
 _LAYOUTS = {'bytes': 0, 'fields': 1, 'trits': 2, 'stream': 3}
 
@@ -154,13 +155,7 @@ def gated(
   """`(gelu(x G^T) * (x U^T)) D^T`, x and what D multiplies rounded."""
   (_, hidden) = _params.rows_of(gate, formats[0])
   (rows,) = _params.rows_of(down, formats[1])
-  kinds = {
-    name: np.array([*_attributes(fmt, cols).values()], np.int64)
-    for name, fmt, cols in (
-      ('gate_format', formats[0], x.shape[-1]),
-      ('down_format', formats[1], hidden),
-    )
-  }
+  kinds = _kinds(formats, x.shape[-1], hidden)
 
   @jax.custom_batching.custom_vmap
   def call(x, *weights):
@@ -176,6 +171,66 @@ def gated(
 
   call.def_vmap(functools.partial(_batched, call))
   return call(x, gate['codes'], gate['scale'], down['codes'], down['scale'])
+
+
+def cuts(fmt: _formats.Format, cols: int, size: int) -> bool:
+  """Whether rows of a packed weight can be cut into slices of `size` codes."""
+  bits = 2 if isinstance(fmt, _formats.TernaryFormat) else fmt.bits
+  blocks = {'bytes': 1, 'stream': 8, 'fields': 256 // bits, 'trits': 160}
+  block = blocks[_layout(fmt)]
+  group = fmt.group or cols
+  if size == cols:
+    return True
+  return not (cols % size or size % block or (size % group and group % size))
+
+
+def experts(
+  x: jax.Array,  # [N, I]
+  gate: Mapping[str, jax.Array],  # of [2, S * f, I], or [E, 2, f, I]
+  down: Mapping[str, jax.Array],  # of [O, S * f], or [E, O, f]
+  chosen: jax.Array,  # int32[N, K]
+  weight: jax.Array,  # float32[N, K]
+  formats: tuple[_formats.Format, _formats.Format],
+  *,
+  size: int,  # f
+  shared: int,  # slices before those of the experts
+  x_bits: int,
+  named: str = '',
+) -> jax.Array:  # [N, O]
+  """The sum of the shared slices and of the chosen ones, times their weights.
+
+  x and what the down projection multiplies are rounded. Duplicates add up.
+  """
+  gate_rows = _params.rows_of(gate, formats[0])
+  down_rows = _params.rows_of(down, formats[1])
+  stacked = len(gate_rows) == 3
+  count = gate_rows[0] if stacked else gate_rows[1] // size - shared
+  kinds = _kinds(
+    formats, x.shape[-1], size if stacked else size * (shared + count)
+  )
+  cut = np.array([stacked, shared, count, size], np.int64)
+
+  @jax.custom_batching.custom_vmap
+  def call(x, chosen, weight, *weights):
+    out = jax.ShapeDtypeStruct((x.shape[0], down_rows[-1]), x.dtype)
+    return jax.ffi.ffi_call('gemma_ext_experts', out)(
+      x,
+      *weights,
+      chosen,
+      weight,
+      **kinds,
+      cut=cut,
+      wide=np.int64(x_bits == 16),
+      kernels=named,
+    )
+
+  call.def_vmap(functools.partial(_batched, call, rows=3))
+  return call(
+    x,
+    chosen,
+    weight,
+    *(gate['codes'], gate['scale'], down['codes'], down['scale']),
+  )
 
 
 def attend(
@@ -218,30 +273,55 @@ def read(x: jax.Array) -> jax.Array:
   return jax.ffi.ffi_call('gemma_ext_read', out)(x)
 
 
-def _batched(call, size, in_batched, x, *weights):
-  """The rule for `jax.vmap` of a product of x `[N, I]` with weights."""
-  if in_batched[0] and not any(in_batched[1:]):
+def _batched(call, size, in_batched, *args, rows=1):
+  """The rule for `jax.vmap` of a product of x `[N, I]` with weights.
+
+  The first `rows` arguments have a row for each of x; the others are weights.
+  """
+  args = tuple(
+    jnp.broadcast_to(a, (size, *a.shape)) if among and not batched else a
+    for a, batched, among in zip(
+      args,
+      in_batched,
+      [i < rows or any(in_batched[rows:]) for i in range(len(args))],
+      strict=True,
+    )
+  )
+  if not any(in_batched[rows:]):
     # More rows of x, against a weight that is read once.
-    y = call(x.reshape(-1, x.shape[-1]), *weights)
+    flat = (a.reshape(-1, a.shape[-1]) for a in args[:rows])
+    y = call(*flat, *args[rows:])
     return y.reshape(size, -1, y.shape[-1]), True
-  args = [
-    a if b else jnp.broadcast_to(a, (size, *a.shape))
-    for a, b in zip((x, *weights), in_batched, strict=True)
-  ]
-  return jax.lax.map(lambda each: call(*each), tuple(args)), True
+  return jax.lax.map(lambda each: call(*each), args), True
 
 
-def _attributes(fmt: _formats.Format, cols: int) -> dict[str, object]:
+def _kinds(
+  formats: tuple[_formats.Format, _formats.Format], cols: int, hidden: int
+) -> dict[str, np.ndarray]:
+  """The formats of a gate and a down projection as attributes."""
+  return {
+    name: np.array([*_attributes(fmt, width).values()], np.int64)
+    for name, fmt, width in (
+      ('gate_format', formats[0], cols),
+      ('down_format', formats[1], hidden),
+    )
+  }
+
+
+def _layout(fmt: _formats.Format) -> str:
+  if isinstance(fmt, _formats.TernaryFormat):
+    return 'fields' if fmt.packing == '2bit' else 'trits'
+  return {8: 'bytes', 4: 'fields', 2: 'fields'}.get(fmt.bits, 'stream')
+
+
+def _attributes(fmt: _formats.Format, cols: int) -> dict[str, np.int64]:
   ternary = isinstance(fmt, _formats.TernaryFormat)
   if isinstance(fmt, _formats.TernaryFormat):
-    planes, tied, group = fmt.planes, fmt.tied, fmt.group
-    bits = 2
-    layout = 'fields' if fmt.packing == '2bit' else 'trits'
+    planes, tied, group, bits = fmt.planes, fmt.tied, fmt.group, 2
   else:
     planes, tied, group, bits = 1, False, fmt.group or cols, fmt.bits
-    layout = {8: 'bytes', 4: 'fields', 2: 'fields'}.get(bits, 'stream')
   return {
-    'layout': np.int64(_LAYOUTS[layout]),
+    'layout': np.int64(_LAYOUTS[_layout(fmt)]),
     'bits': np.int64(bits),
     'planes': np.int64(planes),
     'tied': np.int64(tied),

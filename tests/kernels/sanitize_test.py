@@ -21,7 +21,10 @@ def test_no_memory_error():
   run = subprocess.run(
     [
       *(sys.executable, '-m', 'tools.sanitize_kernels', '-q', '-s'),
-      *(f'tests/kernels/{n}_test.py' for n in ('cpu', 'gated', 'attend')),
+      *(
+        f'tests/kernels/{n}_test.py'
+        for n in ('cpu', 'gated', 'experts', 'attend')
+      ),
       *('-k', chosen),
     ],
     capture_output=True,

@@ -51,6 +51,94 @@ inline ffi::Error Choose(std::string_view named, const Kernels** to) {
                "this machine has no kernels " + std::string(named));
 }
 
+// No size is larger.
+inline constexpr int64_t kMost = int64_t{1} << 40;
+// Rows of x up to which a call is one of many of a step of decoding.
+inline constexpr int64_t kFew = 8;
+
+// Sizes and layout of a weight, as the caller describes them.
+struct Description {
+  int64_t layout;
+  int64_t bits;
+  int64_t planes;
+  int64_t tied;
+  int64_t ternary;
+  int64_t group;
+};
+
+inline ffi::Error Describe(ffi::Span<const int64_t> d, Description* to) {
+  if (d.size() == 6) *to = {d[0], d[1], d[2], d[3], d[4], d[5]};
+  return Check(d.size() == 6, "a format is not six numbers");
+}
+
+// `codes` may go on after those of the weight.
+inline ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale,
+                             int64_t rows, int64_t cols, const Description& d,
+                             Weight* w) {
+  GX_RETURN_IF(Check(0 < cols && cols < kMost, Number("cols", cols)));
+  GX_RETURN_IF(Check(0 <= rows && rows < kMost / cols, Number("rows", rows)));
+  GX_RETURN_IF(Check(0 < d.group && d.group <= cols && cols % d.group == 0,
+                     Number("group", d.group) + " does not divide " +
+                         Number("cols", cols)));
+  GX_RETURN_IF(Check(0 <= d.layout && d.layout <= 3,
+                     Number("layout", d.layout)));
+  GX_RETURN_IF(Check(1 <= d.planes && d.planes <= 8,
+                     Number("planes", d.planes)));
+  w->layout = static_cast<Layout>(d.layout);
+  w->cols = cols;
+  w->group = d.group;
+  w->planes = d.planes;
+  w->ternary = d.ternary != 0;
+  w->tied = d.tied != 0 && d.planes > 1;
+  w->bits = d.bits;
+  bool bits = true;
+  switch (w->layout) {
+    case Layout::kBytes:
+      bits = d.bits == 8;
+      break;
+    case Layout::kFields:
+      bits = d.bits == 2 || d.bits == 4;
+      break;
+    case Layout::kStream:
+      bits = 3 <= d.bits && d.bits <= 7;
+      break;
+    case Layout::kTrits:
+      bits = w->ternary;
+      break;
+  }
+  GX_RETURN_IF(Check(bits, Number("bits", d.bits)));
+  GX_RETURN_IF(Check(w->ternary ? w->layout != Layout::kBytes &&
+                                      w->layout != Layout::kStream
+                                : d.planes == 1,
+                     "planes and layout do not go together"));
+  // Sums of tied codes fit in a byte.
+  GX_RETURN_IF(Check(!w->tied || d.planes <= 5, "more than 5 tied planes"));
+  const ffi::DataType type = scale.element_type();
+  w->byte_scale = type == ffi::DataType::U8;
+  GX_RETURN_IF(Check(w->byte_scale || type == ffi::DataType::BF16,
+                     "scales are neither bfloat16 nor uint8"));
+  const ffi::DataType code_type = codes.element_type();
+  GX_RETURN_IF(Check(code_type == (w->layout == Layout::kBytes
+                                       ? ffi::DataType::S8
+                                       : ffi::DataType::U8),
+                     "codes are of the wrong type"));
+  w->rows = rows;
+  w->LayOut();
+  const int64_t needed = w->planes * rows * w->row_bytes();
+  const int64_t bytes = static_cast<int64_t>(codes.size_bytes());
+  GX_RETURN_IF(Check(bytes >= needed && bytes < kMost,
+                     Number("bytes of codes", bytes) + "; expected " +
+                         std::to_string(needed)));
+  const int64_t scales = w->scale_planes() * w->rows * w->groups();
+  GX_RETURN_IF(
+      Check(static_cast<int64_t>(scale.element_count()) == scales,
+            Number("scales", static_cast<int64_t>(scale.element_count())) +
+                "; expected " + std::to_string(scales)));
+  w->codes = static_cast<const uint8_t*>(codes.untyped_data());
+  w->scale = scale.untyped_data();
+  return ffi::Error::Success();
+}
+
 }  // namespace gemma_ext
 
 #endif  // GEMMA_EXT_KERNELS_CPU_FFI_H_

@@ -60,18 +60,24 @@ class Operand {
   // y[n, r] for rows r of the weight in [begin, end); begin is a multiple of
   // `unit`.
   void Multiply(int64_t begin, int64_t end, Floats y, int64_t pitch) const {
+    Multiply(w_, begin, end, y, pitch);
+  }
+
+  // The same for other rows of the same format and columns.
+  void Multiply(const Weight& w, int64_t begin, int64_t end, Floats y,
+                int64_t pitch) const {
     if (!one_) {
-      return (tiles() ? kernels_.tile : kernels_.rows)(w_, a_, begin, end, y,
+      return (tiles() ? kernels_.tile : kernels_.rows)(w, a_, begin, end, y,
                                                        pitch);
     }
     if (!y.bf16) {
       float* out = static_cast<float*>(y.data) + begin;
-      return kernels_.one(w_, row_, begin, end, out);
+      return kernels_.one(w, row_, begin, end, out);
     }
     thread_local Scratch memory;
     float* out =
         static_cast<float*>(memory.Get((end - begin) * sizeof(float)));
-    kernels_.one(w_, row_, begin, end, out);
+    kernels_.one(w, row_, begin, end, out);
     uint16_t* to = static_cast<uint16_t*>(y.data) + begin;
     for (int64_t i = 0; i < end - begin; ++i) to[i] = ToBf16(out[i]);
   }

@@ -52,86 +52,6 @@ const Kernels& Best() {
 
 namespace {
 
-constexpr int64_t kMost = int64_t{1} << 40;
-// Rows of x up to which a call is one of many of a step of decoding.
-constexpr int64_t kFew = 8;
-
-// Sizes and layout of a weight, as the caller describes them.
-struct Description {
-  int64_t layout;
-  int64_t bits;
-  int64_t planes;
-  int64_t tied;
-  int64_t ternary;
-  int64_t group;
-};
-
-// `codes` may go on after those of the weight.
-ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale, int64_t rows,
-                      int64_t cols, const Description& d, Weight* w) {
-  GX_RETURN_IF(Check(0 < cols && cols < kMost, Number("cols", cols)));
-  GX_RETURN_IF(Check(0 <= rows && rows < kMost / cols, Number("rows", rows)));
-  GX_RETURN_IF(Check(0 < d.group && d.group <= cols && cols % d.group == 0,
-                     Number("group", d.group) + " does not divide " +
-                         Number("cols", cols)));
-  GX_RETURN_IF(Check(0 <= d.layout && d.layout <= 3,
-                     Number("layout", d.layout)));
-  GX_RETURN_IF(Check(1 <= d.planes && d.planes <= 8,
-                     Number("planes", d.planes)));
-  w->layout = static_cast<Layout>(d.layout);
-  w->cols = cols;
-  w->group = d.group;
-  w->planes = d.planes;
-  w->ternary = d.ternary != 0;
-  w->tied = d.tied != 0 && d.planes > 1;
-  w->bits = d.bits;
-  bool bits = true;
-  switch (w->layout) {
-    case Layout::kBytes:
-      bits = d.bits == 8;
-      break;
-    case Layout::kFields:
-      bits = d.bits == 2 || d.bits == 4;
-      break;
-    case Layout::kStream:
-      bits = 3 <= d.bits && d.bits <= 7;
-      break;
-    case Layout::kTrits:
-      bits = w->ternary;
-      break;
-  }
-  GX_RETURN_IF(Check(bits, Number("bits", d.bits)));
-  GX_RETURN_IF(Check(w->ternary ? w->layout != Layout::kBytes &&
-                                      w->layout != Layout::kStream
-                                : d.planes == 1,
-                     "planes and layout do not go together"));
-  // Sums of tied codes fit in a byte.
-  GX_RETURN_IF(Check(!w->tied || d.planes <= 5, "more than 5 tied planes"));
-  const ffi::DataType type = scale.element_type();
-  w->byte_scale = type == ffi::DataType::U8;
-  GX_RETURN_IF(Check(w->byte_scale || type == ffi::DataType::BF16,
-                     "scales are neither bfloat16 nor uint8"));
-  const ffi::DataType code_type = codes.element_type();
-  GX_RETURN_IF(Check(code_type == (w->layout == Layout::kBytes
-                                       ? ffi::DataType::S8
-                                       : ffi::DataType::U8),
-                     "codes are of the wrong type"));
-  w->rows = rows;
-  const int64_t needed = w->planes * rows * w->row_bytes();
-  const int64_t bytes = static_cast<int64_t>(codes.size_bytes());
-  GX_RETURN_IF(Check(bytes >= needed && bytes < kMost,
-                     Number("bytes of codes", bytes) + "; expected " +
-                         std::to_string(needed)));
-  const int64_t scales = w->scale_planes() * w->rows * w->groups();
-  GX_RETURN_IF(
-      Check(static_cast<int64_t>(scale.element_count()) == scales,
-            Number("scales", static_cast<int64_t>(scale.element_count())) +
-                "; expected " + std::to_string(scales)));
-  w->codes = static_cast<const uint8_t*>(codes.untyped_data());
-  w->scale = scale.untyped_data();
-  return ffi::Error::Success();
-}
-
 // Parts of about 64 KiB of codes, but several for each thread.
 int64_t RowsOfPart(const Weight& w, int64_t unit, int64_t threads) {
   const int64_t rows =
@@ -206,12 +126,8 @@ ffi::Error Gated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
   const int64_t n = x.dimensions()[0], cols = x.dimensions()[1];
   GX_RETURN_IF(Check(0 < hidden && hidden < kMost, Number("hidden", hidden)));
   Description d[2];
-  int which = 0;
-  for (auto format : {gate_format, down_format}) {
-    GX_RETURN_IF(Check(format.size() == 6, "a format is not six numbers"));
-    d[which++] = {format[0], format[1], format[2],
-                  format[3], format[4], format[5]};
-  }
+  GX_RETURN_IF(Describe(gate_format, &d[0]));
+  GX_RETURN_IF(Describe(down_format, &d[1]));
   Weight up, out;
   GX_RETURN_IF(MakeWeight(gate, gate_scale, 2 * hidden, cols, d[0], &up));
   GX_RETURN_IF(

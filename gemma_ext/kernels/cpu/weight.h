@@ -38,6 +38,11 @@ struct Weight {
   bool ternary = false;
   bool tied = false;
   bool byte_scale = false;
+  // From one row or plane to the next: bytes of codes, numbers of scales.
+  int64_t row_stride = 0;
+  int64_t plane_stride = 0;
+  int64_t scale_stride = 0;
+  int64_t scale_plane_stride = 0;
 
   // Codes of a byte in layouts of fields.
   int64_t fields() const { return layout == Layout::kTrits ? 5 : 8 / bits; }
@@ -74,7 +79,53 @@ struct Weight {
   }
 
   const uint8_t* row(int64_t plane, int64_t r) const {
-    return codes + (plane * rows + r) * row_bytes();
+    return codes + plane * plane_stride + r * row_stride;
+  }
+
+  // Index of the first scale of a row.
+  int64_t scale_at(int64_t plane, int64_t r) const {
+    return plane * scale_plane_stride + r * scale_stride;
+  }
+
+  // Rows, and planes around them, one after another.
+  void LayOut() {
+    row_stride = row_bytes();
+    plane_stride = rows * row_stride;
+    scale_stride = groups();
+    scale_plane_stride = rows * scale_stride;
+  }
+
+  // Rows [begin, begin + count).
+  Weight SliceRows(int64_t begin, int64_t count) const {
+    Weight part = *this;
+    part.rows = count;
+    part.codes += begin * row_stride;
+    part.SkipScales(begin * scale_stride);
+    return part;
+  }
+
+  // Whether columns can be cut into slices of so many.
+  bool Cuts(int64_t count) const {
+    const int64_t block = layout == Layout::kBytes    ? 1
+                          : layout == Layout::kStream ? 8
+                                                      : kBlock * fields();
+    if (count == cols) return true;
+    return count > 0 && cols % count == 0 && count % block == 0 &&
+           (count % group == 0 || group % count == 0);
+  }
+
+  // Slice `index` of so many columns each, of every row.
+  Weight SliceColumns(int64_t index, int64_t count) const {
+    Weight part = *this;
+    part.cols = count;
+    part.codes += index * part.row_bytes();
+    part.SkipScales(index * count / group);
+    if (count < group) part.group = count;
+    return part;
+  }
+
+  void SkipScales(int64_t count) {
+    scale = static_cast<const uint8_t*>(scale) + count * (byte_scale ? 1 : 2);
   }
 };
 

@@ -1,0 +1,231 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse feed-forward layers on packed weights: slices of neurons, some a row.
+
+Backends: 'xla' computes every neuron and multiplies those that were not chosen
+by zero, or, of stacked experts, walks over those that were chosen; 'cpu' reads
+no more than the packed weights of the chosen slices.
+"""
+
+from collections.abc import Mapping
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gemma_ext import errors
+from gemma_ext.kernels import _backends
+from gemma_ext.kernels import _cpu
+from gemma_ext.kernels import _dequantize
+from gemma_ext.kernels import _experts_dense
+from gemma_ext.kernels import _formats
+from gemma_ext.kernels import _matmul
+from gemma_ext.kernels import _params
+
+
+def experts_ffn(
+  x: jax.Array,
+  gate: Mapping[str, jax.Array],
+  gate_fmt: _formats.Format,
+  down: Mapping[str, jax.Array],
+  down_fmt: _formats.Format,
+  chosen: jax.Array,
+  weight: jax.Array,
+  *,
+  size: int | None = None,
+  shared: int = 0,
+  backend: str | None = None,
+  x_bits: int = 16,
+) -> jax.Array:
+  """Computes some slices of a gated feed-forward layer, chosen for each row.
+
+  A slice is f neurons of `(gelu(x G^T) * (x U^T)) D^T`, gelu by tanh as Gemma
+  has it. The first `shared` slices always run, with weight 1; the others are
+  the experts. Weights come in one of two layouts: wide, all slices as one layer
+  of H = (shared + E) f neurons, slice after slice; or stacked, an axis of E
+  experts before the others, as the official MoE of Gemma 4 has them.
+
+  Differentiable as `matmul` is, and with respect to `weight`.
+
+  Args:
+    x: Activations `[..., I]`, floating.
+    gate: Packed weight `[2, H, I]` or `[E, 2, f, I]`: G, then U.
+    gate_fmt: Its format.
+    down: Packed weight `[O, H]` or `[E, O, f]`.
+    down_fmt: Its format.
+    chosen: Numbers of experts, integers `[..., K]`; -1 for none. One that is
+      named twice counts twice.
+    weight: What each is multiplied by, floating `[..., K]`.
+    size: f, for the wide layout.
+    shared: Slices that always run; 0 for the stacked layout.
+    backend: 'xla' or 'cpu', as for `matmul`. 'cpu' needs slices of the wide
+      down projection that are made of whole blocks of codes (docs/formats.md)
+      and of whole groups, or lie within one.
+    x_bits: What 'cpu' rounds x and the hidden activations to, as for `matmul`.
+
+  Returns:
+    `[..., O]` in `x.dtype`. 'xla' rounds hidden activations to `x.dtype`; 'cpu'
+    keeps them in float32, and refuses numbers of experts that do not exist,
+    which 'xla' cannot see.
+
+  Raises:
+    ParamsMismatchError: If the parameters do not have the shapes that their
+      formats and x need.
+    ShapeError: If the arguments do not fit each other or the backend is
+      unknown.
+    BackendError: If `backend='cpu'` cannot run here.
+  """
+  _backends.check(backend, x_bits)
+  _matmul.check_x(x)
+  _experts_dense.check_routes(x, chosen, weight)
+  stacked, f = _layout(gate, gate_fmt, down, down_fmt, size, shared)
+  rows = _params.rows_of(down, down_fmt)
+  hidden = f if stacked else _params.rows_of(gate, gate_fmt)[1]
+  _params.validate(
+    gate, gate_fmt, _params.rows_of(gate, gate_fmt), x.shape[-1], part=True
+  )
+  _params.validate(down, down_fmt, rows, hidden, part=True)
+  between = jax.ShapeDtypeStruct((*x.shape[:-1], hidden), x.dtype)
+  why_not = (
+    _cpu.why_not(x, gate, gate_fmt)
+    or _cpu.why_not(between, down, down_fmt)
+    or _why_not_cut(down_fmt, hidden, f)
+  )
+  backend = _backends.choose(backend, why_not)
+  flat, route = _experts_dense.flatten(x, chosen, weight)
+  gate, down = _params.own(gate, gate_fmt), _params.own(down, down_fmt)
+  run = _xla if backend == 'xla' else _packed
+  static = (gate_fmt, down_fmt), f, shared, x_bits
+  y = run(static, flat, dict(gate), dict(down), *route)
+  return y.reshape(*x.shape[:-1], rows[-1])
+
+
+def _layout(gate, gate_fmt, down, down_fmt, size, shared) -> tuple[bool, int]:
+  """Whether experts are stacked, and the neurons of a slice."""
+  rows = _params.rows_of(gate, gate_fmt)
+  outs = _params.rows_of(down, down_fmt)
+  wide = len(rows) == 2 and rows[0] == 2 and len(outs) == 1
+  stacked = (
+    len(rows) == 3 and rows[1] == 2 and len(outs) == 2 and outs[0] == rows[0]
+  )
+  if not wide and not stacked:
+    raise errors.ShapeError(
+      f'Weights have rows {rows} and {outs}; expected [2, H] and [O], or'
+      ' [E, 2, f] and [E, O].'
+    )
+  if stacked:
+    if shared or size not in (None, rows[2]):
+      raise errors.ShapeError(
+        f'{shared=} and {size=} of stacked experts; expected 0 and {rows[2]}.'
+      )
+    return True, rows[2]
+  if size is None or size < 1 or rows[1] % size:
+    raise errors.ShapeError(
+      f'{size=}; expected a divisor of the {rows[1]} neurons.'
+    )
+  if not 0 <= shared < rows[1] // size:
+    raise errors.ShapeError(
+      f'{shared=} of {rows[1] // size} slices; expected fewer, at least 0.'
+    )
+  return False, size
+
+
+def _why_not_cut(fmt, hidden: int, size: int) -> str:
+  if _cpu.cuts(fmt, hidden, size):
+    return ''
+  return (
+    f'slices of {size} neurons are not whole blocks and groups of a row of'
+    f' {hidden} codes, {fmt}'
+  )
+
+
+def _xla(static, x, gate, down, chosen, weight):
+  formats, size, shared, _ = static
+  if len(_params.rows_of(gate, formats[0])) == 3:
+    return _xla_stacked(formats, x, gate, down, chosen, weight)
+  both = _matmul.matmul_xla(x, gate, formats[0])
+  slices = both.shape[-1] // size
+  n, k = chosen.shape
+  # What is not chosen goes to a slice that does not exist.
+  at = jnp.where(chosen < 0, slices, chosen + shared)
+  mask = jnp.zeros((n, slices), jnp.float32).at[:, :shared].set(1)
+  mask = mask.at[jnp.arange(n)[:, None], at].add(weight, mode='drop')
+  hidden = jax.nn.gelu(both[:, 0]) * both[:, 1]
+  hidden = hidden.reshape(n, slices, size) * mask[..., None]
+  hidden = hidden.reshape(n, slices * size).astype(x.dtype)
+  return _matmul.matmul_xla(hidden, down, formats[1])
+
+
+def _xla_stacked(formats, x, gate, down, chosen, weight):
+  axes = [int(isinstance(f, _formats.TernaryFormat)) for f in formats]
+  count, _, size = _params.rows_of(gate, formats[0])
+  rows = _params.rows_of(down, formats[1])[1]
+
+  def pick(take):
+    return (
+      {name: take(v, axis) for name, v in p.items()}
+      for p, axis in zip((gate, down), axes)
+    )
+
+  def dense(g, d):
+    """`[*, 2, f, I]` and `[*, f, O]`."""
+    return (
+      _dequantize.dense(g, formats[0], x.shape[-1], x.dtype),
+      _dequantize.dense(d, formats[1], size, x.dtype).swapaxes(-1, -2),
+    )
+
+  if jax.default_backend() == 'cpu':
+
+    def expert(e, x):
+      g, d = pick(
+        lambda v, axis: jax.lax.dynamic_index_in_dim(v, e, axis, False)
+      )
+      both = _matmul.matmul_xla(x, g, formats[0])
+      hidden = jax.nn.gelu(both[:, 0]) * both[:, 1]
+      return _matmul.matmul_xla(hidden, d, formats[1])
+
+    y = _experts_dense.by_block(x, chosen, weight, count, expert, rows)
+  elif chosen.size <= _experts_dense.FEW_PAIRS:
+    e = jnp.maximum(chosen.reshape(-1), 0)
+    some = dense(*pick(lambda v, axis: jnp.take(v, e, axis)))
+    y = _experts_dense.few(x, chosen, weight, *some)
+  else:
+    y = _experts_dense.ragged(x, chosen, weight, *dense(gate, down))
+  return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _packed(static, x, gate, down, chosen, weight):
+  formats, size, shared, x_bits = static
+  return _cpu.experts(
+    x,
+    gate,
+    down,
+    chosen,
+    weight,
+    formats,
+    size=size,
+    shared=shared,
+    x_bits=x_bits,
+  )
+
+
+@_packed.defjvp
+def _packed_jvp(static, primals, tangents):
+  out = _packed(static, *primals)
+  x, gate, down, chosen, weight = primals
+  dx, dgate, ddown, _, dweight = tangents
+
+  def of(x, gate_scale, down_scale, weight):
+    g, d = (
+      {'codes': p['codes'], 'scale': s}
+      for p, s in ((gate, gate_scale), (down, down_scale))
+    )
+    return _xla(static, x, g, d, chosen, weight)
+
+  _, tangent = jax.jvp(
+    of,
+    (x, gate['scale'], down['scale'], weight),
+    (dx, dgate['scale'], ddown['scale'], dweight),
+  )
+  return out, tangent
