@@ -162,7 +162,7 @@ def experts(
   Returns:
     `[..., D]`.
   """
-  return kernels.experts_ffn(  # type: ignore[attr-defined]
+  return kernels.experts_ffn(
     x,
     gate.leaf,
     gate.fmt,
@@ -180,7 +180,5 @@ def experts_fit(
   mixture: _moe.Mixture, x: jax.Array, *weights: _packed.PackedWeight
 ) -> bool:
   """Whether `experts` may stand in for the official code and a mask."""
-  if not hasattr(kernels, 'experts_ffn'):
-    return False
   few = mixture.method.router != 'expert_choice'
   return few and feed_forward_fits(x, *weights)

@@ -12,7 +12,9 @@ import pytest
 
 import gemma_ext as gx
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
+from gemma_ext.kernels import _cpu
 from gemma_ext.nn import _moe
 from tests import tiny
 
@@ -250,3 +252,24 @@ def test_recipe_json():
     with pytest.raises(errors.RecipeError):
       gx.Recipe.from_json({'version': 1, 'rules': [rule | change]})
   assert dataclasses.replace(recipe.rules[0][1], top_k=2).slices == 8
+
+
+@pytest.mark.skipif(
+  _cpu.library() is None, reason='the C++ library was not built'
+)
+def test_few_tokens_read_only_their_experts(monkeypatch):
+  recipe = recipe_of(top_k=3, shared=2, weights=gx.Int(bits=8, group=32))
+  _, model, params = made('gemma3', recipe)
+  tokens = tokens_of(2, 4)
+  want = logits(model, params, tokens)
+  seen = []
+  inner = kernels.experts_ffn
+  monkeypatch.setattr(
+    kernels, 'experts_ffn', lambda *a, **k: seen.append(k) or inner(*a, **k)
+  )
+  monkeypatch.setenv('GEMMA_EXT_BACKEND', 'cpu')
+  jax.clear_caches()
+  got = logits(model, params, tokens)
+  jax.clear_caches()
+  assert len(seen) == 3 and seen[0]['shared'] == 2
+  np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
