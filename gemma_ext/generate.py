@@ -7,6 +7,7 @@ python -m gemma_ext.generate --checkpoint=DIR --chat --prompt='Hello!'
 """
 
 from collections.abc import Sequence
+import dataclasses
 import sys
 import time
 from typing import Any
@@ -57,11 +58,19 @@ def _define_flags(values: flags.FlagValues) -> None:
     " is the same. Example: 'layers=::2,head_rows=32768,tokens=3'.",
     flag_values=values,
   )
+  flags.DEFINE_string(
+    'budget',
+    None,
+    "Of a model with sparse experts: what a token may cost, '50%' of the"
+    " experts' parameters, '20mJ' or '15ms' by the cost model.",
+    flag_values=values,
+  )
 
 
 def _run(args: Any) -> None:
   if not args.prompt:
     raise errors.DataError('--prompt is empty. Give a text to go on from.')
+  budget = args.budget and text.Budget.parse(args.budget)
   speculative = None
   if args.speculative is not None:
     speculative = text.Speculative.parse(args.speculative)
@@ -71,6 +80,9 @@ def _run(args: Any) -> None:
     dtype=jnp.dtype(args.dtype),
     progress=sys.stderr.isatty(),
   )
+  if budget:
+    params = text.with_budget(checkpoint.model, checkpoint.params, budget)
+    checkpoint = dataclasses.replace(checkpoint, params=params)
   prompt = args.prompt
   if args.chat:
     prompt = dialog.Conversation(dialog.User(prompt))

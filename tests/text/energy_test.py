@@ -1,0 +1,149 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Budgets of a token, and the experts that keep them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gemma_ext as gx
+from gemma_ext import errors
+from gemma_ext import nn as gx_nn
+from gemma_ext import text
+from tests import tiny
+
+WEIGHTS = gx.Int(bits=8, group=32)
+
+
+@functools.lru_cache
+def made():
+  dense = tiny.model('gemma3')
+  recipe = gx.Recipe.of(
+    {
+      r'layer_\d+/mlp': gx.MoE(
+        num_experts=6, top_k=6, shared=2, weights=WEIGHTS
+      ),
+      '.*': WEIGHTS,
+    }
+  )
+  tokens = np.random.default_rng(0).integers(3, 500, (2, 24))
+  params = gx.compress(dense, tiny.params(dense), recipe, calibration=tokens)
+  return gx_nn.Compressed(model=dense, recipe=recipe), params
+
+
+def test_cost_counts_bytes_and_weights():
+  model, params = made()
+  full = text.cost(model, params)
+  assert full.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  one = text.cost(model, params, {f'layer_{i}/mlp': 1 for i in range(3)})
+  # Of eight slices three run: five of each layer's 3 * 256 * 128 do not.
+  gone = 3 * 3 * 256 * 128 * 5 / 8
+  assert full.parameters - one.parameters == gone
+  assert full.operations - one.operations == 2 * gone
+  # A byte each and two for the scale of 32.
+  assert full.nbytes - one.nbytes == pytest.approx(gone * (1 + 2 / 32))
+  dense = text.cost(model.model, tiny.params(model.model))
+  assert dense.parameters == sum(
+    leaf.size for leaf in jax.tree.leaves(tiny.params(model.model))
+  )
+
+
+@pytest.mark.parametrize('active', [0.375, 0.5, 0.75, 1.0])
+def test_shares_are_kept(active):
+  model, params = made()
+  k = text.experts_within(model, params, text.Budget(active=active))
+  assert set(k.values()) == {int(active * 8) - 2}
+
+
+@pytest.mark.parametrize('unit', ['joules', 'seconds'])
+def test_joules_and_seconds_are_kept_and_used(unit):
+  model, params = made()
+  machine = text.Machine(seconds=1e-6)
+  of = getattr(machine, f'{unit}_of')
+  costs = [
+    of(text.cost(model, params, {f'layer_{i}/mlp': k for i in range(3)}))
+    for k in range(1, 7)
+  ]
+  for k, value in enumerate(costs, 1):
+    budget = text.Budget(**{unit: value * 1.0001})
+    found = text.experts_within(model, params, budget, machine=machine)
+    assert set(found.values()) == {k}
+  with pytest.raises(errors.RecipeError, match='one expert a layer'):
+    budget = text.Budget(**{unit: costs[0] * 0.99})
+    text.experts_within(model, params, budget, machine=machine)
+
+
+def test_curves_decide_which_layer_gives():
+  model, params = made()
+  row = np.linspace(1, 0, 7) ** 2
+  paths = [f'layer_{i}/mlp' for i in range(3)]
+  curves = gx.compress.Curves(
+    lost=dict.fromkeys(paths, row),
+    nats=dict(zip(paths, (1.0, 0.01, 0.01))),
+    sizes=dict.fromkeys(paths, 3 * 32 * 128),
+    shared=dict.fromkeys(paths, 3 * 64 * 128),
+  )
+  k = text.experts_within(model, params, text.Budget(active=0.6), curves=curves)
+  assert k['layer_0/mlp'] > k['layer_1/mlp']
+  assert curves.active(k) <= 0.6
+
+
+def test_budget_reaches_the_model_and_compiles_nothing():
+  model, params = made()
+  count = 0
+
+  @jax.jit
+  def run(params):
+    nonlocal count
+    count += 1
+    return model.apply({'params': params}, jnp.array([[5, 6, 7]])).logits
+
+  found = [
+    np.asarray(run(text.with_budget(model, params, f'{share}%')))
+    for share in (100, 70, 40)
+  ]
+  assert count == 1
+  assert not np.allclose(found[0], found[1])
+  assert not np.allclose(found[1], found[2])
+
+
+def test_machine_is_fitted_to_times():
+  costs = [
+    text.Cost(nbytes=n * 1e6, operations=2e6 * n, parameters=n)
+    for n in range(1, 9)
+  ]
+  rng = np.random.default_rng(0)
+  times = [2e-3 + c.nbytes / 5e9 + 1e-6 * rng.standard_normal() for c in costs]
+  machine = text.Machine.of(costs, times)
+  assert machine.seconds == pytest.approx(2e-3, rel=0.01)
+  assert machine.seconds_per_byte == pytest.approx(1 / 5e9, rel=0.02)
+  with pytest.raises(errors.ShapeError, match='at least two'):
+    text.Machine.of(costs[:1], times[:1])
+
+
+def test_budgets_are_read():
+  assert text.Budget.parse('50%') == text.Budget(active=0.5)
+  assert text.Budget.parse('200 mJ').joules == pytest.approx(0.2)
+  assert text.Budget.parse('15ms').seconds == pytest.approx(0.015)
+  for bad in ('', '50', '-1J', '0%', '101%', '1e9999s', '1kJ'):
+    with pytest.raises(errors.RecipeError):
+      text.Budget.parse(bad)
+  with pytest.raises(errors.RecipeError, match='one of'):
+    text.Budget(active=0.5, joules=1.0)
+  model, params = made()
+  with pytest.raises(errors.RecipeError, match='no mixtures'):
+    text.with_budget(model.model, tiny.params(model.model), '50%')
+
+
+def test_hard_prompts_get_more():
+  model, params = made()
+  bits = text.complexity(model, params, [5, 6, 7, 8])
+  # A random model knows little of 512 tokens.
+  assert 3 < bits <= 9
+  shares = [text.active_for(b).active for b in (0.0, 2.0, 4.0, 6.0, 9.0)]
+  assert shares == [0.25, 0.25, 0.625, 1.0, 1.0]
+  with pytest.raises(errors.ShapeError):
+    text.complexity(model, params, [])
