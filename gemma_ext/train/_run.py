@@ -30,6 +30,8 @@ from gemma_ext.train import _stream
 from gemma_ext.train import _written
 
 _PAD = 0
+# Windows that the cost of leaving experts out is measured on.
+_CURVE_WINDOWS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,11 @@ class Heal:
       from besides `tokens`; see `_written`. Blocks take them last.
     held_out: Windows at the end of the calibration text that no optimiser
       sees, for the held-out loss.
-    fit_tokens: Tokens that weigh the one-shot fit that healing starts from.
+    fit_tokens: Tokens that weigh the one-shot fit that healing starts from, and
+      that experts are carved on.
+    active: Where the recipe makes mixtures of experts: share of the parameters
+      of all experts that a token gets, chosen by layer so that it costs least
+      (`gx.compress.choose_experts`); 0 leaves `top_k` in every layer.
     window: Tokens of a window.
     dtype: Of activations and of what is not packed.
     seed: Of the split, the order of batches and all noise.
@@ -71,6 +77,7 @@ class Heal:
   written_tokens: int = 0
   held_out: int = 4
   fit_tokens: int = 8192
+  active: float = 0.0
   window: int = 512
   dtype: str = 'bfloat16'
   seed: int = 0
@@ -85,6 +92,10 @@ class Heal:
         raise errors.ConfigError(
           f'Heal.stages must be Block or Distill, got {stage!r}.'
         )
+    if not isinstance(self.active, (int, float)) or not 0 <= self.active <= 1:
+      raise errors.ConfigError(
+        f'Heal.active must be a number in [0, 1], got {self.active!r}.'
+      )
     if self.dtype not in ('bfloat16', 'float32'):
       raise errors.ConfigError(
         f"Heal.dtype must be 'bfloat16' or 'float32', got {self.dtype!r}."
@@ -224,6 +235,12 @@ def start(
       calibration=tokens[: min(count, len(tokens) - config.held_out)],
       progress=progress,
     )
+    if config.active:
+      curves = gx_compress.expert_curves(
+        model, params, tokens[:_CURVE_WINDOWS], progress=progress
+      )
+      k = gx_compress.choose_experts(curves, config.active)
+      params = gx_compress.with_experts(model, params, k)
   else:
     params = _restore(model, dense.params, saved)
   return Run(

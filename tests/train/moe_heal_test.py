@@ -35,7 +35,7 @@ def config(folder, output, weights, *stages):
   return train.Heal(
     checkpoint=str(folder / 'dense'),
     recipe=gx.Recipe.of(
-      {r'layer_\d+/mlp': gx.MoE(num_experts=8, top_k=3, weights=weights)}
+      {r'layer_\d+/mlp': gx.MoE(num_experts=8, top_k=8, weights=weights)}
     ),
     output=str(folder / output),
     cache=str(folder / 'cache'),
@@ -44,6 +44,7 @@ def config(folder, output, weights, *stages):
     window=64,
     fit_tokens=512,
     dtype='float32',
+    active=0.5,
     stages=stages,
   )
 
@@ -74,7 +75,7 @@ def test_it_heals_and_is_saved(folder, weights):
   back = ckpts.load(run.config.output)
   dense = _branch.flatten(run.dense.params)
   flat = _branch.flatten(back.params)
-  assert int(flat['layer_0/mlp/router/k']) == 3
+  assert sum(int(flat[f'layer_{i}/mlp/router/k']) for i in range(3)) == 12
   assert flat['layer_0/mlp/router/threshold'] < -1e29
   if isinstance(weights, gx.Keep):
     # What was carved, and has moved since.
