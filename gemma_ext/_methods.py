@@ -14,8 +14,8 @@ from gemma_ext import errors
 _MAX_GROUP = 1 << 20
 _MAX_PLANES = 4
 _MAX_BANDS = 64
-_MAX_EXPERTS = 1024
-_ROUTERS = ('norm', 'softmax', 'sigmoid', 'expert_choice')
+_MAX_EXPERTS = 1 << 17
+_ROUTERS = ('norm', 'gate', 'softmax', 'sigmoid', 'expert_choice')
 _PACKINGS = ('2bit', '5trit')
 _SCALES = ('bf16', 'ue5m3')
 
@@ -234,8 +234,10 @@ class MoE(Method):
     shared: Experts that every token gets.
     router: What a logit is, and so the weight of a chosen expert: 'norm', the
       logarithm of the squared norm of the expert's output, as it is estimated,
-      the weight is one; 'softmax', the weights are the softmax of the chosen
-      logits; 'sigmoid', they are the sigmoids, normalised, and a bias takes
+      the weight is one; 'gate', the same, estimated from the gate of every
+      neuron, which is computed for all of them: a third of the layer's weights
+      is always read, and experts may be as small as one neuron; 'softmax', the
+      weights are the softmax of the chosen logits; 'sigmoid', they are the sigmoids, normalised, and a bias takes
       part in the choice alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2);
       'expert_choice', the weight is the softmax over all experts, and each
       expert takes its best tokens of a sequence, `top_k / num_experts` of them

@@ -59,7 +59,7 @@ class Carved:
       each expert.
     router: Parameters of the router, see `gx.nn`.
     explained: Share of the variance of the logits that the router explains, on
-      the tokens that it was fitted to.
+      the tokens that it was fitted to; 1 for 'gate', which is not fitted.
   """
 
   order: np.ndarray
@@ -167,6 +167,9 @@ def carve_layer(
   x = x[rng.permutation(len(x))[:_ROUTER_TOKENS]]
   norms = np.linalg.norm(down, axis=1)
   few = np.asarray(_contributions(x[:_GROUP_TOKENS], gate, norms))
+  if mixture.method.router == 'gate':
+    up = np.asarray(x[:_GROUP_TOKENS] @ gate[1].T)
+    norms = norms * np.sqrt(np.square(up).mean(axis=0))
   busy = (
     few
     >= -np.partition(-few, int(_BUSY * mixture.hidden), axis=1)[
@@ -177,10 +180,16 @@ def carve_layer(
   # Ties by what a neuron contributes on the whole.
   by_rate = np.lexsort((-np.square(few).mean(axis=0), -rate))
   shared, rest = by_rate[: mixture.shared], by_rate[mixture.shared :]
-  group = groups(busy[:, rest].T, mixture.method.num_experts, rng)
+  group = np.arange(len(rest))
+  if mixture.size > 1:
+    group = groups(busy[:, rest].T, mixture.method.num_experts, rng)
   order = np.concatenate([shared, rest[np.argsort(group, kind='stable')]])
-  logits = _logits(mixture, x, gate[:, order], norms[order])
-  w, bias, explained = _regress(x, logits)
+  if mixture.method.router == 'gate':
+    w, bias = norms[order], np.zeros(mixture.method.num_experts, np.float32)
+    explained = 1.0
+  else:
+    logits = _logits(mixture, x, gate[:, order], norms[order])
+    w, bias, explained = _regress(x, logits)
   return Carved(
     order=order,
     router={

@@ -138,9 +138,9 @@ def mixtures_in(model: nn.Module) -> dict[str, gx_nn.Mixture]:
   if isinstance(model, gx_nn.Compressed):
     found = gx_nn.mixtures_of(model.model, model.recipe)
   kinds = sorted({m.method.router for m in found.values()})
-  if kinds != ['norm']:
+  if not kinds or set(kinds) - {'norm', 'gate'}:
     raise errors.RecipeError(
-      "Expected a model with mixtures whose routers are of the kind 'norm', as"
+      "Expected a model with mixtures whose routers are 'norm' or 'gate', as"
       f' carving makes them, got {kinds or "no mixtures"}.'
     )
   return found

@@ -180,13 +180,11 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
   rows += [
     PlanRow(
       path=f'{path}/router',
-      shape=(mixture.method.num_experts, mixture.features + 1),
+      shape=(mixture.router_size,),
       method=recipe_lib.Keep(),
       group=None,
       dense_bytes=0,
-      nbytes=mixture.method.num_experts
-      * (mixture.features + 1)
-      * jnp.dtype(model.dtype).itemsize,
+      nbytes=mixture.router_size * jnp.dtype(model.dtype).itemsize,
     )
     for path, mixture in gx_nn.mixtures_of(model, recipe).items()
   ]

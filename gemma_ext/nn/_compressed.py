@@ -180,6 +180,30 @@ def mixtures_of(
   return _moe.mixtures(recipe.resolve(sites), sites)
 
 
+@dataclasses.dataclass(kw_only=True)
+class _Mask:
+  """A mixture under way.
+
+  Attributes:
+    module: The feed-forward module.
+    mixture: What it is.
+    router: Its router.
+    values: What multiplies the hidden activations, once experts are chosen.
+  """
+
+  module: nn.Module
+  mixture: _moe.Mixture
+  router: Mapping[str, jax.Array]
+  values: jax.Array | None = None
+
+  def choose(self, x: jax.Array, dtype: Any) -> _moe.Choice:
+    """Chooses by what the router reads."""
+    choice = _moe.route(self.mixture.method, self.router, x)
+    _moe.sow(self.module, self.mixture, choice)
+    self.values = _moe.mask(self.mixture, choice, dtype)
+    return choice
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Interceptor:
   """Gives the official modules their weights packed.
@@ -199,10 +223,7 @@ class _Interceptor:
   dtype: Any
   head_rows: int | None = None
   mixtures: dict[str, _moe.Mixture] = dataclasses.field(default_factory=dict)
-  # Of the mixtures under way: where, and what multiplies hidden activations.
-  masks: list[tuple[tuple[str, ...], jax.Array]] = dataclasses.field(
-    default_factory=list
-  )
+  masks: list[_Mask] = dataclasses.field(default_factory=list)
 
   # See `_fused.may_fuse`.
   fuses = True
@@ -224,12 +245,22 @@ class _Interceptor:
     if method == '__call__' and isinstance(module, _fused.FEED_FORWARDS):
       return self._feed_forward(next_fun, module, *args, **kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
-      if self.masks and module.weight_name == _moe.DOWN:
-        path, mask = self.masks[-1]
-        if module.path == path:
-          eqn, x = args
-          args = (eqn, x * mask)
+      mask = self.masks[-1] if self.masks else None
+      if mask is not None and mask.module.path != module.path:
+        mask = None
+      if mask is not None and module.weight_name == _moe.DOWN:
+        eqn, x = args
+        args = (eqn, x * mask.values)
       weight = self._weight(module, module.weight_name)
+      if mask is not None and mask.values is None:
+        run = (
+          next_fun
+          if weight is None
+          else functools.partial(_einsum, module, weight)
+        )
+        gates = run(*args, **kwargs)
+        mask.choose(gates[..., 0, :], gates.dtype)
+        return gates
       if weight is not None:
         return _einsum(module, weight, *args, **kwargs)
     elif isinstance(module, _sites.RAGGED_WEIGHT) and method == '__call__':
@@ -268,19 +299,28 @@ class _Interceptor:
   def _mixture(self, official, module, mixture, x):
     """A feed-forward layer that is a mixture."""
     router = _moe.router_param(module, mixture)
-    choice = _moe.route(mixture.method, router, x)
-    _moe.sow(module, mixture, choice)
-    if not module.is_initializing() and _fused.may_fuse():
-      gate = self._weight(module, _moe.GATE)
-      down = self._weight(module, _moe.DOWN)
-      if gate is not None and down is not None:
-        if _fused.experts_fit(mixture, x, gate, down):
-          return _fused.experts(mixture, x, choice, gate, down)
-    self.masks.append((module.path, _moe.mask(mixture, choice, x.dtype)))
+    mask = _Mask(module=module, mixture=mixture, router=router)
+    self.masks.append(mask)
     try:
+      if mixture.method.router != 'gate':
+        choice = mask.choose(x, x.dtype)
+        if self._experts_run(module, mixture, x):
+          gate, down = (
+            self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)
+          )
+          return _fused.experts(mixture, x, choice, gate, down)
       return official(x)
     finally:
       self.masks.pop()
+
+  def _experts_run(self, module, mixture, x) -> bool:
+    """Whether only the chosen experts' weights are to be read."""
+    if module.is_initializing() or not _fused.may_fuse():
+      return False
+    weights = [self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)]
+    return all(w is not None for w in weights) and _fused.experts_fit(
+      mixture, x, *weights
+    )
 
   def _feed_forward(self, official, module, x):
     """A feed-forward layer, likewise."""

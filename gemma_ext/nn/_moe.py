@@ -55,6 +55,11 @@ class Mixture:
     return self.hidden // self.method.slices
 
   @property
+  def router_size(self) -> int:
+    """Parameters of the router, about."""
+    return math.prod(_shape(self)) + self.method.num_experts
+
+  @property
   def shared(self) -> int:
     """Neurons of all shared experts."""
     return self.size * self.method.shared
@@ -81,9 +86,15 @@ class Choice:
       neurons: Neurons of an expert.
     """
     count = self.logits.shape[-1]
-    # -1 has no place in the one-hot vectors.
-    places = jax.nn.one_hot(self.chosen, count, dtype=jnp.float32)
-    gates = jnp.einsum('...k,...ke->...e', self.weight, places)
+    lead = self.chosen.shape[:-1]
+    chosen = self.chosen.reshape(-1, self.chosen.shape[-1])
+    rows = jnp.arange(len(chosen))[:, None]
+    # What is not there goes to a place of its own.
+    gates = jnp.zeros((len(chosen), count + 1), self.weight.dtype)
+    gates = gates.at[rows, jnp.where(chosen < 0, count, chosen)].add(
+      self.weight.reshape(chosen.shape)
+    )
+    gates = gates[:, :count].reshape(*lead, count)
     return jnp.repeat(gates, neurons, axis=-1)
 
 
@@ -159,16 +170,18 @@ def router_param(module: nn.Module, mixture: Mixture) -> dict[str, jax.Array]:
     mixture: What it is to be.
 
   Returns:
-    'w' `[E, D]` and 'bias' `[E]`, of the logits; 'k', int32, of how many of the
-    `top_k` experts a token gets at most, and 'threshold', float32, above which
-    the logits of an expert have to be, both to be changed at run time.
+    'w' `[E, D]` and 'bias' `[E]`, of the logits; with 'gate' routers 'w' is
+    `[H]`, the norm of what a neuron adds for each unit of its gate; 'k', int32,
+    how many of the `top_k` experts a token gets at most, and 'threshold',
+    float32, above which the logits of an expert have to be, both to be changed
+    at run time.
 
   Raises:
     ParamsMismatchError: If the parameters have no such router.
   """
   method = mixture.method
   shapes = {
-    'w': (method.num_experts, mixture.features),
+    'w': _shape(mixture),
     'bias': (method.num_experts,),
     'k': (),
     'threshold': (),
@@ -199,13 +212,19 @@ def initial(
   """A router as it is before anything is known: small random logits."""
   del shape
   method = mixture.method
-  shape = (method.num_experts, mixture.features)
+  w = jax.random.normal(key, _shape(mixture)) * mixture.features**-0.5
   return {
-    'w': (jax.random.normal(key, shape) * mixture.features**-0.5).astype(dtype),
+    'w': (jnp.abs(w) if method.router == 'gate' else w).astype(dtype),
     'bias': jnp.zeros((method.num_experts,), dtype),
     'k': jnp.int32(method.top_k),
     'threshold': jnp.full((), NONE, dtype),
   }
+
+
+def _shape(mixture: Mixture) -> tuple[int, ...]:
+  if mixture.method.router == 'gate':
+    return (mixture.hidden,)
+  return (mixture.method.num_experts, mixture.features)
 
 
 def route(
@@ -214,25 +233,33 @@ def route(
   """Chooses experts.
 
   Gradients reach the router through the weights. Where these are all one
-  ('norm') they pass as if each were the sigmoid of how far its logit is above
-  that of the first expert that was left out.
+  ('norm', 'gate') they pass as if each were the sigmoid of how far its logit is
+  above that of the first expert that was left out.
 
   Args:
     method: The method.
     router: Its parameters, see `router_param`.
-    x: Inputs of the layer `[..., L, D]`.
+    x: Inputs of the layer `[..., L, D]`; with 'gate' routers, the gates of all
+      neurons before the activation, `[..., L, H]`.
 
   Returns:
     The choice. With 'expert_choice', K is E and an expert may be taken by any
     number of tokens.
   """
   wide = functools.partial(jnp.asarray, dtype=jnp.float32)
-  logits = jnp.einsum(
-    '...d,ed->...e',
-    x,
-    router['w'].astype(x.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  if method.router == 'gate':
+    size = router['w'].shape[0] // method.slices
+    norms = jax.nn.gelu(x.astype(jnp.float32)) * wide(router['w'])
+    norms = jnp.square(norms[..., size * method.shared :])
+    norms = norms.reshape(*norms.shape[:-1], method.num_experts, size)
+    logits = jnp.log(norms.sum(axis=-1) + 1e-20)
+  else:
+    logits = jnp.einsum(
+      '...d,ed->...e',
+      x,
+      router['w'].astype(x.dtype),
+      preferred_element_type=jnp.float32,
+    )
   bias = wide(router['bias'])
   if method.router == 'expert_choice':
     return _expert_choice(method, logits + bias)
@@ -249,7 +276,7 @@ def route(
   keep = jnp.arange(most) < k
   keep &= (values > wide(router['threshold'])) & (values > DEAD / 2)
   take = functools.partial(jnp.take_along_axis, indices=chosen, axis=-1)
-  if method.router == 'norm':
+  if method.router in ('norm', 'gate'):
     # The first one that was left out, by number or by threshold.
     out = jnp.where(keep, -jnp.inf, values).max(axis=-1, keepdims=True)
     out = jnp.maximum(out, wide(router['threshold']))

@@ -47,9 +47,12 @@ def logits(model, params, tokens=None) -> np.ndarray:
   return np.asarray(out.logits, np.float32)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_with_every_expert_it_is_the_dense_model(family):
-  dense, model, params = made(family, recipe_of())
+@pytest.mark.parametrize(
+  ('family', 'router'),
+  [*((family, 'norm') for family in FAMILIES), ('gemma3', 'gate')],
+)
+def test_with_every_expert_it_is_the_dense_model(family, router):
+  dense, model, params = made(family, recipe_of(router=router))
   want = logits(dense, tiny.params(dense, seed=0))
   got = logits(model, params)
   np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
@@ -143,6 +146,31 @@ def test_experts_choose_tokens():
   taken = np.asarray(got.gates()) > 0
   # A quarter of the tokens each, in every sequence.
   np.testing.assert_array_equal(taken.sum(axis=1), np.full((2, 4), 3))
+
+
+def test_gates_choose_single_neurons():
+  recipe = recipe_of(num_experts=256, shared=0, top_k=64, router='gate')
+  dense, model, params = made('gemma3', recipe)
+  want = logits(dense, tiny.params(dense, seed=0))
+  got = logits(model, params)
+  assert not np.allclose(got, want)
+  # By hand, in the last layer.
+  layer = params['layer_2']['mlp']
+  _, state = model.apply(
+    {'params': params}, jnp.asarray(tokens_of()), mutable=['intermediates']
+  )
+  (routing,) = state['intermediates']['layer_2']['mlp']['routing']
+  np.testing.assert_allclose(routing['active'], 64 / 256, rtol=1e-5)
+  # A neuron that adds nothing is never chosen.
+  w = layer['router']['w']
+  x = jax.random.normal(jax.random.key(0), (5, 256))
+  choice = gx_nn.route(
+    recipe.rules[0][1], layer['router'] | {'w': w.at[:200].set(0)}, x
+  )
+  score = np.abs(np.asarray(jax.nn.gelu(x)) * np.asarray(w.at[:200].set(0)))
+  best = np.argsort(-score, axis=1)[:, :40]
+  for row, chosen in zip(best, np.asarray(choice.chosen)):
+    assert set(row) <= set(chosen)
 
 
 def test_gates_are_the_weights_of_neurons():
