@@ -237,8 +237,9 @@ class MoE(Method):
       the weight is one; 'gate', the same, estimated from the gate of every
       neuron, which is computed for all of them: a third of the layer's weights
       is always read, and experts may be as small as one neuron; 'softmax', the
-      weights are the softmax of the chosen logits; 'sigmoid', they are the sigmoids, normalised, and a bias takes
-      part in the choice alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2);
+      weights are the softmax of the chosen logits; 'sigmoid', they are the
+      sigmoids, normalised, and a bias takes part in the choice alone
+      (DeepSeek-V3, arXiv 2412.19437, section 2.1.2);
       'expert_choice', the weight is the softmax over all experts, and each
       expert takes its best tokens of a sequence, `top_k / num_experts` of them
       (arXiv 2202.09368), which is not causal: for training alone.
