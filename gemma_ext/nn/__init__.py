@@ -14,6 +14,9 @@ from gemma_ext.nn._lora import LoRA
 from gemma_ext.nn._moe import Choice
 from gemma_ext.nn._moe import Mixture
 from gemma_ext.nn._moe import route
+from gemma_ext.nn._offload import hit_rate
+from gemma_ext.nn._offload import offload
+from gemma_ext.nn._offload import Offloaded
 from gemma_ext.nn._optim import freeze_codes
 from gemma_ext.nn._packed import format_of
 from gemma_ext.nn._packed import PackedRows

@@ -7,7 +7,7 @@ The only place in the package that intercepts the code of the official modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -106,6 +106,7 @@ def packed_weights(
   depth: int = 0,
   head_rows: int | None = None,
   mixtures: Mapping[str, _moe.Mixture] | None = None,
+  offload: Callable[..., jax.Array] | None = None,
 ) -> contextlib.AbstractContextManager[None]:
   """Context in which the official modules read these weights packed.
 
@@ -115,11 +116,13 @@ def packed_weights(
     depth: Length of the path of the module that the paths start from.
     head_rows: Rows of the vocabulary that get logits; all by default.
     mixtures: Layers that are mixtures, by path, as `mixtures_of` returns them.
+    offload: Runs mixtures whose experts are elsewhere, see `_offload`.
   """
   return nn.intercept_methods(
     _Interceptor(
       methods=dict(methods),
       mixtures=dict(mixtures or {}),
+      offload=offload,
       depth=depth,
       dtype=dtype,
       head_rows=head_rows,
@@ -215,6 +218,7 @@ class _Interceptor:
     head_rows: Rows of the vocabulary that get logits; all by default. Of a
       packed table the parameters then have them as `head`, too.
     mixtures: Layers that are mixtures, by path.
+    offload: Runs mixtures whose experts are elsewhere.
     masks: Of the mixtures under way, see `_mixture`.
   """
 
@@ -223,6 +227,7 @@ class _Interceptor:
   dtype: Any
   head_rows: int | None = None
   mixtures: dict[str, _moe.Mixture] = dataclasses.field(default_factory=dict)
+  offload: Callable[..., jax.Array] | None = None
   masks: list[_Mask] = dataclasses.field(default_factory=list)
 
   # See `_fused.may_fuse`.
@@ -304,6 +309,9 @@ class _Interceptor:
     try:
       if mixture.method.router != 'gate':
         choice = mask.choose(x, x.dtype)
+        if self.offload is not None:
+          path = '/'.join(module.path[self.depth :])
+          return self.offload(module, path, mixture, x, choice)
         if self._experts_run(module, mixture, x):
           gate, down = (
             self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)

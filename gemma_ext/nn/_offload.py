@@ -1,0 +1,407 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Experts outside of the device, in host memory or files, the hot ones cached.
+
+Each layer has some slots on the device, which hold the experts that were used
+last. What is missing is fetched when a router asks for it, and announced one
+layer before: the next layer's router, given what this layer reads, guesses well
+what it is going to choose, and host threads read it from its file meanwhile.
+
+Reference: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts Language
+Models with Offloading", arXiv 2312.17238.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent import futures
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import threading
+from typing import Any
+
+from flax import traverse_util
+import jax
+from jax.experimental import io_callback
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext import errors
+from gemma_ext import kernels
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _compressed
+from gemma_ext.nn import _config
+from gemma_ext.nn import _moe
+from gemma_ext.nn import _packed
+
+COLLECTION = 'experts'
+_ids = itertools.count()
+_THREADS = 4
+# Experts that are read ahead and that nobody has asked for yet.
+_STAGED = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Layer:
+  """The experts of a layer, on the host.
+
+  Attributes:
+    mixture: What the layer is.
+    formats: Of gate and down if packed.
+    arrays: Of all experts, the axis of experts first.
+    axes: Of each array, the axis of experts that the kernels expect.
+  """
+
+  mixture: _moe.Mixture
+  formats: tuple[Any, Any] | None
+  arrays: tuple[np.ndarray, ...]
+  axes: tuple[int, ...]
+
+
+class HostExperts:
+  """The experts of a model, outside of the device, and threads that read them.
+
+  Attributes:
+    layers: By path.
+    shared: By path, of layers with shared experts: their parameters.
+  """
+
+  def __init__(self, layers: Mapping[str, _Layer]):
+    self.layers = dict(layers)
+    self._paths = list(self.layers)
+    self._lock = threading.Lock()
+    self._staged: dict[tuple[int, int], futures.Future] = {}
+    self._pool = futures.ThreadPoolExecutor(_THREADS)
+    self.announced = self.read_ahead = self.fetched = 0
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all experts."""
+    return sum(a.nbytes for layer in self.layers.values() for a in layer.arrays)
+
+  def next_of(self, path: str) -> str | None:
+    """The layer after a layer, if its experts are here too."""
+    place = self._paths.index(path) + 1
+    return self._paths[place] if place < len(self._paths) else None
+
+  def announce(self, place: np.ndarray, experts: np.ndarray) -> None:
+    """Starts to read experts of a layer that may be asked for soon."""
+    place = int(place)
+    with self._lock:
+      for e in np.unique(np.asarray(experts)):
+        key = place, int(e)
+        if e < 0 or key in self._staged or len(self._staged) >= _STAGED:
+          continue
+        self.announced += 1
+        self._staged[key] = self._pool.submit(self._read, *key)
+
+  def fetch(self, place: np.ndarray, expert: np.ndarray) -> tuple:
+    """Returns the arrays of an expert."""
+    key = int(place), int(expert)
+    with self._lock:
+      ahead = self._staged.pop(key, None)
+      self.fetched += 1
+      self.read_ahead += ahead is not None
+    return self._read(*key) if ahead is None else ahead.result()
+
+  def forget(self) -> None:
+    """Drops what was read ahead in vain."""
+    with self._lock:
+      self._staged.clear()
+
+  def place_of(self, path: str) -> int:
+    """Number of a layer."""
+    return self._paths.index(path)
+
+  def _read(self, place: int, expert: int) -> tuple:
+    layer = self.layers[self._paths[place]]
+    return tuple(np.array(array[expert]) for array in layer.arrays)
+
+
+class Offloaded(_compressed.Compressed):
+  """A compressed model whose experts are outside of the device.
+
+  Its parameters have no experts, see `offload`; `apply` takes and returns the
+  collection 'experts', see `slots_of_experts`.
+
+  Attributes:
+    store: The experts.
+    slots: Experts of a layer on the device.
+  """
+
+  store: Any = None
+  slots: int = 8
+
+  def _intercept(self):
+    return _compressed.packed_weights(
+      _compressed.methods_of(self.model, self.recipe),
+      mixtures=_compressed.mixtures_of(self.model, self.recipe),
+      offload=functools.partial(_run, self.store, self.slots),
+      dtype=self.model.dtype,
+      depth=len(self.path),
+    )
+
+
+def offload(
+  model: _compressed.Compressed,
+  params: Mapping[str, Any],
+  *,
+  slots: int,
+  directory: os.PathLike | str | None = None,
+) -> tuple[Offloaded, dict[str, Any], dict[str, Any]]:
+  """Moves the experts of a model out of the device.
+
+  Args:
+    model: A model with mixtures, their weights packed or dense, none shared.
+    params: Its parameters.
+    slots: Experts of a layer that the device keeps, at least `top_k`.
+    directory: Where to keep the experts in files, which are mapped and not
+      read; in host memory by default.
+
+  Returns:
+    The model, its parameters without experts, and its empty slots, the
+    collection 'experts' of `apply`.
+
+  Raises:
+    RecipeError: If the model has no mixtures, or shared experts, or fewer
+      slots than a token needs.
+  """
+  mixtures = _compressed.mixtures_of(model.model, model.recipe)
+  if not mixtures or any(m.method.shared for m in mixtures.values()):
+    raise errors.RecipeError(
+      'Offloading is for models with mixtures of experts, none of them shared;'
+      f' got {[str(m.method) for m in mixtures.values()][:1] or "none"}.'
+    )
+  if any(
+    m.method.router in ('gate', 'expert_choice') for m in mixtures.values()
+  ):
+    raise errors.RecipeError(
+      "Routers 'gate' and 'expert_choice' need all experts; offloading does not"
+      ' go with them.'
+    )
+  least = max(m.method.top_k for m in mixtures.values())
+  most = min(m.method.num_experts for m in mixtures.values())
+  if not least <= slots <= most:
+    raise errors.RecipeError(
+      f'{slots=}; expected {least} (top_k) to {most} (experts of a layer).'
+    )
+  methods = _compressed.methods_of(model.model, model.recipe)
+  flat = dict(traverse_util.flatten_dict(dict(params), sep='/'))
+  layers = {}
+  for path, mixture in mixtures.items():
+    layers[path] = _layer(mixture, path, methods, flat, directory)
+  # Of two models only what is in the config tells their traces apart.
+  stamped = _config.stamp(model.model, f' offload {next(_ids)}')
+  made = Offloaded(
+    model=stamped, recipe=model.recipe, store=HostExperts(layers), slots=slots
+  )
+  return (
+    made,
+    traverse_util.unflatten_dict(flat, sep='/'),
+    _empty(made.store, slots),
+  )
+
+
+def hit_rate(state: Mapping[str, Any]) -> float:
+  """Share of the experts that were asked for and were in their slots.
+
+  Args:
+    state: The collection 'experts' after `apply`.
+  """
+  flat = traverse_util.flatten_dict(dict(state), sep='/')
+  count = lambda name: sum(
+    int(leaf) for path, leaf in flat.items() if path.endswith(f'/{name}')
+  )
+  hits, misses = count('hits'), count('misses')
+  return hits / max(hits + misses, 1)
+
+
+def _layer(mixture, path, methods, flat, directory) -> _Layer:
+  """Takes the experts of a layer out of the parameters."""
+  count, size = mixture.method.num_experts, mixture.size
+  names = [f'{path}/{name}' for name in (_moe.GATE, _moe.DOWN)]
+  if names[0] not in methods:
+    gate, down = (np.asarray(flat.pop(name)) for name in names)
+    if gate.shape[1:] != down.shape:
+      gate = np.swapaxes(gate, 1, 2)
+    gate = gate.reshape(2, count, size, -1).swapaxes(0, 1)
+    arrays = [gate, down.reshape(count, size, -1)]
+    formats, axes = None, (0, 0)
+  else:
+    formats = tuple(
+      _packed.format_of(methods[n][1], methods[n][0].layout.cols) for n in names
+    )
+    gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in _LEAF}
+    down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in _LEAF}
+    axis = int(isinstance(formats[0], kernels.TernaryFormat))
+    arrays = []
+    for each in gate.values():
+      # [P?, 2, H, bytes] -> [E, P?, 2, f, bytes]
+      cut = each.reshape(*each.shape[: axis + 1], count, size, each.shape[-1])
+      arrays.append(np.moveaxis(cut, axis + 1, 0))
+    codes = np.asarray(
+      formats[1].unpack(jnp.asarray(down['codes']), mixture.hidden)
+    )
+    codes = codes.reshape(*codes.shape[:-1], count, size)
+    arrays.append(
+      np.stack(
+        [
+          np.asarray(formats[1].pack(jnp.asarray(codes[..., e, :])))
+          for e in range(count)
+        ]
+      )
+    )
+    scale = down['scale']
+    scale = scale.reshape(*scale.shape[:-1], count, -1)
+    arrays.append(np.moveaxis(scale, -2, 0))
+    axes = (axis,) * 4
+  kept = []
+  for i, array in enumerate(arrays):
+    array = np.ascontiguousarray(array)
+    if directory is not None:
+      file = pathlib.Path(directory) / f'{path.replace("/", "_")}_{i}.bin'
+      file.parent.mkdir(parents=True, exist_ok=True)
+      array.tofile(file)
+      array = np.memmap(file, dtype=array.dtype, mode='r', shape=array.shape)
+    kept.append(array)
+  return _Layer(mixture=mixture, formats=formats, arrays=tuple(kept), axes=axes)
+
+
+_LEAF = ('codes', 'scale')
+
+
+def _empty(store: HostExperts, slots: int) -> dict[str, Any]:
+  """Slots with nothing in them."""
+  flat = {}
+  for path, layer in store.layers.items():
+    flat[f'{path}/cache'] = {
+      'slots': tuple(
+        jnp.zeros(
+          (*array.shape[1 : axis + 1], slots, *array.shape[axis + 1 :]),
+          array.dtype,
+        )
+        for array, axis in zip(layer.arrays, layer.axes)
+      ),
+      'slot_of': jnp.full(layer.mixture.method.num_experts, -1, jnp.int32),
+      'expert_in': jnp.full(slots, -1, jnp.int32),
+      'used': jnp.zeros(slots, jnp.int32),
+      'clock': jnp.int32(0),
+      'hits': jnp.int32(0),
+      'misses': jnp.int32(0),
+    }
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _run(store, slots, module, path, mixture, x, choice) -> jax.Array:
+  """A layer whose experts are in a store."""
+  layer = store.layers[path]
+  width = x.shape[-1]
+  flat = x.reshape(-1, width)
+  chosen = choice.chosen.reshape(len(flat), -1)
+  weight = choice.weight.reshape(chosen.shape)
+  place = np.int32(store.place_of(path))
+  following = store.next_of(path)
+  if following is not None and len(flat) == 1:
+    tree = module.scope.root.variables()['params']
+    for name in (*following.split('/'), _moe.ROUTER):
+      tree = tree[name]
+    guess = _moe.route(store.layers[following].mixture.method, tree, flat)
+    io_callback(
+      store.announce, None, np.int32(place + 1), guess.chosen[0], ordered=False
+    )
+  fetch = functools.partial(
+    jax.pure_callback,
+    functools.partial(store.fetch, place),
+    tuple(jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in layer.arrays),
+    vmap_method='sequential',
+  )
+  if len(flat) > 1:
+    y = _stream_all(layer, fetch, flat, chosen, weight)
+  else:
+    state = module.get_variable(COLLECTION, 'cache')
+    state = _load(layer, fetch, state, chosen[0], slots)
+    module.put_variable(COLLECTION, 'cache', state)
+    at = jnp.where(chosen < 0, -1, state['slot_of'][jnp.maximum(chosen, 0)])
+    y = _compute(layer, state['slots'], flat, at, weight)
+  return y.reshape(x.shape)
+
+
+def _load(layer, fetch, state, chosen, slots) -> dict[str, Any]:
+  """Puts the chosen experts into slots, in place of those not used longest."""
+
+  def one(i, state):
+    e = chosen[i]
+    slot = state['slot_of'][jnp.maximum(e, 0)]
+    clock = state['clock'] + 1
+
+    def touch(state, slot):
+      return state | {'used': state['used'].at[slot].set(clock), 'clock': clock}
+
+    def hit(state):
+      return touch(state, slot) | {'hits': state['hits'] + 1}
+
+    def miss(state):
+      victim = jnp.argmin(state['used']).astype(jnp.int32)
+      old = state['expert_in'][victim]
+      slot_of = jnp.where(
+        old >= 0,
+        state['slot_of'].at[jnp.maximum(old, 0)].set(-1),
+        state['slot_of'],
+      )
+      return touch(state, victim) | {
+        'slots': tuple(
+          jax.lax.dynamic_update_index_in_dim(v, new, victim, axis)
+          for v, new, axis in zip(state['slots'], fetch(e), layer.axes)
+        ),
+        'slot_of': slot_of.at[e].set(victim),
+        'expert_in': state['expert_in'].at[victim].set(e),
+        'misses': state['misses'] + 1,
+      }
+
+    found = lambda state: jax.lax.cond(slot >= 0, hit, miss, state)
+    return jax.lax.cond(e >= 0, found, lambda state: state, state)
+
+  del slots
+  return jax.lax.fori_loop(0, len(chosen), one, dict(state))
+
+
+def _stream_all(layer, fetch, x, chosen, weight) -> jax.Array:
+  """Many tokens: every expert comes once, and stays for its tokens only."""
+  count = layer.mixture.method.num_experts
+
+  def one(e, total):
+    gate = jnp.where(chosen == e, weight, 0).sum(axis=1, keepdims=True)
+
+    def add(total):
+      arrays = tuple(
+        jnp.expand_dims(a, axis) for a, axis in zip(fetch(e), layer.axes)
+      )
+      at = jnp.where(gate != 0, 0, -1)
+      y = _compute(layer, arrays, x, at, gate)
+      return total + y.astype(jnp.float32)
+
+    return jax.lax.cond(jnp.any(gate != 0), add, lambda t: t, total)
+
+  total = jnp.zeros(x.shape, jnp.float32)
+  return jax.lax.fori_loop(0, count, one, total).astype(x.dtype)
+
+
+def _compute(layer, arrays, x, at, weight) -> jax.Array:
+  if layer.formats is None:
+    gate, down = arrays
+    return kernels.experts_dense(
+      x, gate.astype(x.dtype), down.astype(x.dtype), at, weight
+    )
+  gate, down = (
+    dict(zip(_LEAF, arrays[i : i + 2], strict=True)) for i in (0, 2)
+  )
+  method = layer.mixture.method.weights
+  bits = 16
+  if isinstance(method, (recipe_lib.Ternary, recipe_lib.Int)):
+    bits = method.x_bits
+  return kernels.experts_ffn(
+    x, gate, layer.formats[0], down, layer.formats[1], at, weight, x_bits=bits
+  )
