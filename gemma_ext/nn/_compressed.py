@@ -199,11 +199,16 @@ class _Mask:
   router: Mapping[str, jax.Array]
   values: jax.Array | None = None
 
-  def choose(self, x: jax.Array, dtype: Any) -> _moe.Choice:
+  def choose(self, x: jax.Array, dtype: Any) -> None:
     """Chooses by what the router reads."""
+    gates, logits = _moe.gates_of(self.mixture.method, self.router, x)
+    _moe.sow(self.module, self.mixture, gates, logits)
+    self.values = _moe.mask(self.mixture, gates, dtype)
+
+  def experts(self, x: jax.Array) -> _moe.Choice:
+    """The same as a list."""
     choice = _moe.route(self.mixture.method, self.router, x)
-    _moe.sow(self.module, self.mixture, choice)
-    self.values = _moe.mask(self.mixture, choice, dtype)
+    _moe.sow(self.module, self.mixture, choice.gates(), choice.logits)
     return choice
 
 
@@ -308,15 +313,15 @@ class _Interceptor:
     self.masks.append(mask)
     try:
       if mixture.method.router != 'gate':
-        choice = mask.choose(x, x.dtype)
         if self.offload is not None:
           path = '/'.join(module.path[self.depth :])
-          return self.offload(module, path, mixture, x, choice)
+          return self.offload(module, path, mixture, x, mask.experts(x))
         if self._experts_run(module, mixture, x):
           gate, down = (
             self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)
           )
-          return _fused.experts(mixture, x, choice, gate, down)
+          return _fused.experts(mixture, x, mask.experts(x), gate, down)
+        mask.choose(x, x.dtype)
       return official(x)
     finally:
       self.masks.pop()

@@ -246,20 +246,8 @@ def route(
     The choice. With 'expert_choice', K is E and an expert may be taken by any
     number of tokens.
   """
+  logits = _logits(method, router, x)
   wide = functools.partial(jnp.asarray, dtype=jnp.float32)
-  if method.router == 'gate':
-    size = router['w'].shape[0] // method.slices
-    norms = jax.nn.gelu(x.astype(jnp.float32)) * wide(router['w'])
-    norms = jnp.square(norms[..., size * method.shared :])
-    norms = norms.reshape(*norms.shape[:-1], method.num_experts, size)
-    logits = jnp.log(norms.sum(axis=-1) + 1e-20)
-  else:
-    logits = jnp.einsum(
-      '...d,ed->...e',
-      x,
-      router['w'].astype(x.dtype),
-      preferred_element_type=jnp.float32,
-    )
   bias = wide(router['bias'])
   if method.router == 'expert_choice':
     return _expert_choice(method, logits + bias)
@@ -299,6 +287,78 @@ def route(
   )
 
 
+def gates_of(
+  method: recipe_lib.MoE, router: Mapping[str, jax.Array], x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the weights of all experts, as `route` chooses them.
+
+  Where the weights are all one there is no list of experts to make, which
+  would take longer than the layer where these are thousands.
+
+  Args:
+    method: The method.
+    router: Its parameters.
+    x: As for `route`.
+
+  Returns:
+    Weights, 0 of those that are not chosen, and logits, float32 `[..., E]`.
+    Experts with the same logit as the last one that is chosen all run.
+  """
+  if method.router not in ('norm', 'gate'):
+    choice = route(method, router, x)
+    return choice.gates(), choice.logits
+  wide = functools.partial(jnp.asarray, dtype=jnp.float32)
+  logits = _logits(method, router, x) + wide(router['bias'])
+  select = jax.lax.stop_gradient(logits)
+  keep = select >= _kth(select, jnp.clip(router['k'], 1, method.top_k))
+  keep &= (select > wide(router['threshold'])) & (select > DEAD / 2)
+  # The first one that was left out, by number or by threshold.
+  out = jnp.where(keep, -jnp.inf, select).max(axis=-1, keepdims=True)
+  out = jnp.maximum(out, wide(router['threshold']))
+  out = jnp.where(out > DEAD / 2, out, select.min(axis=-1, keepdims=True))
+  soft = jax.nn.sigmoid(logits - out)
+  weight = 1 + soft - jax.lax.stop_gradient(soft)
+  return jnp.where(keep, weight, 0), logits
+
+
+def _kth(x: jax.Array, k: jax.Array) -> jax.Array:
+  """The k-th largest of float32 `[..., E]`: `[..., 1]`, exact, not sorted."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  # Integers in the order of the numbers.
+  keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+  least = jnp.full((*x.shape[:-1], 1), -(2**31), jnp.int32)
+
+  def halve(i, found):
+    # From the sign down: the largest key that k of them reach.
+    bit = jnp.left_shift(jnp.int32(1), 31 - i)
+    tried = jnp.where(i == 0, jnp.zeros_like(found), found | bit)
+    enough = (keys >= tried).sum(axis=-1, keepdims=True, dtype=jnp.int32) >= k
+    return jnp.where(enough, tried, found)
+
+  key = jax.lax.fori_loop(0, 32, halve, least)
+  bits = jnp.where(key < 0, key ^ jnp.int32(0x7FFFFFFF), key)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _logits(
+  method: recipe_lib.MoE, router: Mapping[str, jax.Array], x: jax.Array
+) -> jax.Array:
+  """Logits without their bias, float32 `[..., E]`."""
+  if method.router == 'gate':
+    w = jnp.asarray(router['w'], jnp.float32)
+    size = len(w) // method.slices
+    norms = jax.nn.gelu(x.astype(jnp.float32)) * w
+    norms = jnp.square(norms[..., size * method.shared :])
+    norms = norms.reshape(*norms.shape[:-1], method.num_experts, size)
+    return jnp.log(norms.sum(axis=-1) + 1e-20)
+  return jnp.einsum(
+    '...d,ed->...e',
+    x,
+    router['w'].astype(x.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
 def _expert_choice(method: recipe_lib.MoE, logits: jax.Array) -> Choice:
   """Every expert takes its best tokens of a sequence."""
   length = logits.shape[-2]
@@ -316,7 +376,9 @@ def _expert_choice(method: recipe_lib.MoE, logits: jax.Array) -> Choice:
   )
 
 
-def sow(module: nn.Module, mixture: Mixture, choice: Choice) -> None:
+def sow(
+  module: nn.Module, mixture: Mixture, gates: jax.Array, logits: jax.Array
+) -> None:
   """Leaves counts for losses and metrics, if anyone collects 'intermediates'.
 
   What is sown as 'routing', of all tokens of the batch: 'load' `[E]`, the share
@@ -326,7 +388,7 @@ def sow(module: nn.Module, mixture: Mixture, choice: Choice) -> None:
   """
   if not module.is_mutable_collection('intermediates'):
     return
-  gates = (choice.gates() != 0).astype(jnp.float32)
+  gates = (gates != 0).astype(jnp.float32)
   lead = tuple(range(gates.ndim - 1))
   method = mixture.method
   load = gates.mean(axis=lead)
@@ -335,17 +397,23 @@ def sow(module: nn.Module, mixture: Mixture, choice: Choice) -> None:
     SOWN,
     {
       'load': load,
-      'probability': jax.nn.softmax(choice.logits, axis=-1).mean(axis=lead),
-      'z': jnp.mean(jax.nn.logsumexp(choice.logits, axis=-1) ** 2),
+      'probability': jax.nn.softmax(logits, axis=-1).mean(axis=lead),
+      'z': jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
       'active': (method.shared + load.sum()) / method.slices,
-      'logits': choice.logits,
+      'logits': logits,
     },
   )
 
 
-def mask(mixture: Mixture, choice: Choice, dtype: Any) -> jax.Array:
-  """What the hidden activations are multiplied by, `[..., H]`."""
-  gates = choice.gates(mixture.size).astype(dtype)
+def mask(mixture: Mixture, gates: jax.Array, dtype: Any) -> jax.Array:
+  """What the hidden activations are multiplied by, `[..., H]`.
+
+  Args:
+    mixture: The layer.
+    gates: Weights of its experts `[..., E]`.
+    dtype: Type of the result.
+  """
+  gates = jnp.repeat(gates.astype(dtype), mixture.size, axis=-1)
   if not mixture.shared:
     return gates
   ones = jnp.ones((*gates.shape[:-1], mixture.shared), dtype)

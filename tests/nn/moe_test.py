@@ -138,6 +138,37 @@ def test_threshold_dead_experts_and_k():
   assert not np.isin(got, [1, 4]).any()
 
 
+@pytest.mark.parametrize('k', [1, 3, 8])
+def test_gates_without_a_list_are_those_of_the_list(k):
+  method = gx.MoE(num_experts=8, top_k=8)
+  _, params = _layer(method)
+  params |= {'k': jnp.int32(k), 'threshold': jnp.float32(-0.3)}
+  params['bias'] = params['bias'].at[2].set(_moe.DEAD)
+  x = jax.random.normal(jax.random.key(1), (3, 40, 16))
+  got, _ = _moe.gates_of(method, params, x)
+  want = gx_nn.route(method, params, x).gates()
+  np.testing.assert_array_equal(got, want)
+
+  def gradient(of):
+    total = lambda w: jnp.sum(of(params | {'w': w}) * jnp.arange(8))
+    return jax.grad(total)(params['w'])
+
+  grads = (
+    gradient(lambda params: _moe.gates_of(method, params, x)[0]),
+    gradient(lambda params: gx_nn.route(method, params, x).gates()),
+  )
+  np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kth_largest_is_exact():
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((5, 100)).astype(np.float32)
+  x[0, :5] = [np.inf, -np.inf, 0.0, -1e30, 1e30]
+  for k in (1, 2, 50, 99, 100):
+    got = _moe._kth(jnp.asarray(x), jnp.int32(k))
+    np.testing.assert_array_equal(got[:, 0], np.sort(x, axis=1)[:, -k])
+
+
 def test_experts_choose_tokens():
   method = gx.MoE(num_experts=4, top_k=1, router='expert_choice')
   _, params = _layer(method)
@@ -178,7 +209,7 @@ def test_gates_are_the_weights_of_neurons():
   mixture, params = _layer(method, hidden=24)
   x = jax.random.normal(jax.random.key(1), (3, 16))
   choice = gx_nn.route(method, params, x)
-  got = np.asarray(_moe.mask(mixture, choice, jnp.float32))
+  got = np.asarray(_moe.mask(mixture, choice.gates(), jnp.float32))
   assert got.shape == (3, 24)
   np.testing.assert_array_equal(got[:, :8], 1)
   want = np.zeros((3, 4))
