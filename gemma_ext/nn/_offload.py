@@ -89,10 +89,9 @@ class HostExperts:
 
   def announce(self, place: np.ndarray, experts: np.ndarray) -> None:
     """Starts to read experts of a layer that may be asked for soon."""
-    place = int(place)
     with self._lock:
       for e in np.unique(np.asarray(experts)):
-        key = place, int(e)
+        key = int(place), int(e)
         if e < 0 or key in self._staged or len(self._staged) >= _STAGED:
           continue
         self.announced += 1
@@ -224,15 +223,17 @@ def _layer(mixture, path, methods, flat, directory) -> _Layer:
   count, size = mixture.method.num_experts, mixture.size
   names = [f'{path}/{name}' for name in (_moe.GATE, _moe.DOWN)]
   if names[0] not in methods:
-    gate, down = (np.asarray(flat.pop(name)) for name in names)
-    if gate.shape[1:] != down.shape:
-      gate = np.swapaxes(gate, 1, 2)
-    gate = gate.reshape(2, count, size, -1).swapaxes(0, 1)
-    arrays = [gate, down.reshape(count, size, -1)]
-    formats, axes = None, (0, 0)
+    both, out = (np.asarray(flat.pop(name)) for name in names)
+    if both.shape[1:] != out.shape:
+      both = np.swapaxes(both, 1, 2)
+    both = both.reshape(2, count, size, -1).swapaxes(0, 1)
+    arrays = [both, out.reshape(count, size, -1)]
+    formats = None
+    axes: tuple[int, ...] = (0, 0)
   else:
-    formats = tuple(
-      _packed.format_of(methods[n][1], methods[n][0].layout.cols) for n in names
+    formats = (
+      _packed.format_of(methods[names[0]][1], mixture.features),
+      _packed.format_of(methods[names[1]][1], mixture.hidden),
     )
     gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in _LEAF}
     down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in _LEAF}
