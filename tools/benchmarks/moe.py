@@ -15,6 +15,7 @@ measure in the same run. What is there already is not measured again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import json
 import pathlib
@@ -60,6 +61,9 @@ def _define_flags(values: flags.FlagValues) -> None:
   string('output', None, 'Directory for what was measured.')
   integer('experts', 64, 'Slices of each layer, shared ones among them.')
   integer('shared', 0, 'Experts that always run.', 0)
+  flags.DEFINE_enum(
+    'router', 'norm', ['norm', 'gate'], 'See `gx.MoE`.', flag_values=values
+  )
   flags.DEFINE_list(
     'active',
     ['75%', '50%', '25%'],
@@ -93,9 +97,19 @@ class _Bench:
       num_experts=args.experts - args.shared,
       top_k=args.experts - args.shared,
       shared=args.shared,
+      router=args.router,
     )
     self.recipe = recipe_lib.Recipe.of({r'layer_\d+/mlp2?': method})
     self.model = gx_nn.Compressed(model=self.dense.model, recipe=self.recipe)
+    # Controls choose by linear routers, of 64 experts at most.
+    count = min(64, method.num_experts)
+    method = dataclasses.replace(
+      method, num_experts=count, top_k=count, router='norm'
+    )
+    self.control_recipe = recipe_lib.Recipe.of({r'layer_\d+/mlp2?': method})
+    self.control = gx_nn.Compressed(
+      model=self.dense.model, recipe=self.control_recipe
+    )
 
   @functools.cached_property
   def baseline(self) -> evals.PerplexityResult:
@@ -147,7 +161,7 @@ def _random(bench: _Bench) -> dict[str, Any]:
 
 
 def _control(bench: _Bench, change: Any) -> dict[str, Any]:
-  layers = gx_nn.mixtures_of(bench.dense.model, bench.recipe)
+  layers = gx_nn.mixtures_of(bench.dense.model, bench.control_recipe)
   flat = traverse_util.flatten_dict(bench.dense.params, sep='/')
   few = bench.tokens[: 4096 // _WINDOW]
   for path, x in _carve.inputs_of(
@@ -208,10 +222,10 @@ def _points(bench: _Bench) -> Iterator[tuple[str, Any]]:
 
   def control(name, make, share):
     params = gx_compress.with_experts(
-      bench.model, make(), _uniform(bench, share)
+      bench.control, make(), _uniform(bench, share)
     )
     return bench.measure(
-      f'{name} {share:.0%}', bench.model, params, active=share
+      f'{name} {share:.0%}', bench.control, params, active=share
     )
 
   yield 'all experts', every
@@ -233,7 +247,9 @@ def _points(bench: _Bench) -> Iterator[tuple[str, Any]]:
 def _uniform(bench: _Bench, share: float) -> dict[str, int]:
   return {
     path: max(1, round(share * m.method.slices) - m.method.shared)
-    for path, m in gx_nn.mixtures_of(bench.dense.model, bench.recipe).items()
+    for path, m in gx_nn.mixtures_of(
+      bench.dense.model, bench.control_recipe
+    ).items()
   }
 
 
@@ -288,6 +304,7 @@ def _run(args: Any) -> None:
   out = {
     'machine': _timing.machine(),
     'experts': args.experts,
+    'router': args.router,
     'shared': args.shared,
     'tokens': args.tokens,
     'dense_perplexity': bench.baseline.to_json()['perplexity'],
