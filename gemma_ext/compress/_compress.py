@@ -79,7 +79,7 @@ def compress(
   hessians: Mapping[str, Any] = {}
   if isinstance(calibration, _statistics.Statistics):
     hessians = calibration.inputs
-  elif calibration is not None:
+  elif calibration is not None and methods:
     curvatures = _calibrate.second_moments(
       model, params, calibration, progress=progress
     )
