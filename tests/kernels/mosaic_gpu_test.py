@@ -16,6 +16,7 @@ from gemma_ext.kernels.mosaic_gpu import _few_rows
 from gemma_ext.kernels.mosaic_gpu import _floats
 from gemma_ext.kernels.mosaic_gpu import _integers
 from gemma_ext.kernels.mosaic_gpu import _spec
+from gemma_ext.kernels.mosaic_gpu import _whole_rows
 from tests.kernels import gpu_threads
 from tests.kernels import packed_weights
 
@@ -45,7 +46,8 @@ def emulate(x, p, spec):
     np.frombuffer(np.asarray(v).tobytes(), np.uint8)
     for v in (x, p['codes'], p['scale'])
   ]
-  _few_rows.run(threads, spec, *flat, out.reshape(-1).view(np.uint8))
+  kernel = _whole_rows if isinstance(spec, _whole_rows.Spec) else _few_rows
+  kernel.run(threads, spec, *flat, out.reshape(-1).view(np.uint8))
   return out.astype(np.float64)
 
 
@@ -59,13 +61,14 @@ def reference(x, p, fmt, gated=False):
   return gelu * up, np.split(size, 2, axis=1)[1] * np.abs(gate)
 
 
-def check(fmt, rows, cols, xs, seed=0, **kwargs):
+def check(fmt, rows, cols, xs, seed=0, spec=None, **kwargs):
   p = packed_weights.packed(fmt, (rows,), cols, seed)
   # Small, so that gates are where gelu bends.
   x = 0.02 * jax.random.normal(
     jax.random.key(seed + 1), (xs, cols), jnp.bfloat16
   )
-  spec = _spec.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
+  if spec is None:
+    spec = _spec.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
   got = emulate(x, p, spec)
   want, size = reference(x, p, fmt, spec.gated)
   error = np.linalg.norm(got - want)
@@ -114,6 +117,32 @@ def test_in_integers_at_odd_edges(fmt):
 def test_clusters_share_columns(fmt, split):
   integers = _integers.fits(fmt)
   check(fmt, 56, 1280, 1, split=split, tiles=2, warps=4, integers=integers)
+
+
+def check_whole(fmt, rows, cols, xs, seed=0, **kwargs):
+  spec = _whole_rows.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
+  assert not _whole_rows.why_not(spec)
+  return check(fmt, rows, cols, xs, seed, spec=spec)
+
+
+@pytest.mark.parametrize('fmt', WHOLE, ids=name)
+@pytest.mark.parametrize('xs', [1, 2])
+def test_rows_of_a_multiprocessor(fmt, xs):
+  # More slices than fit, and rows that fill no tile.
+  check_whole(fmt, 64, 2560, xs, processors=3, most_slices=3)
+
+
+@pytest.mark.parametrize('fmt', WHOLE, ids=name)
+def test_rows_of_a_multiprocessor_by_turns(fmt):
+  check_whole(
+    fmt, 2 * 80, 768, 2, 5, gated=True, processors=2, most_tiles=1
+  )
+
+
+def test_rows_of_a_multiprocessor_wait_for_their_slice(monkeypatch):
+  monkeypatch.setattr(_whole_rows._Ring, 'wait', lambda *args: None)
+  with pytest.raises(AssertionError):
+    check_whole(Ternary(), 64, 2560, 1, processors=3)
 
 
 def test_a_wrong_surplus_is_seen(monkeypatch):

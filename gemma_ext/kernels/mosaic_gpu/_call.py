@@ -18,6 +18,7 @@ from gemma_ext.kernels import _params
 from gemma_ext.kernels.mosaic_gpu import _few_rows
 from gemma_ext.kernels.mosaic_gpu import _integers
 from gemma_ext.kernels.mosaic_gpu import _spec
+from gemma_ext.kernels.mosaic_gpu import _whole_rows
 
 # Offsets are numbers of 32 bits, with a sign where they are constants.
 _MOST_BYTES = 1 << 31
@@ -135,6 +136,41 @@ def _choose(spec: _spec.Spec, **given: int | None) -> _spec.Spec:
 
 def _rows(scale: jax.Array, fmt: _formats.Format) -> tuple[int, ...]:
   return _params.rows_of({'scale': scale}, fmt)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_whole(spec: _whole_rows.Spec):
+  from gemma_ext.kernels.mosaic_gpu import _ptx
+
+  ref = plgpu.RefType()
+
+  def body(*refs):
+    @plgpu.inline_mgpu(arg_types=(ref,) * len(refs))
+    def emit(ctx, x, codes, scale, out, *shared):
+      del ctx
+      _whole_rows.run(_ptx.Ptx(*shared), spec, x, codes, scale, out)
+
+    emit(*refs)
+
+  words = lambda count: plgpu.SMEM((-(-count // 16) * 4,), jnp.int32)
+  return plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((spec.xs, spec.out_rows), jnp.bfloat16),
+    scratch_types=[
+      plgpu.SMEM((spec.shared,), jnp.float32),
+      words(spec.staged),
+      words(spec.ring),
+      words(spec.rounded),
+      plgpu.SMEM((spec.rounded_scales,), jnp.float32),
+    ],
+    grid=(spec.grid,),
+    grid_names=('block',),
+    num_threads=spec.warps // 4,
+    thread_name='warpgroup',
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+  )
 
 
 @functools.lru_cache(maxsize=256)
