@@ -314,3 +314,51 @@ class Threads:
     view[index] = value
     # Several may write the same place, but not different numbers.
     np.testing.assert_array_equal(view[index], value)
+
+
+class Pairs:
+  """Instructions of `_many_rows`, for the threads of two warpgroups."""
+
+  def thread(self):
+    return Int(np.arange(256))
+
+  def constant(self, value):
+    return Int(np.full(256, value, np.uint32))
+
+  mask = Threads.mask
+  _shape = (256,)
+  permute = Threads.permute
+
+  def exclusive_or(self, a, b):
+    return Int(a.value ^ b.value)
+
+  def subtract2(self, a, b):
+    return self._two(np.subtract, a, b)
+
+  def multiply2(self, a, b):
+    return self._two(np.multiply, a, b)
+
+  def half(self, memory, at, plus):
+    return Int(memory.view(np.uint16)[(at + plus).value // 2])
+
+  def global_scale(self, memory, at, plus, spec):
+    at = (at + plus * spec.groups).value
+    if spec.fmt.scale_dtype.itemsize == 2:
+      return Int(memory.view(np.uint16)[at]) * 0x10001
+    bits = (Int(memory[at]) + (107 << 3)) << 4
+    return Int(np.where(memory[at] == 0, 0, bits.value)) * 0x10001
+
+  def put_transposed(self, memory, at, pairs):
+    # Matrix, row of 8, lane, pair; 16 bytes a row, a row's address a thread.
+    for warp in range(4):
+      threads = slice(32 * warp, 32 * warp + 32)
+      words = np.stack([p.value[threads] for p in pairs])
+      matrices = words.reshape(4, 8, 4, 1).view(np.uint16).reshape(4, 8, 8)
+      to = at.value[threads].astype(np.int64) // 2
+      memory.view(np.uint16)[to[:, None] + np.arange(8)] = matrices.transpose(
+        0, 2, 1
+      ).reshape(32, 8)
+
+  def _two(self, op, a, b):
+    out = op(_halves(a.value), _halves(b.value)).astype(ml_dtypes.bfloat16)
+    return Int(np.ascontiguousarray(out).view(np.uint32)[..., 0])

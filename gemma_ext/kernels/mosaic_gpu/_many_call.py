@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gemma_ext.kernels.mosaic_gpu import _many_rows
 
-_PART = 64  # Rows and columns of the result that leave together.
+_PART = _many_rows.PART  # Of the result, too, so many rows leave together.
 
 
 def many_rows(
@@ -59,16 +59,14 @@ def _compiled(spec: _many_rows.Spec):
     plgpu.TilingTransform((8, 64)),
     plgpu.SwizzleTransform(128),
   )
-  wg_rows = 64 * spec.groups_of_rows
   number = plgpu.Layout.WG_SPLAT(())
-  steps, shared = spec.steps, spec.steps_of_block
-  step_cols = _many_rows.STEP * spec.unroll
+  steps, step_cols = spec.steps, _many_rows.STEP
 
   def weights(codes_smem, scale_gmem, row, step, part):
     @plgpu.inline_mgpu(
       arg_types=(plgpu.RefType(), plgpu.RefType(), number, number),
       return_type=plgpu.ShapeDtypeStruct(
-        (wg_rows, _many_rows.STEP), jnp.bfloat16, layout=plgpu.Layout.WGMMA
+        (_PART, _PART), jnp.bfloat16, layout=plgpu.Layout.WGMMA
       ),
     )
     def emit(ctx, codes, scale, row, step):
@@ -78,10 +76,10 @@ def _compiled(spec: _many_rows.Spec):
         _pairs.Pairs(), spec, codes, scale, row, step, part
       )
       layout = mgpu.WGMMA_LAYOUT
-      shape = layout.registers_shape((wg_rows, _many_rows.STEP))
+      shape = layout.registers_shape((_PART, _PART))
       pair = ir.VectorType.get((2,), ir.BF16Type.get())
-      registers = np.empty(len(sum(found, [])), object)
-      for i, word in enumerate(sum(found, [])):
+      registers = np.empty(len(found), object)
+      for i, word in enumerate(found):
         registers[i] = mgpu.utils.bitcast(word.value, pair)
       return mgpu.FragmentedArray(
         _registers=registers.reshape(shape), _layout=layout, _is_signed=None
@@ -89,17 +87,15 @@ def _compiled(spec: _many_rows.Spec):
 
     return emit(codes_smem, scale_gmem, row, step)
 
-  def put(acc, smem, m, part):
-    @plgpu.inline_mgpu(
-      arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(swizzled))
-    )
+  def put(acc, smem, part):
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(swizzled)))
     def emit(ctx, acc, smem):
       del ctx
       ops, i32 = _pairs.Pairs(), _words.i32()
       pairs = [
         _words.Int(mgpu.utils.bitcast(v, i32)) for v in acc.registers.flat
       ]
-      _many_rows.transpose(ops, spec, pairs, smem, m, part)
+      _many_rows.transpose(ops, pairs, smem, part)
 
     emit(acc, smem)
 
@@ -119,8 +115,8 @@ def _compiled(spec: _many_rows.Spec):
             **shared_x,
           ),
           plgpu.BlockSpec(
-            (spec.tile_rows, spec.step_bytes),
-            lambda k: (0, k // shared),
+            (_many_rows.ROWS, spec.step_bytes),
+            lambda k: (0, k),
             memory_space=plgpu.SMEM,
           ),
         ],
@@ -149,52 +145,49 @@ def _compiled(spec: _many_rows.Spec):
         row, column = plgpu.planar_snake(
           index // spec.split, (of_rows, of_x), 0, min(spec.width, of_rows)
         )
-        row = (row * spec.cluster + rank) * spec.tile_rows
+        row = (row * spec.cluster + rank) * _many_rows.ROWS
         column = column * spec.tile_x
         first = part * steps
 
         def context(run):
           @functools.partial(
-            pl.run_scoped, acc=plgpu.ACC((wg_rows, spec.tile_x), jnp.float32)
+            pl.run_scoped, acc=plgpu.ACC((_PART, spec.tile_x), jnp.float32)
           )
           def _(acc):
             run(acc)
             total = acc[...].astype(jnp.bfloat16)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            at = 0
-            for m in range(spec.groups_of_rows):
-              for p in range(spec.tile_x // _PART):
-                slot = out_smem.at[wg, at % spec.out_slots]
-                plgpu.wait_smem_to_gmem(spec.out_slots - 1, wait_read_only=True)
-                put(total, slot, m, p)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                  slot,
-                  out_gmem.at[
-                    part,
-                    pl.ds(column + p * _PART, _PART),
-                    pl.ds(row + wg * wg_rows + m * _PART, _PART),
-                  ],
-                )
-                at += 1
+            for p in range(spec.tile_x // _PART):
+              plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+              put(total, out_smem.at[wg], p)
+              plgpu.commit_smem()
+              plgpu.copy_smem_to_gmem(
+                out_smem.at[wg],
+                out_gmem.at[
+                  part,
+                  pl.ds(column + p * _PART, _PART),
+                  pl.ds(row + wg * _PART, _PART),
+                ],
+              )
 
         def body(indices, x_smem, codes_smem, acc):
           (k,) = indices
-          for p in range(spec.unroll):
+          for p in range(step_cols // _PART):
             w = weights(codes_smem, scale_gmem, row, first + k, p)
-            x = x_smem.at[:, pl.ds(p * _many_rows.STEP, _many_rows.STEP)]
+            x = x_smem.at[:, pl.ds(p * _PART, _PART)]
             plgpu.wgmma(acc, w, plgpu.transpose_ref(x, (1, 0)))
           # Nobody but who waits knows when registers have been read.
           plgpu.wgmma_wait(0)
           return acc
 
-        width = spec.step_bytes * steps // shared
+        width = spec.step_bytes * steps
         pipeline(body, context)(
           x_gmem.at[
             pl.ds(column, spec.tile_x),
             pl.ds(first * step_cols, steps * step_cols),
           ],
-          codes_gmem.at[pl.ds(row, spec.tile_rows), pl.ds(part * width, width)],
+          codes_gmem.at[
+            pl.ds(row, _many_rows.ROWS), pl.ds(part * width, width)
+          ],
           allocations=allocations,
         )
 
@@ -215,7 +208,7 @@ def _compiled(spec: _many_rows.Spec):
     num_threads=3,
     thread_name='wg',
     scratch_types=dict(
-      out_smem=plgpu.SMEM((2, spec.out_slots, _PART, _PART), jnp.bfloat16, transforms=swizzled)
+      out_smem=plgpu.SMEM((2, _PART, _PART), jnp.bfloat16, transforms=swizzled)
     ),
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane

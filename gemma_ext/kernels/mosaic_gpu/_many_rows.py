@@ -19,8 +19,10 @@ from typing import Any
 from gemma_ext.kernels import _formats
 from gemma_ext.kernels.mosaic_gpu import _spec
 
-STEP = 64  # Columns of the weight at a time: 128 bytes of x.
-_BYTES = 224 << 10  # Of shared memory, that a block of threads can have.
+PART = 64  # Columns of the weight at a time: 128 bytes of x.
+ROWS = 2 * PART  # Of the weight, of a tile: two warpgroups.
+STEP = 2 * PART  # Columns that shared memory has of each step.
+_BYTES = 208 << 10  # Of shared memory, less what the result takes.
 _SPREAD = 0x4140  # Byte 0 of a word to its lower half, byte 1 to its upper.
 
 
@@ -33,12 +35,10 @@ class Spec:
     cols: Its input axis.
     xs: Rows of x.
     fmt: Packed format.
-    most: Rows of x that a tile of the result has, at most: 64, 128 or 256.
+    tile_x: Rows of x of a tile of the result: 64, 128 or 256.
     split: Parts of the input axis that are multiplied on their own.
     cluster: Blocks of threads, 1 or 2, that share the same rows of x.
-    unroll: Times 64 columns of the weight in a step.
     slots: Steps in shared memory.
-    out_slots: Parts of the result that are on their way.
     width: Tiles side by side along the rows of the weight, before the next ones
       along those of x.
     processors: Multiprocessors.
@@ -48,29 +48,12 @@ class Spec:
   cols: int
   xs: int
   fmt: _formats.Format
-  most: int = 256
+  tile_x: int = 256
   split: int = 1
   cluster: int = 2
-  unroll: int = 1
-  slots: int = 5
-  out_slots: int = 2
+  slots: int = 6
   width: int = 8
   processors: int = 132
-
-  @property
-  def tile_x(self) -> int:
-    """Rows of x of a tile."""
-    return min(self.most, -(-self.xs // 64) * 64)
-
-  @property
-  def groups_of_rows(self) -> int:
-    """Of 64 rows of the weight that a warpgroup has."""
-    return 1 if self.tile_x > 128 else 2
-
-  @property
-  def tile_rows(self) -> int:
-    """Rows of the weight of a tile."""
-    return 128 * self.groups_of_rows
 
   @property
   def padded(self) -> int:
@@ -81,14 +64,14 @@ class Spec:
   def tiles(self) -> tuple[int, int]:
     """Tiles of a cluster along the rows of the weight, and along those of x."""
     return (
-      self.rows // (self.tile_rows * self.cluster),
+      self.rows // (ROWS * self.cluster),
       self.padded // self.tile_x,
     )
 
   @property
   def steps(self) -> int:
     """Steps of a part of the input axis."""
-    return self.cols // (STEP * self.unroll * self.split)
+    return -(-self.cols // (STEP * self.split))
 
   @property
   def fields(self) -> int:
@@ -103,19 +86,14 @@ class Spec:
   @property
   def step_bytes(self) -> int:
     """Bytes of a row that a step reads: whole blocks."""
-    return max(_spec.BLOCK, STEP * self.unroll // self.fields)
-
-  @property
-  def steps_of_block(self) -> int:
-    """Steps that read the same bytes."""
-    return 2 if self.fields == 4 and self.unroll == 1 else 1
+    return STEP // self.fields
 
   @property
   def depth(self) -> int:
     """Steps in shared memory that fit."""
-    each = 2 * self.tile_x * STEP * self.unroll
-    each += self.tile_rows * self.step_bytes
-    return min(self.slots, (_BYTES - self.out_slots * (16 << 10)) // each)
+    each = 2 * self.tile_x * STEP
+    each += ROWS * self.step_bytes
+    return min(self.slots, _BYTES // each)
 
   @property
   def groups(self) -> int:
@@ -132,16 +110,16 @@ def why_not(spec: Spec) -> str:
     return f'{fmt} is not unpacked in registers'
   if fmt.group is not None and fmt.group % 32:
     return f'groups of {fmt.group}, expected a multiple of 32'
-  if spec.rows % (spec.tile_rows * spec.cluster):
-    return f'{spec.rows} rows, no multiple of {spec.tile_rows * spec.cluster}'
-  if spec.cols % (STEP * spec.unroll * spec.steps_of_block * spec.split):
-    return f'an input axis of {spec.cols} weights'
+  if spec.rows % (ROWS * spec.cluster):
+    return f'{spec.rows} rows, no multiple of {ROWS * spec.cluster}'
+  if spec.cols % 16:
+    return f'an input axis of {spec.cols} weights, no multiple of 16'
   return ''
 
 
 def unpack(
   ops: Any, spec: Spec, codes: Any, scale: Any, row: Any, step: Any, part: int
-) -> list[list[Any]]:
+) -> list[Any]:
   """Weights of a warpgroup for 64 columns, as `wgmma` takes them.
 
   Args:
@@ -154,37 +132,31 @@ def unpack(
     part: Which 64 columns of it.
 
   Returns:
-    By group of 64 rows: pairs of bfloat16, those of row `16 warp + group` and
-    8 further of columns `8 c + 2 lane`, for c from 0 to 7.
+    Pairs of bfloat16, those of row `16 warp + group` and 8 further of columns
+    `8 c + 2 lane`, for c from 0 to 7.
   """
   thread = ops.thread()
   warp, lane = (thread >> 5) & 3, thread & 3
-  local = (thread >> 7) * (64 * spec.groups_of_rows) + warp * 16
-  local = local + ((thread & 31) >> 2)
-  out = []
-  for m in range(spec.groups_of_rows):
-    halves = []
-    for more in (64 * m, 64 * m + 8):
-      by = [
-        ops.global_scale(scale, (row + local) * spec.groups + at, more, spec)
-        for at in _scale_index(ops, spec, step * spec.unroll + part)
-      ]
-      at = local * spec.step_bytes + lane * 2
-      plus = more * spec.step_bytes + part * STEP // spec.fields * (
-        spec.fields < 4
-      )
-      count = 8 if spec.fields == 1 else 4
-      words = []
-      for j in range(count):
-        half = ops.half(codes, at, plus + 8 * j)
-        words.append(ops.permute(half, ops.constant(0), _SPREAD))
-      if part and spec.fields == 4:
-        words = [w >> 4 for w in words]
-      elif spec.steps_of_block > 1:
-        words = [ops.shift(w, (step & 1) * 4) for w in words]
-      halves.append(_weights(ops, spec, words, by))
-    out.append([w for pair in zip(*halves) for w in pair])
-  return out
+  local = (thread >> 7) * PART + warp * 16 + ((thread & 31) >> 2)
+  indices = _scale_index(ops, spec, step * 2 + part)
+  halves = []
+  for more in (0, 8):
+    by = [
+      ops.global_scale(scale, (row + local) * spec.groups + at, more, spec)
+      for at in indices
+    ]
+    at = local * spec.step_bytes + lane * 2
+    plus = more * spec.step_bytes
+    if spec.fields < 4:
+      plus += part * PART // spec.fields
+    words = []
+    for j in range(8 if spec.fields == 1 else 4):
+      half = ops.half(codes, at, plus + 8 * j)
+      words.append(ops.permute(half, ops.constant(0), _SPREAD))
+    if part and spec.fields == 4:
+      words = [w >> 4 for w in words]
+    halves.append(_weights(ops, spec, words, by))
+  return [w for pair in zip(*halves) for w in pair]
 
 
 def _scale_index(ops: Any, spec: Spec, step: Any) -> list[Any]:
@@ -198,10 +170,9 @@ def _scale_index(ops: Any, spec: Spec, step: Any) -> list[Any]:
   group = spec.fmt.group
   if group is None:
     return [ops.constant(0)]
-  first = (step * 2) // (group // 32)
-  if group % 64 == 0:
-    return [first]
-  return [first, (step * 2 + 1) // (group // 32)]
+  at = [step * 2] if group % 64 == 0 else [step * 2, step * 2 + 1]
+  # Of columns that the last step has too many, x is 0.
+  return [(i // (group // 32)).min(spec.groups - 1) for i in at]
 
 
 def _weights(
@@ -229,19 +200,15 @@ def _weights(
   return out
 
 
-def transpose(
-  ops: Any, spec: Spec, pairs: list[Any], memory: Any, m: int, part: int
-) -> None:
+def transpose(ops: Any, pairs: list[Any], memory: Any, part: int) -> None:
   """Writes 64 rows of the weight by 64 of x, the latter first, to memory.
 
   Args:
     ops: Instructions.
-    spec: What to compile for.
-    pairs: A warpgroup's results, pairs of neighbours along the rows of x: by
-      group of rows, by 8 rows of x, of two rows of the weight.
+    pairs: A warpgroup's results, pairs of neighbours along the rows of x: by 8
+      rows of x, of two rows of the weight.
     memory: Shared memory of bfloat16 `[64, 64]`, 128 bytes a row, 16 of which
       change places with others, as the copy engine has it.
-    m: Which 64 rows of the weight.
     part: Which 64 rows of x.
   """
   thread = ops.thread()
@@ -249,7 +216,37 @@ def transpose(
   which, row = lane >> 3, lane & 7  # Of four matrices.
   chunk = ops.exclusive_or(warp * 2 + (which & 1), row)
   at = row * 128 + (which >> 1) * 1024 + chunk * 16
-  begin = (m * (spec.tile_x // 8) + part * 8) * 2
   for c in range(0, 8, 2):
-    four = pairs[begin + 2 * c : begin + 2 * c + 4]
-    ops.put_transposed(memory, at + c * 1024, four)
+    begin = (part * 8 + c) * 2
+    ops.put_transposed(memory, at + c * 1024, pairs[begin : begin + 4])
+
+
+# Microseconds of a step of a tile on an H200, by its rows of x.
+_STEP_US = {64: 0.67, 128: 0.87, 256: 1.3}
+
+
+def choose(
+  rows: int, cols: int, xs: int, fmt: _formats.Format, processors: int
+) -> Spec:
+  """Chooses tiles and parts that keep most multiprocessors busy."""
+  cluster = 2 if rows % (2 * ROWS) == 0 else 1
+  found = []
+  for tile_x, step in _STEP_US.items():
+    for split in (1, 2, 3, 4, 6):
+      spec = Spec(
+        rows=rows,
+        cols=cols,
+        xs=xs,
+        fmt=fmt,
+        tile_x=tile_x,
+        split=split,
+        cluster=cluster,
+        processors=processors,
+      )
+      of_rows, of_x = spec.tiles
+      turns = -(-of_rows * of_x * split // (processors // cluster))
+      took = turns * (spec.steps * step + 2)
+      if split > 1:  # Parts are written, read and added.
+        took = 1.05 * took + 3 + (split + 1) * spec.padded * rows / 1e6
+      found.append((took, split, tile_x, spec))
+  return min(found, key=lambda f: f[:3])[3]

@@ -37,10 +37,6 @@ class Pairs:
     """Bytes of two words, `prmt`."""
     return self._two(f'prmt.b32 $0, $1, $2, {selector};', a, b)
 
-  def shift(self, a: Int, count: Int) -> Int:
-    """`a >> count`."""
-    return Int(arith.shrui(a.value, count.value))
-
   def exclusive_or(self, a: Int, b: Int) -> Int:
     """`a ^ b`."""
     return Int(arith.xori(a.value, b.value))

@@ -387,9 +387,7 @@ class Ptx:
     below = arith.addf(power, constant(1.0))
     return arith.mulf(arith.divf(gate, below), up)
 
-  def share(
-    self, at: Int, value: ir.Value, inside: Flag | None = None
-  ) -> None:
+  def share(self, at: Int, value: ir.Value, inside: Flag | None = None) -> None:
     """Writes shared memory, that of the first block of the cluster."""
     address = self._at(self._shared, at * 4)
     if inside is not None:

@@ -17,11 +17,12 @@ import functools
 import math
 from typing import Any
 
+from gemma_ext.kernels import _formats
 from gemma_ext.kernels.mosaic_gpu import _integers
 from gemma_ext.kernels.mosaic_gpu import _spec
 
 _BYTES = 227 << 10  # Of shared memory, that a block can have.
-_LOOK = 4  # Parts of x that a thread asks for at once.
+_LOOK = 64  # Words of x that a thread asks for before the codes.
 _MAGIC = 0x4B40_0000  # What `ops.round` has more than the code.
 
 
@@ -147,6 +148,40 @@ class Spec(_spec.Spec):
     return self.xs * self.x_blocks * 2
 
 
+def choose(
+  rows: int,
+  cols: int,
+  xs: int,
+  fmt: _formats.Format,
+  gated: bool,
+  processors: int,
+) -> Spec | None:
+  """Returns what to compile for where this is faster than `_few_rows`.
+
+  As measured on an H200, codes of 2 bits and one row of x: for weights of few,
+  long rows; and for gate and up whose rows are not short.
+  """
+  if xs > 1 or _spec.fields(fmt) != 4 or getattr(fmt, 'planes', 1) > 1:
+    return None
+  spec = Spec(
+    rows=rows, cols=cols, xs=xs, fmt=fmt, gated=gated, processors=processors
+  )
+  if gated:
+    spec = dataclasses.replace(spec, most_tiles=2, together=2)
+    worth = spec.row_bytes >= 960
+  else:
+    # Warps whose slices leave the least of the last one empty.
+    waste = {w: -spec.row_bytes % (64 * w) for w in (8, 12)}
+    warps = 12 if waste[12] < waste[8] else 8
+    spec = dataclasses.replace(spec, warps=warps)
+    if warps == 12 and spec.turns == 1 and spec.share > 32:
+      spec = dataclasses.replace(spec, most_slices=3)
+    elif warps == 8 and spec.cols <= 10240:
+      spec = dataclasses.replace(spec, together=2)
+    worth = spec.turns == 1 and spec.row_bytes >= 2048
+  return spec if worth and not why_not(spec) else None
+
+
 def why_not(spec: Spec) -> str:
   """Returns why it cannot be done so; '' if it can."""
   if not _integers.fits(spec.fmt) or spec.xs > _integers.MOST_ROWS:
@@ -201,9 +236,7 @@ def _skip(spec: Spec, turn: Any) -> Any:
 class _Ring:
   """Codes on their way to shared memory, 16 bytes a thread."""
 
-  def __init__(
-    self, ops: Any, spec: Spec, thread: Any, first: Any, codes: Any
-  ):
+  def __init__(self, ops: Any, spec: Spec, thread: Any, first: Any, codes: Any):
     self._ops, self._spec, self._codes = ops, spec, codes
     each = spec.width // 16  # Threads that copy a part of a row.
     self._at_once = 32 * spec.warps // each  # Rows that all of them copy.
@@ -272,6 +305,7 @@ class _X:
     self._thread = thread
     self._each = 2 * spec.fields  # 16 threads round a block, so many codes.
     self._at_once = 32 * spec.warps * self._each
+    self._look = max(1, _LOOK // (self._each // 2))
     column, lane = place.group, place.lane
     self._lane = lane
     # In a column, one plane of one row of x, and of it the codes of one block.
@@ -294,15 +328,14 @@ class _X:
 
   def ask(self, begin: int) -> list[Any]:
     """Asks for some parts, the first of them `begin`."""
-    return [
-      self._read(*part) for part in self._parts[begin : begin + _LOOK]
-    ]
+    parts = self._parts[begin : begin + self._look]
+    return [self._read(*part) for part in parts]
 
   def write(self, asked: list[Any]) -> None:
     """Writes all parts to shared memory, rounded; `asked` are the first."""
     parts = self._parts
-    for begin in range(0, len(parts), _LOOK):
-      following = self.ask(begin + _LOOK)
+    for begin in range(0, len(parts), self._look):
+      following = self.ask(begin + self._look)
       for part, words in zip(parts[begin:], asked):
         self._round(*part, words)
       asked = following
