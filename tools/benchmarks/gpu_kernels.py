@@ -310,7 +310,7 @@ def _time_products(
         {
           'packed': lambda f=packed, n=copies: f() / n,
           'few rows': lambda f=few_rows, n=copies: f() / n,
-          'bfloat16': lambda f=plain, n=len(dense): f() / n,
+          'bfloat16': lambda f=plain, n=few: f() / n,
         },
         args.rounds,
       )
@@ -407,7 +407,7 @@ def _time_prefill(
           (
             f'{product.shape} {product.part}',
             name,
-            rows,
+            str(rows),
             f'{t * 1e6:.1f}',
             f'{2 * product.rows * cols * rows / t / 1e12:.0f}',
             f'{statistics.median(seconds["xla"]) * 1e6:.1f}',

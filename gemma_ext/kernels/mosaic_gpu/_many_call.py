@@ -55,17 +55,16 @@ def _compiled(spec: _many_rows.Spec):
   from gemma_ext.kernels.mosaic_gpu import _pairs
   from gemma_ext.kernels.mosaic_gpu import _words
 
-  swizzled = (
-    plgpu.TilingTransform((8, 64)),
-    plgpu.SwizzleTransform(128),
-  )
+  # Stubs of Pallas leave out what these classes have.
+  pallas: Any = plgpu
+  swizzled = (pallas.TilingTransform((8, 64)), pallas.SwizzleTransform(128))
   number = plgpu.Layout.WG_SPLAT(())
   steps, step_cols = spec.steps, _many_rows.STEP
 
   def weights(codes_smem, scale_gmem, row, step, part):
     @plgpu.inline_mgpu(
       arg_types=(plgpu.RefType(), plgpu.RefType(), number, number),
-      return_type=plgpu.ShapeDtypeStruct(
+      return_type=pallas.ShapeDtypeStruct(
         (_PART, _PART), jnp.bfloat16, layout=plgpu.Layout.WGMMA
       ),
     )
@@ -101,7 +100,9 @@ def _compiled(spec: _many_rows.Spec):
 
   def kernel(x_gmem, codes_gmem, scale_gmem, out_gmem, out_smem):
     def pipeline(body, context):
-      shared_x = {'collective_axes': ('cluster',)} if spec.cluster > 1 else {}
+      shared_x: dict[str, Any] = (
+        {'collective_axes': ('cluster',)} if spec.cluster > 1 else {}
+      )
       return plgpu.emit_pipeline_warp_specialized(
         body,
         grid=(steps,),
