@@ -48,7 +48,8 @@ def matmul(
     fmt: Their format.
     backend: 'xla', the reference: unpack, then a dense dot. 'cpu', C++, for
       codes and scales as they are stored and x in float32 or bfloat16. 'gpu',
-      for at most `FEW_ROWS` rows of x in bfloat16 on Hopper or newer. 'tpu',
+      for x in bfloat16 on Hopper; beyond `FEW_ROWS` rows of it, for one plane
+      of whole bits in groups of a multiple of 32. 'tpu',
       which has not run on one yet. By default 'cpu' where it can be had, on one
       CPU device, or what the environment variable `GEMMA_EXT_BACKEND` names,
       and 'xla' for what that cannot do.
@@ -108,8 +109,6 @@ def _why_not_gpu(x, p, fmt) -> str:
   capability = float(getattr(jax.devices()[0], 'compute_capability', 0) or 0)
   if capability < 9:
     return f'the GPU has compute capability {capability}, expected 9 or more'
-  if math.prod(x.shape[:-1]) > FEW_ROWS:
-    return f'{math.prod(x.shape[:-1])} rows of x, expected at most {FEW_ROWS}'
   return mosaic_gpu.why_not(x, p['codes'], p['scale'], fmt)
 
 
@@ -150,7 +149,7 @@ def packed(
   if backend == 'gpu':
     from gemma_ext.kernels import mosaic_gpu
 
-    return mosaic_gpu.few_rows(x, codes, scale, fmt, gated=gated)
+    return mosaic_gpu.matmul(x, codes, scale, fmt, gated=gated)
   from gemma_ext.kernels import tpu
 
   y = tpu.matmul(x, codes, scale, fmt)

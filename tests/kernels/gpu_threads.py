@@ -73,6 +73,7 @@ class Threads:
   def __init__(self, spec):
     blocks, warps, shared = spec.grid * spec.split, spec.warps, spec.shared
     self._split = spec.split
+    assert spec.block_rows <= spec.out_rows
     staged, ring = spec.staged, spec.ring
     self._shape = (blocks, 32 * warps)
     self._blocks = np.broadcast_to(np.arange(blocks)[:, None], self._shape)
@@ -249,12 +250,13 @@ class Threads:
       out.append(word)
     return out
 
-  def put_bytes(self, at, words, count):
-    assert not np.any(at.value % count), 'unaligned'
+  def put_bytes(self, at, words, count, inside=None):
+    live = np.full(self._shape, True) if inside is None else inside.value
+    assert not np.any(at.value[live] % count), 'unaligned'
     index = at.value.astype(np.int64)
     for k in range(count):
       byte = (words[k // 4] >> (8 * (k % 4))).value.astype(np.uint8)
-      np.put_along_axis(self._rounded, index + k, byte, axis=1)
+      self._rounded[self._blocks[live], index[live] + k] = byte[live]
 
   def get_bytes(self, at, plus, valid):
     index = (at + plus).value.astype(np.int64)
@@ -272,6 +274,15 @@ class Threads:
   def get_scale(self, at):
     return np.take_along_axis(self._scales, at.value.astype(np.int64), axis=1)
 
+  def put_whole(self, at, value, inside):
+    self.put_scale(at, value.value.view(np.float32), inside)
+
+  def get_whole(self, at):
+    return Int(self.get_scale(at).view(np.uint32))
+
+  def shuffle_float(self, a, distance):
+    return a[:, np.arange(self._shape[1]) ^ distance]
+
   def fma(self, a, b, c):
     return a * b + c
 
@@ -282,9 +293,10 @@ class Threads:
     z = 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
     return (gate / (1 + np.exp(-z)) * up).astype(np.float32)
 
-  def share(self, at, value):
+  def share(self, at, value, inside=None):
     first = self._blocks // self._split * self._split
-    self._shared[first, at.value.astype(np.int64)] = value
+    live = np.full(self._shape, True) if inside is None else inside.value
+    self._shared[first[live], at.value[live].astype(np.int64)] = value[live]
 
   def shared(self, at):
     return np.take_along_axis(self._shared, at.value.astype(np.int64), axis=1)
@@ -302,3 +314,51 @@ class Threads:
     view[index] = value
     # Several may write the same place, but not different numbers.
     np.testing.assert_array_equal(view[index], value)
+
+
+class Pairs:
+  """Instructions of `_many_rows`, for the threads of two warpgroups."""
+
+  def thread(self):
+    return Int(np.arange(256))
+
+  def constant(self, value):
+    return Int(np.full(256, value, np.uint32))
+
+  mask = Threads.mask
+  _shape = (256,)
+  permute = Threads.permute
+
+  def exclusive_or(self, a, b):
+    return Int(a.value ^ b.value)
+
+  def subtract2(self, a, b):
+    return self._two(np.subtract, a, b)
+
+  def multiply2(self, a, b):
+    return self._two(np.multiply, a, b)
+
+  def half(self, memory, at, plus):
+    return Int(memory.view(np.uint16)[(at + plus).value // 2])
+
+  def global_scale(self, memory, at, plus, spec):
+    at = (at + plus * spec.groups).value
+    if spec.fmt.scale_dtype.itemsize == 2:
+      return Int(memory.view(np.uint16)[at]) * 0x10001
+    bits = (Int(memory[at]) + (107 << 3)) << 4
+    return Int(np.where(memory[at] == 0, 0, bits.value)) * 0x10001
+
+  def put_transposed(self, memory, at, pairs):
+    # Matrix, row of 8, lane, pair; 16 bytes a row, a row's address a thread.
+    for warp in range(4):
+      threads = slice(32 * warp, 32 * warp + 32)
+      words = np.stack([p.value[threads] for p in pairs])
+      matrices = words.reshape(4, 8, 4, 1).view(np.uint16).reshape(4, 8, 8)
+      to = at.value[threads].astype(np.int64) // 2
+      memory.view(np.uint16)[to[:, None] + np.arange(8)] = matrices.transpose(
+        0, 2, 1
+      ).reshape(32, 8)
+
+  def _two(self, op, a, b):
+    out = op(_halves(a.value), _halves(b.value)).astype(ml_dtypes.bfloat16)
+    return Int(np.ascontiguousarray(out).view(np.uint32)[..., 0])

@@ -15,7 +15,9 @@ from gemma_ext.kernels import mosaic_gpu
 from gemma_ext.kernels.mosaic_gpu import _few_rows
 from gemma_ext.kernels.mosaic_gpu import _floats
 from gemma_ext.kernels.mosaic_gpu import _integers
+from gemma_ext.kernels.mosaic_gpu import _many_rows
 from gemma_ext.kernels.mosaic_gpu import _spec
+from gemma_ext.kernels.mosaic_gpu import _whole_rows
 from tests.kernels import gpu_threads
 from tests.kernels import packed_weights
 
@@ -45,7 +47,8 @@ def emulate(x, p, spec):
     np.frombuffer(np.asarray(v).tobytes(), np.uint8)
     for v in (x, p['codes'], p['scale'])
   ]
-  _few_rows.run(threads, spec, *flat, out.reshape(-1).view(np.uint8))
+  kernel = _whole_rows if isinstance(spec, _whole_rows.Spec) else _few_rows
+  kernel.run(threads, spec, *flat, out.reshape(-1).view(np.uint8))
   return out.astype(np.float64)
 
 
@@ -59,13 +62,14 @@ def reference(x, p, fmt, gated=False):
   return gelu * up, np.split(size, 2, axis=1)[1] * np.abs(gate)
 
 
-def check(fmt, rows, cols, xs, seed=0, **kwargs):
+def check(fmt, rows, cols, xs, seed=0, spec=None, **kwargs):
   p = packed_weights.packed(fmt, (rows,), cols, seed)
   # Small, so that gates are where gelu bends.
   x = 0.02 * jax.random.normal(
     jax.random.key(seed + 1), (xs, cols), jnp.bfloat16
   )
-  spec = _spec.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
+  if spec is None:
+    spec = _spec.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
   got = emulate(x, p, spec)
   want, size = reference(x, p, fmt, spec.gated)
   error = np.linalg.norm(got - want)
@@ -116,6 +120,30 @@ def test_clusters_share_columns(fmt, split):
   check(fmt, 56, 1280, 1, split=split, tiles=2, warps=4, integers=integers)
 
 
+def check_whole(fmt, rows, cols, xs, seed=0, **kwargs):
+  spec = _whole_rows.Spec(rows=rows, cols=cols, xs=xs, fmt=fmt, **kwargs)
+  assert not _whole_rows.why_not(spec)
+  return check(fmt, rows, cols, xs, seed, spec=spec)
+
+
+@pytest.mark.parametrize('fmt', WHOLE, ids=name)
+@pytest.mark.parametrize('xs', [1, 2])
+def test_rows_of_a_multiprocessor(fmt, xs):
+  # More slices than fit, and rows that fill no tile.
+  check_whole(fmt, 64, 2560, xs, processors=3, most_slices=3)
+
+
+@pytest.mark.parametrize('fmt', WHOLE, ids=name)
+def test_rows_of_a_multiprocessor_by_turns(fmt):
+  check_whole(fmt, 2 * 80, 768, 2, 5, gated=True, processors=2, most_tiles=1)
+
+
+def test_rows_of_a_multiprocessor_wait_for_their_slice(monkeypatch):
+  monkeypatch.setattr(_whole_rows._Ring, 'wait', lambda *args: None)
+  with pytest.raises(AssertionError):
+    check_whole(Ternary(), 64, 2560, 1, processors=3)
+
+
 def test_a_wrong_surplus_is_seen(monkeypatch):
   monkeypatch.setattr(_floats, '_bfloat16', lambda value: 0xC300)
   with pytest.raises(AssertionError):
@@ -140,12 +168,100 @@ def test_lowers_for_cuda(fmt, gated):
   assert text.count('custom_call @mosaic_gpu') == 1
 
 
+TERNARY = Ternary()
+MANY = [
+  TERNARY,
+  Ternary(group=32, scale='ue5m3'),
+  Int(bits=2, group=96),
+  Int(bits=4, group=32),
+  Int(bits=8, group=128),
+  Int(bits=8),
+]
+
+
+@pytest.mark.parametrize('fmt', MANY, ids=name)
+def test_unpacks_what_wgmma_multiplies(fmt):
+  cols = 384
+  p = packed_weights.packed(fmt, (256,), cols, 7)
+  want = packed_weights.dense(p, fmt, cols).astype(ml_dtypes.bfloat16)
+  spec = _many_rows.Spec(rows=256, cols=cols, xs=64, fmt=fmt)
+  codes = np.asarray(p['codes']).reshape(256, -1).view(np.uint8)
+  scale = np.frombuffer(np.asarray(p['scale']).tobytes(), np.uint8)
+  for row, step, part in ((0, 1, 0), (128, 2, 1)):
+    at = step * spec.step_bytes
+    tile = codes[row : row + 128, at : at + spec.step_bytes].reshape(-1)
+    ops = gpu_threads.Pairs()
+    number = lambda value, ops=ops: ops.constant(value)
+    words = _many_rows.unpack(
+      ops, spec, tile, scale, number(row), number(step), part
+    )
+    got = np.stack([w.value for w in words], -1).view(ml_dtypes.bfloat16)
+    # Warp, row of 8, lane; 8 columns, upper or lower row, pair.
+    got = got.reshape(8, 8, 4, 8, 2, 2).transpose(0, 4, 1, 3, 2, 5)
+    first = step * _many_rows.STEP + part * _many_rows.PART
+    np.testing.assert_array_equal(
+      got.reshape(128, _many_rows.PART),
+      want[row : row + 128, first : first + _many_rows.PART],
+    )
+
+
+def test_transposes_the_result():
+  ops = gpu_threads.Pairs()
+  row, column = np.divmod(np.arange(64 * 64), 64)  # Of the weight, and of x.
+  tile = (row * 64 + column).reshape(4, 2, 8, 8, 4, 2)
+  # As accumulators are: warp, row of 8, lane; 8 columns, half, pair.
+  pairs = tile.transpose(0, 2, 4, 3, 1, 5).reshape(128, 16, 2)
+  words = [
+    gpu_threads.Int(pairs[:, i, 0] | pairs[:, i, 1] << 16) for i in range(16)
+  ]
+  memory = np.zeros(64 * 128, np.uint8)
+  _many_rows.transpose(ops, words, memory, 0)
+  found = memory.view(np.uint16).reshape(64, 8, 8)
+  at = np.arange(8)
+  found = np.stack([found[x, at ^ (x & 7)] for x in range(64)])
+  want = (row * 64 + column).reshape(64, 64).T
+  np.testing.assert_array_equal(found.reshape(64, 64), want)
+
+
+@pytest.mark.parametrize('fmt', [Ternary(), Int(bits=8)], ids=name)
+@pytest.mark.parametrize('xs, gated', [(40, False), (700, True)])
+def test_many_rows_lower_for_cuda(fmt, xs, gated):
+  rows, cols = 2560, 10240
+  shape = jax.ShapeDtypeStruct
+  args = (
+    shape((xs, cols), jnp.bfloat16),
+    shape(fmt.codes_shape((rows,), cols), fmt.codes_dtype),
+    shape(fmt.scale_shape((rows,), cols), fmt.scale_dtype),
+  )
+  run = jax.jit(lambda *args: mosaic_gpu.matmul(*args, fmt, gated=gated))
+  lowered = run.trace(*args).lower(lowering_platforms=('cuda',))
+  assert lowered.as_text().count('custom_call @mosaic_gpu') == 1
+  (out,) = jax.tree.leaves(lowered.out_info)
+  assert out.shape == (xs, rows // 2 if gated else rows)
+
+
+def test_tiles_fill_the_device():
+  def choose(xs, fmt=TERNARY):
+    return _many_rows.choose(5376, 21504, xs, fmt, 132)
+
+  assert (choose(2048).tile_x, choose(2048).split) == (256, 1)
+  assert (choose(512).tile_x, choose(512).split) == (256, 3)
+  assert choose(16).tile_x == 64
+  for bad in (
+    Ternary(planes=2),
+    Ternary(packing='5trit'),
+    Int(bits=4, group=16),
+  ):
+    assert _many_rows.why_not(choose(512, bad))
+
+
 @pytest.mark.parametrize(
   'change, reason',
   [
     (dict(x=(1, 128, jnp.float32)), 'bfloat16'),
     (dict(fmt=Int(bits=3, group=128)), 'not supported'),
     (dict(fmt=Ternary(group=4)), 'not supported'),
+    (dict(x=(33, 128, jnp.bfloat16), fmt=Ternary(planes=2)), 'planes'),
   ],
 )
 def test_why_not(change, reason):

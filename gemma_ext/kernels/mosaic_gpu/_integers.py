@@ -16,7 +16,7 @@ from typing import Any
 from gemma_ext.kernels import _formats
 from gemma_ext.kernels.mosaic_gpu import _spec
 
-_MOST = 127 * 256  # Of x, so that the high byte stays within its sign.
+MOST = 127 * 256  # Of x, so that the high byte stays within its sign.
 _ABS = 0x7FFF_7FFF
 MOST_ROWS = 2  # Of x.
 
@@ -27,6 +27,67 @@ def fits(fmt: _formats.Format) -> bool:
   if not _spec.most_rows(fmt) or fields == 5:
     return False
   return fmt.group is None or fmt.group % (_spec.BLOCK * fields) == 0
+
+
+def unit(spec: _spec.Spec) -> int:
+  """What `product` is in units of."""
+  return 1 << (8 // spec.fields * (spec.fields - 1))
+
+
+def product(
+  ops: Any, spec: _spec.Spec, upper: Any, lower: Any, b: Any, start: Any
+) -> list[Any]:
+  """Codes of 16 rows times b, and `start`, in units of `unit`.
+
+  Args:
+    ops: Instructions.
+    spec: What to compile for.
+    upper: Four words of codes of the thread's first row.
+    lower: Those of its second one, 8 rows further.
+    b: By field, four words of x.
+    start: What the accumulators of the first field start from: 4 of them.
+  """
+  bits = 8 // spec.fields
+  total: list[Any] = []
+  for f in range(spec.fields):
+    mask = 0x0101_0101 * (((1 << bits) - 1) << (bits * f))
+    d = start if f == 0 else [ops.constant(0)] * 4
+    for i in (0, 2):
+      words = (upper[i], lower[i], upper[i + 1], lower[i + 1])
+      if spec.fields > 1:
+        words = tuple(w & mask for w in words)
+      d = ops.mma8(words, b[f][i : i + 2], d, signed=spec.fields == 1)
+    if not total:
+      total = d
+    else:
+      total = [t * (1 << bits) + v for t, v in zip(total, d)]
+  return total
+
+
+def quantise(ops: Any, words: Any) -> tuple[list[Any], Any]:
+  """Rounds a thread's part of a block that 16 threads share.
+
+  Args:
+    ops: Instructions.
+    words: Pairs of bfloat16.
+
+  Returns:
+    Whole numbers whose 16 lowest bits are the codes, two a word; and what a
+    code of `MOST` stands for.
+  """
+  most = words[0] & _ABS
+  for word in words[1:]:
+    most = ops.max16(most, word & _ABS)
+  for distance in (1, 2, 4, 8):
+    most = ops.max16(most, ops.shuffle(most, distance))
+  peak = ops.bfloat16(ops.max16(most, most >> 16) << 16)
+  peak = ops.fmax(peak, 1e-30)
+  inverse = ops.multiply(ops.reciprocal(peak), float(MOST))
+  codes = []
+  for word in words:
+    for half in (word << 16, word & 0xFFFF_0000):
+      codes.append(ops.round(ops.bfloat16(half), inverse))
+  return codes, peak
 
 
 class Integers:
@@ -84,18 +145,7 @@ class Integers:
     """Writes slice j of x to shared memory, rounded."""
     ops = self._ops
     for row, words in enumerate(read):
-      most = words[0] & _ABS
-      for word in words[1:]:
-        most = ops.max16(most, word & _ABS)
-      for distance in (1, 2, 4, 8):
-        most = ops.max16(most, ops.shuffle(most, distance))
-      peak = ops.bfloat16(ops.max16(most, most >> 16) << 16)
-      peak = ops.fmax(peak, 1e-30)
-      inverse = ops.multiply(ops.reciprocal(peak), float(_MOST))
-      codes = []
-      for word in words:
-        for half in (word << 16, word & 0xFFFF_0000):
-          codes.append(ops.round(ops.bfloat16(half), inverse))
+      codes, peak = quantise(ops, words)
       at = self._slot(j, row)
       for plane, more in ((0, 128), (1, 0)):  # High, low.
         byte = 1 - plane
@@ -107,7 +157,7 @@ class Integers:
         )
       ops.put_scale(
         self._scale_slot(j, row) + (self._thread >> 4),
-        ops.multiply(peak, 1.0 / (_MOST * self._unit)),
+        ops.multiply(peak, 1.0 / (MOST * unit(self._spec))),
         (self._thread & 15).equals(0),
       )
 
@@ -136,7 +186,7 @@ class Integers:
         upper, lower = (
           ops.fetched(codes, spec.row_at(plane, tile, more)) for more in (0, 8)
         )
-        d = self._product(upper, lower, b, start)
+        d = product(ops, spec, upper, lower, b, start)
         for k, more in enumerate((0, 8)):
           whole = ops.to_float(d[2 * k] * 256 + d[2 * k + 1])
           by = ops.scale(
@@ -146,31 +196,6 @@ class Integers:
           )
           sums[tile][k] = ops.fma(whole, ops.times(by, of_x), sums[tile][k])
     return sums
-
-  def _product(self, upper: Any, lower: Any, b: Any, start: Any) -> list[Any]:
-    """Codes of 16 rows times b, in units of `_unit`."""
-    ops, spec = self._ops, self._spec
-    bits = 8 // spec.fields
-    total: list[Any] = []
-    for f in range(spec.fields):
-      mask = 0x0101_0101 * (((1 << bits) - 1) << (bits * f))
-      d = start if f == 0 else [ops.constant(0)] * 4
-      for i in (0, 2):
-        words = (upper[i], lower[i], upper[i + 1], lower[i + 1])
-        if spec.fields > 1:
-          words = tuple(w & mask for w in words)
-        d = ops.mma8(words, b[f][i : i + 2], d, signed=spec.fields == 1)
-      if not total:
-        total = d
-      else:
-        total = [t * (1 << bits) + v for t, v in zip(total, d)]
-    return total
-
-  @property
-  def _unit(self) -> int:
-    """What the sum of all fields is in units of."""
-    spec = self._spec
-    return 1 << (8 // spec.fields * (spec.fields - 1))
 
   def _start(self, b: list[Any]) -> list[Any]:
     """Minus the offset of the codes, times x."""

@@ -189,17 +189,8 @@ class Ptx:
     return self._read('ld.shared', self._at(self._ring, at), 4, plus)
 
   def mask(self, word: Int, mask: int, bits: int) -> Int:
-    """`(word & mask) | bits`, in one instruction.
-
-    Of two constants ptxas would make two.
-    """
-    (v,) = _asm(
-      [_i32()],
-      [word.value, _value(mask), _value(bits)],
-      'lop3.b32 $0, $1, $2, $3, 0xEA;',
-      '=r,r,r,r',
-    )
-    return Int(v)
+    """`(word & mask) | bits`, in one instruction."""
+    return _words.mask(word, mask, bits)
 
   def permute(self, a: Int, b: Int, selector: int) -> Int:
     """Bytes of two words, `prmt`."""
@@ -268,6 +259,11 @@ class Ptx:
     )
     return Int(v)
 
+  def shuffle_float(self, a: ir.Value, distance: int) -> ir.Value:
+    """As `shuffle`."""
+    word = Int(arith.bitcast(_i32(), a))
+    return arith.bitcast(_f32(), self.shuffle(word, distance).value)
+
   def bfloat16(self, high: Int) -> ir.Value:
     """A bfloat16 in the upper half of a word."""
     return arith.bitcast(_f32(), high.value)
@@ -308,21 +304,27 @@ class Ptx:
       return pairs
     return [self.permute(a, b, 0x5410) for a, b in zip(pairs[::2], pairs[1::2])]
 
-  def put_bytes(self, at: Int, words: Sequence[Int], count: int) -> None:
-    """Writes 2, 4 or 8 bytes of x."""
-    address = self._at(self._rounded, at)
+  def put_bytes(
+    self,
+    at: Int,
+    words: Sequence[Int],
+    count: int,
+    inside: Flag | None = None,
+  ) -> None:
+    """Writes 2, 4 or 8 bytes of x, if `inside`."""
+    address, values = self._at(self._rounded, at), [w.value for w in words]
     if count == 2:
-      low = arith.trunci(ir.IntegerType.get_signless(16), words[0].value)
-      _asm([], [address, low], 'st.shared.b16 [$0], $1;', 'l,h')
-    elif count == 4:
-      _asm([], [address, words[0].value], 'st.shared.b32 [$0], $1;', 'l,r')
+      values = [arith.trunci(ir.IntegerType.get_signless(16), values[0])]
+    text, kind = {
+      2: ('st.shared.b16 [$0], $1;', 'h'),
+      4: ('st.shared.b32 [$0], $1;', 'r'),
+      8: ('st.shared.v2.b32 [$0], {$1, $2};', 'r,r'),
+    }[count]
+    args = [address, *values]
+    if inside is None:
+      _asm([], args, text, f'l,{kind}')
     else:
-      _asm(
-        [],
-        [address, *(w.value for w in words)],
-        'st.shared.v2.b32 [$0], {$1, $2};',
-        'l,r,r',
-      )
+      self._guarded(inside, args, f'l,{kind}', f'@p {text}')
 
   def get_bytes(self, at: Int, plus: int, valid: Flag) -> list[Int]:
     """Reads 16 bytes of x; 0 where not `valid`."""
@@ -337,6 +339,16 @@ class Ptx:
   def get_scale(self, at: Int) -> ir.Value:
     """Reads a scale of x."""
     return self._shared_float(self._scales, at)
+
+  def put_whole(self, at: Int, value: Int, inside: Flag) -> None:
+    """Writes a whole number among the scales of x, if `inside`."""
+    address = self._at(self._scales, at * 4)
+    text = '@p st.shared.b32 [$0], $1;'
+    self._guarded(inside, [address, value.value], 'l,r', text)
+
+  def get_whole(self, at: Int) -> Int:
+    """Reads a whole number among the scales of x."""
+    return self._read('ld.shared', self._at(self._scales, at * 4), 1, 0)[0]
 
   def _special(self, name: str) -> Int:
     (v,) = _asm([_i32()], [], f'mov.u32 $0, %{name};', '=r')
@@ -375,9 +387,13 @@ class Ptx:
     below = arith.addf(power, constant(1.0))
     return arith.mulf(arith.divf(gate, below), up)
 
-  def share(self, at: Int, value: ir.Value) -> None:
+  def share(self, at: Int, value: ir.Value, inside: Flag | None = None) -> None:
     """Writes shared memory, that of the first block of the cluster."""
     address = self._at(self._shared, at * 4)
+    if inside is not None:
+      text = '@p st.shared.f32 [$0], $1;'
+      self._guarded(inside, [address, value], 'l,f', text)
+      return
     if self._split == 1:
       _asm([], [address, value], 'st.shared.f32 [$0], $1;', 'l,f')
       return

@@ -111,3 +111,17 @@ def asm(
   if len(results) == 1:
     return [out]
   return [llvm.extractvalue(t, out, [i]) for i, t in enumerate(results)]
+
+
+def mask(word: Int, mask: int, bits: int) -> Int:
+  """`(word & mask) | bits`, in one instruction.
+
+  Of two constants ptxas would make two.
+  """
+  (v,) = asm(
+    [i32()],
+    [word.value, value(mask), value(bits)],
+    'lop3.b32 $0, $1, $2, $3, 0xEA;',
+    '=r,r,r,r',
+  )
+  return Int(v)
