@@ -15,6 +15,12 @@ from gemma_ext import kernels
 from tools.benchmarks import _weights
 
 _CONFIG = gm.nn.Gemma4_26B_A4B.config
+_OPTIONS: dict[str, Any] = {
+  'features': _CONFIG.embed_dim,
+  'hidden_dim': _CONFIG.expert_dim,
+  'num_experts': _CONFIG.num_experts,
+  'num_experts_per_datapoint': _CONFIG.top_k_experts,
+}
 FORMATS = {
   'ours, int4 group 64': kernels.IntFormat(bits=4, group=64),
   'ours, ternary 2bit group 64': kernels.TernaryFormat(group=64),
@@ -35,12 +41,14 @@ class _Packed(_moe.MoERagged):
   """The same with packed weights."""
 
   fmt: Any = None
+  backend: str | None = None
 
   def _run_ffw_and_routing(self, x, expert_choices, expert_weights):
     weight = _weight(self, expert_choices, expert_weights)
     gate, down = (self.get_variable('packed', k) for k in ('gate', 'down'))
     return kernels.experts_ffn(
-      *(x, gate, self.fmt, down, self.fmt, expert_choices, weight)
+      *(x, gate, self.fmt, down, self.fmt, expert_choices, weight),
+      backend=self.backend,
     )
 
 
@@ -64,6 +72,16 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], size: float):
   return jnp.asarray(out.reshape(shape))
 
 
+def _tiled(
+  fmt: kernels.Format, experts: int, rows: tuple[int, ...], cols: int, seed: int
+) -> dict[str, jax.Array]:
+  """Experts of which every eighth is the same: unpacked codes take memory."""
+  some = _weights.packed(fmt, (8, *rows), cols, seed)
+  axis = int(isinstance(fmt, kernels.TernaryFormat))
+  repeat = lambda v: np.concatenate([np.asarray(v)] * (experts // 8), axis)
+  return {name: jnp.asarray(repeat(v)) for name, v in some.items()}
+
+
 def contender(name: str) -> tuple[Any, dict[str, Any]]:
   """Returns `run(variables, x)` of a contender, and its variables.
 
@@ -73,12 +91,6 @@ def contender(name: str) -> tuple[Any, dict[str, Any]]:
   """
   width, size = _CONFIG.embed_dim, _CONFIG.expert_dim
   experts = _CONFIG.num_experts
-  options: dict[str, Any] = {
-    'features': width,
-    'hidden_dim': size,
-    'num_experts': experts,
-    'num_experts_per_datapoint': _CONFIG.top_k_experts,
-  }
   rng = np.random.default_rng(0)
   params: dict[str, Any] = {
     'router_logits': {'w': _random(rng, (width, experts), 1)},
@@ -88,10 +100,10 @@ def contender(name: str) -> tuple[Any, dict[str, Any]]:
   variables: dict[str, Any] = {'params': params}
   fmt = FORMATS.get(name)
   if fmt is not None:
-    module = _Packed(**options, fmt=fmt)
+    module = _Packed(**_OPTIONS, fmt=fmt)
     variables['packed'] = {
-      'gate': _weights.packed(fmt, (experts, 2, size), width, 1),
-      'down': _weights.packed(fmt, (experts, width), size, 2),
+      'gate': _tiled(fmt, experts, (2, size), width, 1),
+      'down': _tiled(fmt, experts, (width,), size, 2),
     }
   else:
     classes = {
@@ -99,13 +111,19 @@ def contender(name: str) -> tuple[Any, dict[str, Any]]:
       'official MoERagged': _moe.MoERagged,
       'ours, bfloat16': _Dense,
     }
-    module = classes[name](**options)
+    module = classes[name](**_OPTIONS)
     for key, shape, fan in (
       ('gating_einsum', (experts, 2, size, width), width),
       ('linear', (experts, size, width), size),
     ):
       params[key] = {'w': _random(rng, shape, fan**-0.5)}
   return module.apply, variables
+
+
+def reference(name: str, variables: dict[str, Any], x: jax.Array) -> np.ndarray:
+  """What XLA makes of the packed weights of a contender."""
+  module = _Packed(**_OPTIONS, fmt=FORMATS[name], backend='xla')
+  return np.asarray(jax.jit(module.apply)(variables, x), np.float32)
 
 
 def tokens(count: int) -> jax.Array:
