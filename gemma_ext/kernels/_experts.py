@@ -40,24 +40,25 @@ def experts_ffn(
   """Computes some slices of a gated feed-forward layer, chosen for each row.
 
   A slice is f neurons of `(gelu(x G^T) * (x U^T)) D^T`, gelu by tanh as Gemma
-  has it. The first `shared` slices always run, with weight 1; the others are
-  the experts. Weights come in one of two layouts: wide, all slices as one layer
-  of H = (shared + E) f neurons, slice after slice; or stacked, an axis of E
-  experts before the others, as the official MoE of Gemma 4 has them.
+  has it. The first `shared` of S slices always run, with weight 1; the others
+  are the experts. Weights come in one of two layouts: stacked, an axis of
+  slices before the others, as the official MoE of Gemma 4 has them; or wide,
+  all slices as one layer of H = S f neurons, slice after slice. Wide ones are
+  slower at decode, as every row of D is read in pieces.
 
   Differentiable as `matmul` is, and with respect to `weight`.
 
   Args:
     x: Activations `[..., I]`, floating.
-    gate: Packed weight `[2, H, I]` or `[E, 2, f, I]`: G, then U.
+    gate: Packed weight `[S, 2, f, I]` or `[2, H, I]`: G, then U.
     gate_fmt: Its format.
-    down: Packed weight `[O, H]` or `[E, O, f]`.
+    down: Packed weight `[S, O, f]` or `[O, H]`.
     down_fmt: Its format.
-    chosen: Numbers of experts, integers `[..., K]`; -1 for none. One that is
-      named twice counts twice.
+    chosen: Numbers of experts, integers `[..., K]`, 0 for the first after the
+      shared slices; -1 for none. One that is named twice counts twice.
     weight: What each is multiplied by, floating `[..., K]`.
     size: f, for the wide layout.
-    shared: Slices that always run; 0 for the stacked layout.
+    shared: Slices that always run.
     backend: 'xla' or 'cpu', as for `matmul`. 'cpu' needs slices of the wide
       down projection that are made of whole blocks of codes (docs/formats.md)
       and of whole groups, or lie within one.
@@ -110,24 +111,26 @@ def _layout(gate, gate_fmt, down, down_fmt, size, shared) -> tuple[bool, int]:
   )
   if not wide and not stacked:
     raise errors.ShapeError(
-      f'Weights have rows {rows} and {outs}; expected [2, H] and [O], or'
-      ' [E, 2, f] and [E, O].'
+      f'Weights have rows {rows} and {outs}; expected [S, 2, f] and [S, O], or'
+      ' [2, H] and [O].'
     )
   if stacked:
-    if shared or size not in (None, rows[2]):
+    if size not in (None, rows[2]):
       raise errors.ShapeError(
-        f'{shared=} and {size=} of stacked experts; expected 0 and {rows[2]}.'
+        f'{size=} of stacked slices of {rows[2]} neurons.'
       )
-    return True, rows[2]
-  if size is None or size < 1 or rows[1] % size:
+    size, slices = rows[2], rows[0]
+  else:
+    if size is None or size < 1 or rows[1] % size:
+      raise errors.ShapeError(
+        f'{size=}; expected a divisor of the {rows[1]} neurons.'
+      )
+    slices = rows[1] // size
+  if not 0 <= shared < slices:
     raise errors.ShapeError(
-      f'{size=}; expected a divisor of the {rows[1]} neurons.'
+      f'{shared=} of {slices} slices; expected fewer, at least 0.'
     )
-  if not 0 <= shared < rows[1] // size:
-    raise errors.ShapeError(
-      f'{shared=} of {rows[1] // size} slices; expected fewer, at least 0.'
-    )
-  return False, size
+  return stacked, size
 
 
 def _why_not_cut(fmt, hidden: int, size: int) -> str:
@@ -142,6 +145,11 @@ def _why_not_cut(fmt, hidden: int, size: int) -> str:
 def _xla(static, x, gate, down, chosen, weight):
   formats, size, shared, _ = static
   if len(_params.rows_of(gate, formats[0])) == 3:
+    # As if they had been chosen.
+    always = jnp.tile(jnp.arange(shared), (len(x), 1))
+    after = jnp.where(chosen < 0, -1, chosen + shared)
+    chosen = jnp.concatenate([always, after], axis=1, dtype=jnp.int32)
+    weight = jnp.pad(weight, ((0, 0), (shared, 0)), constant_values=1)
     return _xla_stacked(formats, x, gate, down, chosen, weight)
   both = _matmul.matmul_xla(x, gate, formats[0])
   slices = both.shape[-1] // size

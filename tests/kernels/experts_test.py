@@ -114,10 +114,10 @@ def _error(got, want):
 @pytest.mark.parametrize('formats', FORMATS, ids=lambda f: f'{f[1]}-{f[2]}')
 def test_equals_float64(formats, named, stacked):
   *formats, size = formats
-  shared = 0 if stacked else 1
+  shared = 1 if stacked else 0
   if formats[1].group == 192:
     # 9 slices, three of them in a group, but for stacked ones.
-    shared = 0 if stacked else 2
+    shared = 2
     formats[1] = kernels.IntFormat(bits=4, group=64 if stacked else 192)
   gate, down = _weights(formats, size, 7 + shared, stacked)
   g, d = _dense(gate, down, formats, size)
@@ -152,7 +152,7 @@ def test_any_leading_shape_and_type(stacked, backend):
   if backend == 'cpu' and _cpu.library() is None:
     pytest.skip('the C++ library was not built')
   *formats, size = FORMATS[1]
-  shared = 0 if stacked else 2
+  shared = 2
   gate, down = _weights(formats, size, 5 + shared, stacked)
   dense = _dense(gate, down, formats, size)
   run = jax.jit(
@@ -353,8 +353,8 @@ def test_shapes_are_checked():
   with pytest.raises(errors.ParamsMismatchError):
     run(x=x[:, :64])
   stacked = _weights(formats, size, 3, True)
-  with pytest.raises(errors.ShapeError, match='stacked'):
-    run(g=stacked[0], d=stacked[1])
+  with pytest.raises(errors.ShapeError, match='stacked slices of 128'):
+    run(g=stacked[0], d=stacked[1], size=64)
   with pytest.raises(errors.ShapeError, match=r'\[E, f, O\]'):
     kernels.experts_dense(
       x, jnp.ones((3, 2, 4, WIDE)), jnp.ones((3, 5, 7)), chosen, weight

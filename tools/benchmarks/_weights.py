@@ -48,14 +48,15 @@ def check_shapes(names: Sequence[str], known: Collection[str] = SHAPES) -> None:
 
 
 def packed(
-  fmt: kernels.Format, rows: int, cols: int, seed: int = 0
+  fmt: kernels.Format, rows: int | tuple[int, ...], cols: int, seed: int = 0
 ) -> dict[str, jax.Array]:
-  """A packed weight `[rows, cols]` of random codes and small scales."""
+  """A packed weight `[*rows, cols]` of random codes and small scales."""
+  rows = (rows,) if isinstance(rows, int) else rows
   key, other = jax.random.split(jax.random.key(seed))
   scale = jax.random.uniform(
-    other, fmt.scale_shape((rows,), cols), minval=0.01, maxval=0.03
+    other, fmt.scale_shape(rows, cols), minval=0.01, maxval=0.03
   )
   return {
-    'codes': _codes(key, fmt, (rows,), cols),
+    'codes': _codes(key, fmt, rows, cols),
     'scale': fmt.pack_scale(scale),
   }

@@ -38,6 +38,7 @@ const Kernels& Avx2() {
   static const Kernels kernels = {
       .name = "avx2",
       .split = false,
+      .gathers = false,
       .few = 0,
       .quantize = avx2::Quantize,
       .one_fits = nullptr,

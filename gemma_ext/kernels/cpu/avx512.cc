@@ -394,6 +394,7 @@ const Kernels& Avx512() {
   static const Kernels kernels = {
       .name = "avx512",
       .split = true,
+      .gathers = true,
       .few = 8,
       .quantize = avx512::QuantizeSplit,
       .one_fits = avx512::OneRowFits,

@@ -26,9 +26,12 @@ namespace {
 // Bytes of what one part of the rows of x may need between its phases.
 constexpr int64_t kMemory = int64_t{256} << 20;
 
+// Numbers of floats that a thread keeps.
+constexpr int64_t kKept = int64_t{1} << 20;
+
 // How the neurons are cut.
 struct Cut {
-  bool stacked = false;  // an axis of experts before that of the rows
+  bool stacked = false;  // an axis of slices before that of the rows
   int64_t shared = 0;    // slices that always run, before the experts'
   int64_t experts = 0;
   int64_t size = 0;  // neurons of a slice
@@ -86,10 +89,58 @@ struct Experts {
 
   // Rows of x whose intermediate results fit into `kMemory`.
   int64_t Most() const {
-    const int64_t pair = 4 * cols + 16 * cut.size + 4 * rows + 4096;
+    const int64_t pair = 4 * cols + 20 * cut.size + 4 * rows + 4096;
     return std::max<int64_t>(
         1, kMemory / pair / std::max<int64_t>(1, slots()));
   }
+};
+
+// The down projection of several slices as one weight, of rows that are put
+// together from theirs.
+class Gathered {
+ public:
+  // Of slices `numbers`, the first of which is `first`; `step` bytes of codes
+  // and `scale_step` scales lie between neighbouring ones.
+  Gathered(const Weight& first, const std::vector<int64_t>& numbers,
+           int64_t step, int64_t scale_step)
+      : all_(first) {
+    const int64_t bytes = first.row_bytes();
+    for (int64_t s : numbers) {
+      const int64_t at = s - numbers[0];
+      for (int64_t b = 0; b < bytes; b += kBlock) {
+        blocks_.push_back(at * step + b);
+      }
+      scales_.push_back(at * scale_step);
+    }
+    all_.cols = first.cols * static_cast<int64_t>(numbers.size());
+    all_.block_at = blocks_.data();
+    all_.scales_at = scales_.data();
+    all_.slice_groups = first.groups();
+  }
+  Gathered(const Gathered&) = delete;
+  Gathered& operator=(const Gathered&) = delete;
+
+  const Weight& get() const { return all_; }
+
+  // Whether kernels take `count` slices like this one so, for one row of x.
+  static bool Fits(const Kernels& kernels, const Weight& first, int64_t count,
+                   bool wide) {
+    const int64_t block = first.layout == Layout::kBytes
+                              ? kBlock
+                              : kBlock * first.fields();
+    if (!kernels.gathers || first.layout == Layout::kStream ||
+        first.cols % block != 0) {
+      return false;
+    }
+    Weight all = first;
+    all.cols = first.cols * count;
+    return kernels.one_fits(all) &&
+           Operand::SpansOf(all, wide).per_group == 1;
+  }
+
+ private:
+  Weight all_;
+  std::vector<int64_t> blocks_, scales_;
 };
 
 // Blocks of about `bytes` of codes, but several for each thread.
@@ -121,11 +172,13 @@ ffi::Error Part(const Experts& e, int64_t start, int64_t n, int64_t threads,
   }
   ends[0] = 0;
   std::vector<Slice> slices;
+  std::vector<int64_t> numbers;  // of them
   for (int64_t s = 0; s < e.cut.slices(); ++s) {
     const int64_t count = ends[s + 1];
     ends[s + 1] = ends[s] + count;
     if (count == 0) continue;
     slices.push_back(e.Get(s));
+    numbers.push_back(s);
     slices.back().first = ends[s];
     slices.back().count = count;
   }
@@ -147,6 +200,16 @@ ffi::Error Part(const Experts& e, int64_t start, int64_t n, int64_t threads,
 
   // One row of x is rounded once for all.
   const bool single = n == 1 && pairs == static_cast<int64_t>(slices.size());
+  // It meets the slices of the down projection in one product, if it can.
+  std::unique_ptr<Gathered> gathered;
+  // Slices that lie within a group share its scale.
+  if (single && pairs > 1 && f % e.down.group == 0 &&
+      Gathered::Fits(*e.kernels, slices[0].down, pairs, e.wide)) {
+    const Weight& w = slices[0].down;
+    const int64_t step = e.cut.stacked ? rows : 1;
+    gathered = std::make_unique<Gathered>(w, numbers, step * w.row_bytes(),
+                                          step * w.groups());
+  }
   // Helpers that come late look at the job only, never at what is here.
   std::vector<std::unique_ptr<Operand>> in, hidden;
   bool ok = true;
@@ -156,23 +219,37 @@ ffi::Error Part(const Experts& e, int64_t start, int64_t n, int64_t threads,
           std::make_unique<Operand>(*e.kernels, s.count, s.gate, e.wide));
       ok &= in.back()->ok();
     }
+    if (gathered != nullptr && !hidden.empty()) continue;
+    const Weight& w = gathered != nullptr ? gathered->get() : s.down;
     hidden.push_back(
-        std::make_unique<Operand>(*e.kernels, s.count, s.down, e.wide));
+        std::make_unique<Operand>(*e.kernels, s.count, w, e.wide));
     ok &= hidden.back()->ok();
   }
-  // [pairs, 2, f] and [pairs, rows].
-  std::unique_ptr<float[]> memory(new (std::nothrow) float[2 * pairs * f]);
-  std::unique_ptr<float[]> outs(new (std::nothrow) float[pairs * rows]);
-  if (!ok || memory == nullptr || outs == nullptr) {
+  // [pairs, 3, f]: x G^T, x U^T, and for all pairs what D multiplies; then
+  // [pairs, rows].
+  const int64_t floats =
+      pairs * (3 * f + (gathered != nullptr ? 0 : rows));
+  // A little is kept for the next call: new pages take longer than a token.
+  thread_local Scratch kept;
+  std::unique_ptr<float[]> memory;
+  float* between;
+  if (floats <= kKept) {
+    between = static_cast<float*>(kept.Get(floats * sizeof(float)));
+  } else {
+    memory.reset(new (std::nothrow) float[floats]);
+    between = memory.get();
+  }
+  if (!ok || (between == nullptr && floats > 0)) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       "no memory for activations");
   }
-  float* between = memory.get();
-  float* sums = outs.get();
+  float* active = between + 2 * pairs * f;
+  float* sums = active + pairs * f;
   auto of_x = [&](int64_t s) -> Operand& { return *in[single ? 0 : s]; };
   int64_t unit = 1;
   for (size_t i = 0; i < slices.size(); ++i) {
-    unit = std::max({unit, of_x(i).unit(), hidden[i]->unit()});
+    unit = std::max({unit, of_x(i).unit(),
+                     hidden[gathered != nullptr ? 0 : i]->unit()});
   }
 
   auto job = std::make_shared<Job>();
@@ -198,14 +275,28 @@ ffi::Error Part(const Experts& e, int64_t start, int64_t n, int64_t threads,
       for (int64_t p = 0; p < s.count; ++p, to += 2 * f) {
         e.kernels->gated_gelu(to + b.begin, to + f + b.begin, b.end - b.begin);
         const float by = factor[s.first + p];
-        for (int64_t r = b.begin; r < b.end; ++r) to[r] *= by;
+        float* h = active + (s.first + p) * f;
+        for (int64_t r = b.begin; r < b.end; ++r) h[r] = to[r] * by;
       }
     });
+  }
+  if (gathered != nullptr) {
+    job->Add(1, [&](int64_t) { hidden[0]->Quantize({active, false}, 0, 0); });
+    const Floats y = e.y.From(start * rows);
+    const Weight& w = gathered->get();
+    const int64_t each = RowsOfPart(w, unit, threads);
+    job->Add(CeilDiv(rows, each), [&, y, rows, each](int64_t i) {
+      hidden[0]->Multiply(i * each, std::min(rows, (i + 1) * each), y, rows);
+    });
+    job->Run(threads, true, schedule);
+    return ffi::Error::Success();
+  }
+  if (pairs > 0) {
     const int64_t some = std::max<int64_t>(1, 2048 / f);
     job->Add(CeilDiv(pairs, some), [&, f, some](int64_t i) {
       for (int64_t p = i * some; p < std::min(pairs, (i + 1) * some); ++p) {
-        hidden[slice[p]]->Quantize({between, false},
-                                   p - slices[slice[p]].first, p * 2 * f);
+        hidden[slice[p]]->Quantize({active, false},
+                                   p - slices[slice[p]].first, p * f);
       }
     });
     // With one row of x, neighbouring slices of the same rows together: they
@@ -258,8 +349,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
   GX_RETURN_IF(
       Check(0 < cut[2] && cut[2] < kMost / 4, Number("experts", cut[2])));
   GX_RETURN_IF(
-      Check(0 <= cut[1] && cut[1] < kMost / 4 && (!e.cut.stacked || cut[1] == 0),
-            Number("shared", cut[1])));
+      Check(0 <= cut[1] && cut[1] < kMost / 4, Number("shared", cut[1])));
   GX_RETURN_IF(Check(e.cut.slices() < kMost / 2 / e.cut.size,
                      Number("slices", e.cut.slices())));
   const int64_t hidden = e.cut.slices() * e.cut.size;
@@ -269,8 +359,9 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
   GX_RETURN_IF(
       MakeWeight(gate, gate_scale, 2 * hidden, e.cols, of_gate, &e.gate));
   if (e.cut.stacked) {
-    GX_RETURN_IF(Check(e.rows < kMost / e.cut.experts, Number("rows", e.rows)));
-    GX_RETURN_IF(MakeWeight(down, down_scale, e.cut.experts * e.rows,
+    GX_RETURN_IF(
+        Check(e.rows < kMost / e.cut.slices(), Number("rows", e.rows)));
+    GX_RETURN_IF(MakeWeight(down, down_scale, e.cut.slices() * e.rows,
                             e.cut.size, of_down, &e.down));
   } else {
     GX_RETURN_IF(

@@ -21,8 +21,7 @@ class Operand {
   Operand(const Kernels& kernels, int64_t n, const Weight& w, bool wide)
       : kernels_(kernels), w_(w) {
     one_ = n == 1 && kernels.one_fits != nullptr && kernels.one_fits(w);
-    // Eight bits want scales of their own more often.
-    const Spans spans(w.cols, w.group, wide ? 512 : 128);
+    const Spans spans = SpansOf(w, wide);
     // Once to know how much memory there has to be, once to give it away.
     for (int pass = 0; pass < 2; ++pass) {
       at_ = memory_.get();
@@ -34,6 +33,11 @@ class Operand {
       }
     }
     if (one_) Arrange();
+  }
+
+  // Eight bits want scales of their own more often.
+  static Spans SpansOf(const Weight& w, bool wide) {
+    return Spans(w.cols, w.group, wide ? 512 : 128);
   }
 
   bool ok() const { return memory_ != nullptr; }
@@ -169,6 +173,15 @@ class Operand {
   int64_t used_ = 0;
   std::unique_ptr<uint8_t, Free> memory_;
 };
+
+// Parts of about 64 KiB of codes, but several for each thread.
+inline int64_t RowsOfPart(const Weight& w, int64_t unit,
+                          int64_t threads) {
+  const int64_t rows =
+      std::max(unit, 65536 / (w.planes * w.row_bytes()) / unit * unit);
+  const int64_t even = CeilDiv(w.rows, 4 * threads);
+  return std::min(rows, CeilDiv(even, unit) * unit);
+}
 
 }  // namespace gemma_ext
 

@@ -52,14 +52,6 @@ const Kernels& Best() {
 
 namespace {
 
-// Parts of about 64 KiB of codes, but several for each thread.
-int64_t RowsOfPart(const Weight& w, int64_t unit, int64_t threads) {
-  const int64_t rows =
-      std::max(unit, 65536 / (w.planes * w.row_bytes()) / unit * unit);
-  const int64_t even = CeilDiv(w.rows, 4 * threads);
-  return std::min(rows, CeilDiv(even, unit) * unit);
-}
-
 // Adds the rounding of x to a job; its rows are `pitch` apart, or `cols`.
 void AddQuantize(Operand& q, int64_t cols, Floats x, Job& job,
                  int64_t pitch = 0) {

@@ -21,6 +21,7 @@ const Kernels& Portable() {
   static const Kernels kernels = {
       .name = "portable",
       .split = false,
+      .gathers = false,
       .few = 0,
       .quantize = portable::Quantize,
       .one_fits = nullptr,

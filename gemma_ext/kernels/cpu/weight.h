@@ -43,6 +43,11 @@ struct Weight {
   int64_t plane_stride = 0;
   int64_t scale_stride = 0;
   int64_t scale_plane_stride = 0;
+  // Of rows that are put together from slices of longer ones: where the blocks
+  // of bytes lie, where the scales of a slice begin, and how many these are.
+  const int64_t* block_at = nullptr;
+  const int64_t* scales_at = nullptr;
+  int64_t slice_groups = 0;
 
   // Codes of a byte in layouts of fields.
   int64_t fields() const { return layout == Layout::kTrits ? 5 : 8 / bits; }
@@ -257,6 +262,11 @@ struct Floats {
   void* data = nullptr;
   bool bf16 = false;
 
+  // Those from the i-th on.
+  Floats From(int64_t i) const {
+    return {static_cast<uint8_t*>(data) + i * (bf16 ? 2 : 4), bf16};
+  }
+
   void Store(int64_t i, float v) const {
     if (bf16) {
       static_cast<uint16_t*>(data)[i] = ToBf16(v);
@@ -274,6 +284,8 @@ struct Kernels {
   const char* name;
   // Whether it reads high, low, lanes and sums of `Activations`; otherwise q.
   bool split;
+  // Whether `one` takes rows that are put together from slices.
+  bool gathers;
   // Rows of x beyond which `tile`, if there is one, is the faster.
   int64_t few;
 
