@@ -116,7 +116,7 @@ class _Bench:
     result = folder / 'result.json'
     if result.exists():
       found = json.loads(result.read_text())
-      if found['recipe'] == recipe.to_json():
+      if found['recipe'] == recipe.to_json() and 'window_nll' in found:
         return found
     _cli.note(f'{name}: fitting ...')
     params = gx_compress.compress(
