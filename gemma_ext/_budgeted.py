@@ -11,6 +11,8 @@ import math
 import os
 from typing import Any
 
+import jax
+
 from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
@@ -69,6 +71,21 @@ class Budgeted:
       ' gemma_ext.evaluate`.'
     )
     return {'measured_loss': measured}
+
+
+def reserve(found: gx_compress.Sensitivities, params: Mapping[str, Any]) -> int:
+  """Bytes of a budget that the names of what it may hold take on disk.
+
+  Args:
+    found: What the budget chooses from.
+    params: The dense parameters.
+  """
+  wholes = {
+    path.rpartition('/')[0] if path in found.rows else path
+    for path in found.candidates
+  }
+  others = len(jax.tree.leaves(params)) - len(wholes)
+  return ckpts.overhead_bytes(others + 2 * len(found.candidates))
 
 
 def check(args: Any) -> None:
@@ -137,7 +154,8 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   found = gx_compress.sensitivities(
     model, params, found_on, known=known, keep=keep, progress=True
   )
-  allocation = gx_compress.solve(found, budget)
+  names = reserve(found, params)
+  allocation = gx_compress.solve(found, budget, reserve=names)
   if not found.corrections and not args.dry_run:
     found = gx_compress.corrected(
       allocation,
@@ -148,7 +166,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
       progress=True,
     )
     keep(found)
-    allocation = gx_compress.solve(found, budget)
+    allocation = gx_compress.solve(found, budget, reserve=names)
   print(_table(allocation))
   return Budgeted(
     allocation=allocation,

@@ -10,6 +10,7 @@ from gemma_ext.ckpts._load import load
 from gemma_ext.ckpts._load import locate
 from gemma_ext.ckpts._save import check_target
 from gemma_ext.ckpts._save import directory_bytes
+from gemma_ext.ckpts._save import overhead_bytes
 from gemma_ext.ckpts._save import save
 from gemma_ext.ckpts._search import find
 from gemma_ext.ckpts._search import names
@@ -23,5 +24,6 @@ __all__ = [
   'load',
   'locate',
   'names',
+  'overhead_bytes',
   'save',
 ]

@@ -32,6 +32,8 @@ from gemma_ext.ckpts import _families
 from gemma_ext.ckpts import _manifest
 
 _PACKAGES = ('gemma_ext', 'gemma', 'jax', 'flax', 'orbax-checkpoint')
+# Of an array: its name, shape and place, as orbax writes them; 650 to 760.
+_LEAF_BYTES = 800
 
 
 def save(
@@ -156,6 +158,17 @@ def directory_bytes(path: os.PathLike | str) -> dict[str, int]:
     'tokenizer': tokenizer.stat().st_size if tokenizer.exists() else 0,
     'total': _compressed.folder_bytes(path),
   }
+
+
+def overhead_bytes(leaves: int) -> int:
+  """Bytes of DIR/params beside the numbers of so many arrays, at most.
+
+  Orbax writes 650 to 760 bytes an array: its name, shape and place.
+
+  Args:
+    leaves: Number of arrays.
+  """
+  return _LEAF_BYTES * leaves
 
 
 def check_target(

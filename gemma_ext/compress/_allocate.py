@@ -168,7 +168,9 @@ class Allocation:
     return dataclasses.replace(self, choice=choice)
 
 
-def solve(found: _sensitivity.Sensitivities, budget: Budget) -> Allocation:
+def solve(
+  found: _sensitivity.Sensitivities, budget: Budget, *, reserve: int = 0
+) -> Allocation:
   """Chooses a candidate for every weight: least loss in a budget of bytes.
 
   A multiple-choice knapsack, solved by branch and bound to one part in 10,000.
@@ -177,6 +179,8 @@ def solve(found: _sensitivity.Sensitivities, budget: Budget) -> Allocation:
   Args:
     found: What there is to choose from.
     budget: The budget.
+    reserve: Bytes of it that are not for parameters, such as those that a
+      directory needs to name them; see `gx.ckpts.overhead_bytes`.
 
   Returns:
     The choice.
@@ -197,14 +201,14 @@ def solve(found: _sensitivity.Sensitivities, budget: Budget) -> Allocation:
   most = budget.most_bytes(found)
   cost, limited, limit = loss, nbytes, 0.0
   if most is not None:
-    limit = most - found.other_bytes
+    limit = most - found.other_bytes - reserve
   else:
     assert budget.ratio is not None
     cost, limited, limit = nbytes, loss, math.log(budget.ratio)
   smallest = sum(limited[groups == i].min() for i in range(len(paths)))
   if smallest > limit:
     what = (
-      f'{smallest + found.other_bytes:,.0f} bytes'
+      f'{smallest + found.other_bytes + reserve:,.0f} bytes'
       if most is not None
       else f'a ratio of {math.exp(smallest):.4f}'
     )

@@ -9,6 +9,7 @@ import pytest
 
 import gemma_ext as gx
 from gemma_ext import ckpts
+from gemma_ext import evals
 from tests import tiny
 from tools.benchmarks import _shapes
 from tools.benchmarks import front
@@ -47,7 +48,7 @@ def test_front(tmp_path, monkeypatch, capsys):
   assert front.main(argv) == 0
   result = json.loads((tmp_path / 'front.json').read_text())
   budget, uniform = result['points']
-  assert budget['planned_bytes'] <= 0.4 * 2 * 485_184
+  assert budget['planned_bytes'] < budget['bytes'] <= 0.4 * 2 * 485_184
   assert uniform['name'] == 'int4 g32' and 'predicted_loss' not in uniform
   for point in (budget, uniform):
     assert point['ci95'][0] < point['ratio'] < point['ci95'][1]
@@ -58,6 +59,30 @@ def test_front(tmp_path, monkeypatch, capsys):
   assert front.main(argv) == 0
   again = json.loads((tmp_path / 'front.json').read_text())
   assert again['points'] == result['points']
+  monkeypatch.setattr(front, '_seconds_a_token', lambda loaded: 0.5)
+  assert front.main([*argv, '--rounds=6']) == 0
+  timed = json.loads((tmp_path / 'front.json').read_text())['points']
+  assert [p['tokens_per_second']['median'] for p in timed] == [2.0, 2.0]
+  rows = [
+    dict(point, bytes=size, window_nll=nll)
+    for point, size, nll in zip(
+      timed, (3, 4), ([1.0, 2], [2.0, 4]), strict=True
+    )
+  ]
+  two = evals.PerplexityResult(
+    window_nll=np.ones(2),
+    window_tokens=np.array([5, 5]),
+    window_document=np.arange(2),
+    documents=('a', 'b'),
+    window=6,
+    stride=5,
+    seed=0,
+    data_sha256='',
+    windows_sha256='',
+  )
+  front._against(rows, two)
+  assert rows[1]['against']['ratio'] == pytest.approx(np.exp(-0.3))
+  assert 'against' not in rows[0]
 
 
 def test_long_context(tmp_path, monkeypatch):

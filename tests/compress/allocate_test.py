@@ -71,6 +71,8 @@ def test_solve_finds_what_trying_all_finds():
     got = gx.compress.solve(found, gx.Budget(nbytes=budget))
     fit = [c for c in all_choices if nbytes(c) <= budget]
     assert got.nbytes <= budget
+    less = gx.compress.solve(found, gx.Budget(nbytes=budget + 9), reserve=9)
+    assert less.choice == got.choice
     assert got.loss == pytest.approx(min(map(loss, fit)), rel=1e-3)
     most = min(map(loss, all_choices)) * 1.5
     got = gx.compress.solve(found, gx.Budget(ratio=float(np.exp(most))))

@@ -4,12 +4,15 @@
 
   python -m tools.benchmarks.front --output=DIR [--budgets=50%,35%,28%,20%] \
       [--json=FILE] [--plot=FILE.png]
+  python -m tools.benchmarks.front --output=DIR --json=FILE --rounds=7
 
 Every point is a directory that `gx.ckpts.save` wrote and `load` read: bytes are
 those of the parameters on disk. Perplexity is that of the test split, its ratio
 to the dense model paired by document, with a 95% interval; statistics and
 divergences are those of the calibration split. Uniform widths are fitted with
-the same statistics as budgets. What is there already is not made again.
+the same statistics as budgets, and each is compared, document by document, with
+the largest budget that takes no more bytes. What is there already is not made
+again. The second command times all points of FILE, loaded from DIR, in turn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +29,7 @@ from absl import flags
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_ext import _budgeted
 from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
@@ -33,15 +37,23 @@ from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import evals
 from gemma_ext import recipe as recipe_lib
+from gemma_ext import text as gx_text
 from gemma_ext.compress import _heatmap
 from tools.benchmarks import _timing
 
 _SAMPLE = 'sample'
 _WINDOW = 512
+_PROMPT = 'The history of the lighthouse begins'
+# Tokens of a text whose time is subtracted, and of one that is timed.
+_FEW, _MANY = 16, 80
 # Windows of the calibration text that divergences are measured on.
 _MEASURED = 8
 # Share of bfloat16 at which kinds of weights are measured, to correct them.
 _CORRECTED = 0.28
+BUDGETS = tuple(
+  f'{x}%'
+  for x in ('55', '50', '45', '39', '35', '32', '28', '25', '21.5', '20')
+)
 UNIFORM = {
   f'int{bits} g{group}': recipe_lib.Int(bits=bits, group=group)
   for bits, group in (
@@ -65,9 +77,7 @@ def _define_flags(values: flags.FlagValues) -> None:
 
   string('checkpoint', 'gemma3-270m', 'The dense checkpoint.')
   string('output', None, 'Directory for checkpoints and results.')
-  flags.DEFINE_list(
-    'budgets', ['50%', '35%', '28%', '20%'], 'Budgets.', flag_values=values
-  )
+  flags.DEFINE_list('budgets', [*BUDGETS], 'Budgets.', flag_values=values)
   flags.DEFINE_list(
     'uniform', [*UNIFORM], 'Uniform widths, or none.', flag_values=values
   )
@@ -77,6 +87,13 @@ def _define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer(
     'max_tokens', 20_440, 'Tokens of it.', lower_bound=1, flag_values=values
+  )
+  flags.DEFINE_integer(
+    'rounds',
+    0,
+    'Rounds that the points of --json are timed for; else they are made.',
+    lower_bound=0,
+    flag_values=values,
   )
   string('json', None, 'File for the results.')
   string('plot', None, 'PNG to draw.')
@@ -95,11 +112,11 @@ class _Bench:
 
   def point(self, name: str, recipe: recipe_lib.Recipe) -> dict[str, Any]:
     """The result of a recipe, made and measured if it is not there."""
-    folder = pathlib.Path(self.args.output) / re.sub(r'[^\w.]+', '_', name)
+    folder = _folder(self.args.output, name)
     result = folder / 'result.json'
     if result.exists():
       found = json.loads(result.read_text())
-      if found['recipe'] == recipe.to_json():
+      if found['recipe'] == recipe.to_json() and 'window_nll' in found:
         return found
     _cli.note(f'{name}: fitting ...')
     params = gx_compress.compress(
@@ -137,6 +154,7 @@ class _Bench:
     nbytes = ckpts.directory_bytes(path)['params']
     found = {
       'name': name,
+      'window_nll': quality.window_nll.tolist(),
       'bytes': nbytes,
       'share': nbytes / (2 * plan.num_weights),
       'planned_bytes': plan.nbytes,
@@ -149,6 +167,78 @@ class _Bench:
     }
     _cli.write_json(str(result), found)
     return found
+
+
+def _folder(output: str, name: str) -> pathlib.Path:
+  """Where a point is: '28' of '28%'."""
+  return pathlib.Path(output) / re.sub(r'[^\w.]+', '_', name).strip('_')
+
+
+def _against(
+  rows: Sequence[dict[str, Any]], baseline: evals.PerplexityResult
+) -> None:
+  """Sets `against` of uniform widths: a budget of no more bytes over them."""
+  result = lambda row: dataclasses.replace(
+    baseline, window_nll=np.asarray(row['window_nll'])
+  )
+  budgets = [row for row in rows if 'predicted_loss' in row]
+  for row in rows:
+    smaller = [b for b in budgets if b['bytes'] <= row['bytes']]
+    if 'predicted_loss' in row or not smaller:
+      continue
+    best = max(smaller, key=lambda b: b['bytes'])
+    paired = evals.paired_json(evals.paired_ratio(result(best), result(row)))
+    row['against'] = {
+      'name': best['name'],
+      'bytes': best['bytes'],
+      'ratio': paired['ratio'],
+      'ci95': paired['ci95'],
+    }
+
+
+def _time(args: Any) -> None:
+  """Times the points of a file, and writes that into it."""
+  result = json.loads(pathlib.Path(args.json).read_text())
+  runs = {}
+  for row in result['points']:
+    loaded = ckpts.load(_folder(args.output, row['name']), dtype=jnp.bfloat16)
+    runs[row['name']] = functools.partial(_seconds_a_token, loaded)
+    _cli.note(f'{row["name"]}: compiling ...')
+    runs[row['name']]()
+  times = _timing.rounds(runs, args.rounds, _cli.note)
+  for row in result['points']:
+    found = times[row['name']]
+    row['tokens_per_second'] = _timing.summary([1 / t for t in found])
+  result['timed_on'] = _timing.machine()
+  _cli.write_json(args.json, result)
+  _cli.print_table(
+    'decoding with the packed kernels, tokens a second',
+    ('budget or width', 'on disk', 'median and 95% interval'),
+    [
+      (
+        row['name'],
+        _cli.human_bytes(row['bytes']),
+        _timing.spread([1 / t for t in times[row['name']]]),
+      )
+      for row in result['points']
+    ],
+  )
+
+
+def _seconds_a_token(loaded: ckpts.Checkpoint) -> float:
+  """Seconds of a decoded token, prefill subtracted."""
+
+  def run(count: int) -> None:
+    stream = gx_text.stream(loaded, _PROMPT, max_new_tokens=count)
+    for _ in stream:
+      pass
+    if len(stream.tokens) < count:
+      raise errors.SamplingError(
+        f'The text ended after {len(stream.tokens)} tokens; expected {count}.'
+      )
+
+  few = _timing.seconds(lambda: run(_FEW))
+  return (_timing.seconds(lambda: run(_MANY)) - few) / (_MANY - _FEW)
 
 
 def _bench(args: Any) -> _Bench:
@@ -182,7 +272,9 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
   )
   if found.corrections:
     return found
-  allocation = gx_compress.solve(found, gx_compress.Budget(share=_CORRECTED))
+  names = _budgeted.reserve(found, params)
+  budget = gx_compress.Budget(share=_CORRECTED)
+  allocation = gx_compress.solve(found, budget, reserve=names)
   found = gx_compress.corrected(
     allocation,
     model,
@@ -198,6 +290,11 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
 def _run(args: Any) -> None:
   if not args.output:
     raise errors.DataError('Nowhere to write: give --output=DIR.')
+  if args.rounds:
+    if not args.json or not pathlib.Path(args.json).exists():
+      raise errors.DataError(f'--json={args.json}: no points to time.')
+    _time(args)
+    return
   _cli.check_output(args.json)
   _cli.check_output(args.plot)
   for name in args.uniform:
@@ -208,15 +305,17 @@ def _run(args: Any) -> None:
   output.mkdir(parents=True, exist_ok=True)
   bench = _bench(args)
   found = _sensitivities(bench, output / 'sensitivities.json')
-  rows = []
+  rows: list[dict[str, Any]] = []
+  names = _budgeted.reserve(found, bench.dense.params)
   for text, budget in budgets.items():
-    allocation = gx_compress.solve(found, budget)
+    allocation = gx_compress.solve(found, budget, reserve=names)
     row = bench.point(text, allocation.recipe)
     rows.append(row | {'predicted_loss': allocation.loss})
     _report(rows)
   for name in args.uniform:
     recipe = recipe_lib.Recipe(rules=(('.*', UNIFORM[name]),))
     rows.append(bench.point(name, recipe))
+    _against(rows, bench.baseline)
     _report(rows)
   if args.json:
     _cli.write_json(
@@ -228,7 +327,9 @@ def _run(args: Any) -> None:
         'text': args.text,
         'tokens': int(bench.windows.num_scored),
         'corrections': found.corrections,
-        'points': rows,
+        'points': [
+          {k: v for k, v in row.items() if k != 'window_nll'} for row in rows
+        ],
       },
     )
   if args.plot:
@@ -246,6 +347,11 @@ def _report(rows: Sequence[Mapping[str, Any]]) -> None:
       f'{row["predicted_loss"]:.4f}' if 'predicted_loss' in row else '',
       f'{row["measured_loss"]:.4f}',
       f'{row["held_out_loss"]:.4f}',
+      f'{row["against"]["ratio"]:.4f}'
+      f' {_cli.human_interval(row["against"]["ci95"], 4)}'
+      f' ({row["against"]["name"]})'
+      if 'against' in row
+      else '',
     )
     for row in rows
   ]
@@ -260,6 +366,7 @@ def _report(rows: Sequence[Mapping[str, Any]]) -> None:
       'predicted',
       'measured',
       'held out',
+      'budget over it',
     ),
     cells,
   )
