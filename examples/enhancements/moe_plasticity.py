@@ -59,7 +59,7 @@ def task(seed: int, regions: int):
 
 
 def start(seed: int, experts: int):
-  """Parameters of a layer with so many experts, as a tree of an official one."""
+  """Parameters of a layer with so many experts, named as official ones."""
   gate, down, router = jax.random.split(jax.random.key(seed), 3)
   hidden = LAYER.hidden
   w = jax.random.normal(router, (SLOTS, FEATURES)) * FEATURES**-0.5
@@ -97,7 +97,9 @@ def apply(params, x):
 
 def optimizer():
   """Adam, and integers that stay."""
-  return optax.chain(optax.adam(3e-3), gx_nn.freeze_codes())
+  return optax.chain(
+    optax.masked(optax.adam(3e-3), train.floating), gx_nn.freeze_codes()
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -138,7 +140,8 @@ def run(seed: int, experts: int, *, plastic: bool, log=None):
     for i in range(steps):
       x, y = draw(rng, BATCH)
       params, state, error, sown, grads = step(params, state, x, y)
-      growth.observe(sown, grads)
+      if plastic:
+        growth.observe(sown, grads)
       total += error
       number += 1
       # Not in the last windows of a part, so that nothing newborn is measured.

@@ -32,12 +32,15 @@ from gemma_ext.train._reward import TaskReward
 from gemma_ext.train._routing import ActiveShare
 from gemma_ext.train._routing import balance
 from gemma_ext.train._routing import BalancedStep
+from gemma_ext.train._routing import entropy as routing_entropy
 from gemma_ext.train._routing import ExpertUtilisation
+from gemma_ext.train._routing import floating
 from gemma_ext.train._routing import LargestLoad
 from gemma_ext.train._routing import load_balance
 from gemma_ext.train._routing import LoadBalance
 from gemma_ext.train._routing import measure as measure_routing
 from gemma_ext.train._routing import plot as plot_routing
+from gemma_ext.train._routing import relative_load
 from gemma_ext.train._routing import router_z
 from gemma_ext.train._routing import RouterZ
 from gemma_ext.train._routing import routing

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
@@ -159,13 +160,20 @@ def remove(
   return _edited(params, mixture, kill), _edited(opt_state, mixture, clear)
 
 
-def norms(grads: Mapping[str, Any], mixture: gx_nn.Mixture) -> jax.Array:
-  """Norm of the gradient of every expert's weights, `[E]`."""
-  layer = _layer(grads, mixture)
-  total = 0
-  for name in (_moe.GATE, _moe.DOWN):
-    leaf = jnp.square(layer[name].astype(jnp.float32))
-    neurons = jnp.moveaxis(leaf, _axis(mixture, leaf), 0)[mixture.shared :]
+def weights(tree: Mapping[str, Any], mixture: gx_nn.Mixture) -> tuple[Any, Any]:
+  """Gate and down of a layer, in parameters or gradients."""
+  layer = _layer(tree, mixture)
+  return layer[_moe.GATE], layer[_moe.DOWN]
+
+
+def norms(
+  gate: jax.Array, down: jax.Array, mixture: gx_nn.Mixture
+) -> jax.Array:
+  """Norm of the weights of every expert, or of their gradients, `[E]`."""
+  total = jnp.zeros(mixture.method.num_experts)
+  for leaf in (gate, down):
+    square = jnp.square(leaf.astype(jnp.float32))
+    neurons = jnp.moveaxis(square, _axis(mixture, leaf), 0)[mixture.shared :]
     total += neurons.reshape(mixture.method.num_experts, -1).sum(axis=1)
   return jnp.sqrt(total)
 
@@ -251,7 +259,12 @@ def _direction(
   values, vectors = np.linalg.eigh(centred.T @ centred / len(mine))
   direction = vectors[:, -1] * rng.choice([-1, 1])
   direction *= _TINY / math.sqrt(max(values[-1], 1e-12))
-  return direction, float(np.median(mine @ direction))
+  if mixture.method.router != 'sigmoid':
+    return direction, float(np.median(mine @ direction))
+  # There the bias is added to the sigmoid.
+  logit = mine @ np.asarray(router['w'], np.float64)[parent]
+  score = special.expit(logit + mine @ direction) - special.expit(logit)
+  return direction, float(np.median(score))
 
 
 def _copy(mixture: gx_nn.Mixture, parent: int, child: int) -> _Edit:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -267,6 +268,13 @@ def _count(before: np.ndarray, up: np.ndarray, reset: np.ndarray) -> np.ndarray:
   return np.where(up, before + 1, np.where(reset, 0, before))
 
 
+@functools.partial(jax.jit, static_argnames='mixture')
+def _add(sums, load, gate, down, mixture):
+  """Loads and norms of gradients, added to those of the window."""
+  norms = _division.norms(gate, down, mixture)
+  return sums[0] + load, sums[1] + norms
+
+
 class Plastic:
   """Plasticity of some layers during a training of any kind.
 
@@ -299,7 +307,7 @@ class Plastic:
     self._history = {
       path: History.start(m.method.num_experts) for path, m in layers.items()
     }
-    self._sums: dict[str, list[Any]] = {}
+    self._sums: dict[str, tuple[Any, Any]] = {}
     self._steps = 0
     self.records: list[dict[str, Any]] = []
 
@@ -314,9 +322,9 @@ class Plastic:
     """
     found = _routing.routing(intermediates)
     for path, mixture in self._layers.items():
-      new = [found[path]['load'], _division.norms(grads, mixture)]
-      old = self._sums.get(path, [0.0, 0.0])
-      self._sums[path] = [a + b for a, b in zip(old, new, strict=True)]
+      gate, down = _division.weights(grads, mixture)
+      old = self._sums.get(path, (0.0, 0.0))
+      self._sums[path] = _add(old, found[path]['load'], gate, down, mixture)
     self._steps += 1
 
   def update(

@@ -132,6 +132,23 @@ def balance(
   return _branch.unflatten(flat)
 
 
+def floating(tree: Any) -> Any:
+  """Which leaves an optimiser can move: a mask for `optax.masked`.
+
+  Routers hold an integer, 'k', and packed weights do, whose gradients no
+  optimiser takes:
+
+      optax.chain(
+        optax.masked(optax.adam(1e-3), gx.train.floating),
+        gx.nn.freeze_codes(),
+      )
+
+  Args:
+    tree: Parameters, or gradients.
+  """
+  return jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), tree)
+
+
 def measure(model: Any, params: Mapping[str, Any], tokens: Any) -> Routing:
   """Returns the routing of a model on some text, see `routing`.
 
@@ -258,7 +275,7 @@ class _RoutingMetric(kd.metrics.Metric):
 
 @dataclasses.dataclass(eq=True, frozen=True, kw_only=True)
 class RoutingEntropy(_RoutingMetric):
-  """Entropy of the loads over log E: 1 where they are equal, 0 for one expert."""
+  """Entropy of the loads over log E: 1 if equal, 0 if one expert has all."""
 
   def of(self, each: Mapping[str, Any]) -> float:
     return entropy(each)

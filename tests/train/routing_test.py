@@ -96,7 +96,7 @@ def test_biases_balance_a_router():
     return train.balance(params, {'mlp': {'routing': (sown,)}}, rate), sown
 
   _, before = step(params, 0.01)
-  assert _routing.relative_load(before).max() > 1.8
+  assert _routing.relative_load(before).max() > 1.6
   for i in range(300):
     params, after = step(params, 0.01 * 0.98**i)
   got = _routing.relative_load(after)
@@ -152,7 +152,9 @@ def _trainer(workdir, recipe=_RECIPE, **changes):
       'smallest': train.SmallestLoad(),
       'active': train.ActiveShare(),
     },
-    'optimizer': optax.chain(optax.adam(1e-3), gx.nn.freeze_codes()),
+    'optimizer': optax.chain(
+      optax.masked(optax.adam(1e-3), train.floating), gx.nn.freeze_codes()
+    ),
     'trainstep': train.BalancedStep(rate=0.01),
     'log_metrics_every': 1,
     'log_summaries_every': 1,
@@ -202,7 +204,7 @@ def test_bad_steps(tmp_path):
     {r'layer_\d+/mlp': gx.MoE(num_experts=4, top_k=1, router='softmax')}
   )
   with pytest.raises(errors.ConfigError, match="'sigmoid'"):
-    _trainer(tmp_path, recipe).trainstep  # pylint: disable=expression-not-assigned
+    _trainer(tmp_path, recipe).init_state()
 
 
 def test_plot(tmp_path):
