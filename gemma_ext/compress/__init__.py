@@ -39,6 +39,7 @@ from gemma_ext.compress._sensitivity import Sensitivities
 from gemma_ext.compress._sensitivity import sensitivities
 from gemma_ext.compress._statistics import Statistics
 from gemma_ext.compress._statistics import statistics
+from gemma_ext.compress._upcycle import upcycle
 
 
 class _CallableModule(_types.ModuleType):

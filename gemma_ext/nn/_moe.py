@@ -252,7 +252,9 @@ def route(
   if method.router == 'expert_choice':
     return _expert_choice(method, logits + bias)
   if method.router == 'sigmoid':
-    # The bias balances; it has no part in the weights.
+    # The bias balances; it has no part in the weights. Who is not there has no
+    # part in the counts either.
+    logits = jnp.where(bias > DEAD / 2, logits, DEAD)
     score = jax.nn.sigmoid(logits)
     select = jax.lax.stop_gradient(score + bias)
   else:
