@@ -16,7 +16,7 @@ _MAX_PLANES = 4
 _MAX_BANDS = 64
 _MAX_EXPERTS = 1 << 17
 _ROUTERS = ('norm', 'gate', 'softmax', 'sigmoid', 'expert_choice')
-_PACKINGS = ('2bit', '5trit')
+_PACKINGS = ('2bit', '5trit', '3of4')
 _SCALES = ('bf16', 'ue5m3')
 
 
@@ -57,7 +57,8 @@ class Ternary(Method):
       the fit choose what minimises the error.
     pattern: `(n, m)`: exactly n nonzeros among every m consecutive inputs.
       Excludes `density`.
-    packing: '2bit' stores 4 weights a byte, '5trit' stores 5.
+    packing: '2bit' stores 4 weights a byte, '5trit' stores 5, '3of4' stores 32
+      in 5 bytes, of `pattern=(3, 4)`, which it implies.
     scale: 'bf16' stores a scale in two bytes, 'ue5m3' in one, see
       `docs/formats.md`. Groups of half the size are then the better bargain.
     tied: Whether planes share their scales, each a third of the one before.
@@ -112,6 +113,15 @@ class Ternary(Method):
       raise errors.RecipeError(
         f'Ternary.packing must be one of {_PACKINGS}, got {self.packing!r}.'
       )
+    if self.packing == '3of4':
+      if self.density is None and self.pattern is None and not self.tied:
+        object.__setattr__(self, 'pattern', (3, 4))
+      if self.pattern != (3, 4) or self.tied:
+        raise errors.RecipeError(
+          "Ternary.packing='3of4' stores the pattern (3, 4) and no tied planes;"
+          f' got density={self.density!r}, pattern={self.pattern!r},'
+          f' tied={self.tied!r}.'
+        )
     if self.scale not in _SCALES:
       raise errors.RecipeError(
         f'Ternary.scale must be one of {_SCALES}, got {self.scale!r}.'

@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _calibrate
@@ -101,6 +102,7 @@ def compress(
     )
   for path in tables:
     del flat[path]
+  flat |= kernels.side_by_side({path: flat[path] for path in methods})
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

@@ -5,6 +5,11 @@
 from gemma_ext.kernels._attend import attend
 from gemma_ext.kernels._attend import MOST_ROWS
 from gemma_ext.kernels._backends import on_cpu
+from gemma_ext.kernels._block import block
+from gemma_ext.kernels._block import BlockSpec
+from gemma_ext.kernels._block import MOST_TOKENS
+from gemma_ext.kernels._block import NORMS
+from gemma_ext.kernels._block import why_not as why_not_block
 from gemma_ext.kernels._dequantize import dequantize
 from gemma_ext.kernels._experts import experts_ffn
 from gemma_ext.kernels._experts_dense import experts_dense
@@ -14,6 +19,7 @@ from gemma_ext.kernels._formats import IntFormat
 from gemma_ext.kernels._formats import TernaryFormat
 from gemma_ext.kernels._gated import gated_ffn
 from gemma_ext.kernels._matmul import matmul
+from gemma_ext.kernels._memory import side_by_side
 from gemma_ext.kernels._params import first
 from gemma_ext.kernels._params import random_codes
 from gemma_ext.kernels._params import validate

@@ -6,7 +6,7 @@ The library is built with the package. Without it everything still runs, on
 XLA, and says once that it is slow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import ctypes
 import functools
 import math
@@ -31,9 +31,10 @@ _FOLDERS = (
 )
 _OPERATIONS = tuple(
   f'gemma_ext_{name}'
-  for name in ('matmul', 'gated', 'experts', 'attend', 'read')
+  for name in ('matmul', 'gated', 'experts', 'attend', 'block', 'read')
 )
-_LAYOUTS = {'bytes': 0, 'fields': 1, 'trits': 2, 'stream': 3}
+_LAYOUTS = {'bytes': 0, 'fields': 1, 'trits': 2, 'stream': 3, 'quads': 4}
+_TERNARY = {'2bit': 'fields', '5trit': 'trits', '3of4': 'quads'}
 
 
 @functools.cache
@@ -177,10 +178,12 @@ def cuts(fmt: _formats.Format, cols: int, size: int) -> bool:
   """Whether rows of a packed weight can be cut into slices of `size` codes."""
   bits = 2 if isinstance(fmt, _formats.TernaryFormat) else fmt.bits
   blocks = {'bytes': 1, 'stream': 8, 'fields': 256 // bits, 'trits': 160}
-  block = blocks[_layout(fmt)]
-  group = fmt.group or cols
   if size == cols:
     return True
+  if _layout(fmt) not in blocks:
+    return False
+  block = blocks[_layout(fmt)]
+  group = fmt.group or cols
   return not (cols % size or size % block or (size % group and group % size))
 
 
@@ -265,6 +268,61 @@ def attend(
   return out, new_k, new_v
 
 
+def block(
+  x: jax.Array,  # [B, T, D]
+  sin: jax.Array,  # [B, T, H / 2]
+  cos: jax.Array,
+  positions: jax.Array,  # [B, T]
+  mask: jax.Array,  # [B, T, S]
+  cache: Mapping[str, jax.Array],
+  norms: Sequence[jax.Array],  # in the order of `_block.NORMS`, empty if none
+  weights: Sequence[Mapping[str, jax.Array]],  # of `_block.PRODUCTS`
+  *,
+  formats: Sequence[_formats.Format],
+  x_bits: Sequence[int],
+  heads: int,
+  hidden: int,
+  window: int,
+  query_scale: float,
+  soft_cap: float,
+  more: float,
+  named: str = '',
+) -> Sequence[jax.Array]:
+  """A transformer block: y, and the arrays of the cache, in place."""
+  held = [cache[name] for name in ('k', 'v', 'positions', 'end_index')]
+  width = held[0].shape[-1]
+  cols = x.shape[-1], x.shape[-1], heads * width, x.shape[-1], hidden
+  numbers = [
+    [*_attributes(fmt, size).values(), np.int64(bits == 16)]
+    for fmt, size, bits in zip(formats, cols, x_bits, strict=True)
+  ]
+  outs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *held)]
+  call = jax.ffi.ffi_call(
+    'gemma_ext_block',
+    outs,
+    input_output_aliases={5: 1, 6: 2, 7: 3, 8: 4},
+    vmap_method='sequential',
+  )
+  return call(
+    x,
+    sin,
+    cos,
+    positions,
+    mask,
+    *held,
+    *norms,
+    *(p[name] for p in weights for name in ('codes', 'scale')),
+    formats=np.array(numbers, np.int64).reshape(-1),
+    heads=np.int64(heads),
+    hidden=np.int64(hidden),
+    window=np.int64(window),
+    query_scale=np.float32(query_scale),
+    soft_cap=np.float32(soft_cap),
+    more=np.float32(more),
+    kernels=named,
+  )
+
+
 def read(x: jax.Array) -> jax.Array:
   """Reads all of x and little else, for benchmarks to compare with."""
   out = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -308,7 +366,7 @@ def _kinds(
 
 def _layout(fmt: _formats.Format) -> str:
   if isinstance(fmt, _formats.TernaryFormat):
-    return 'fields' if fmt.packing == '2bit' else 'trits'
+    return _TERNARY[fmt.packing]
   return {8: 'bytes', 4: 'fields', 2: 'fields'}.get(fmt.bits, 'stream')
 
 

@@ -17,7 +17,7 @@ from gemma_ext import errors
 from gemma_ext.kernels import _lanes
 from gemma_ext.kernels import _scales
 
-PACKINGS = ('2bit', '5trit')
+PACKINGS = ('2bit', '5trit', '3of4')
 
 
 def choose_group(cols: int, group: int) -> int:
@@ -73,6 +73,13 @@ def _check_cols(packed: jax.Array, want: int, cols: int) -> None:
     )
 
 
+def _check_fours(cols: int) -> None:
+  if cols % 4:
+    raise errors.GroupSizeError(
+      f"packing='3of4' takes rows of whole fours, not {cols} weights."
+    )
+
+
 def _check_int8(codes: jax.Array) -> None:
   if codes.dtype != jnp.int8:
     raise errors.ShapeError(f'Codes are {codes.dtype}; expected int8.')
@@ -113,6 +120,15 @@ class _Sizes:
     """Stored or moving scales as what codes multiply, float32."""
     return scale.astype(jnp.float32)
 
+  def round(self, codes: jax.Array) -> jax.Array:
+    """Returns the whole numbers nearest to latent codes that can be packed."""
+    return jnp.clip(jnp.round(codes), *self.code_range)
+
+  @property
+  def code_range(self) -> tuple[int, int]:
+    """Smallest and largest code."""
+    raise TypeError(f'{type(self).__name__} is not a format')
+
   def codes_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
     """Returns the shape of the packed codes."""
     raise TypeError(f'{type(self).__name__} is not a format')
@@ -129,7 +145,9 @@ class TernaryFormat(_Sizes):
   Attributes:
     planes: Ternary tensors that are summed, each with scales of its own.
     group: Weights along the input axis that share one scale.
-    packing: '2bit' (4 codes a byte) or '5trit' (5 codes a byte, 1.6 bits).
+    packing: '2bit' (4 codes a byte), '5trit' (5 codes a byte, 1.6 bits) or
+      '3of4' (32 codes in 5 bytes, 1.25 bits), of codes with exactly one 0 in
+      every four neighbours.
     scale: How scales are stored: 'bf16' or 'ue5m3', in one byte.
     tied: Whether planes share their scales: each has a third of the one
       before, so that their sums are evenly spaced, and the last one's scale is
@@ -158,6 +176,8 @@ class TernaryFormat(_Sizes):
       )
     if not isinstance(self.tied, bool):
       raise errors.RecipeError(f'tied={self.tied!r}; expected a bool.')
+    if self.tied and self.packing == '3of4':
+      raise errors.RecipeError("packing='3of4' has no tied planes.")
 
   @property
   def codes_dtype(self) -> np.dtype:
@@ -180,6 +200,8 @@ class TernaryFormat(_Sizes):
 
   def codes_shape(self, rows: tuple[int, ...], cols: int) -> tuple[int, ...]:
     """Returns `(planes, *rows, bytes)`."""
+    if self.packing == '3of4':
+      return (self.planes, *rows, -(-cols // 32) * 5)
     per = 4 if self.packing == '2bit' else 5
     return (self.planes, *rows, _lanes.blocked(cols, per))
 
@@ -194,6 +216,8 @@ class TernaryFormat(_Sizes):
       GroupSizeError: If `group` does not divide `cols`.
     """
     _check_group(cols, self.group)
+    if self.packing == '3of4':
+      _check_fours(cols)
     return (self.scale_planes, *rows, cols // self.group)
 
   def pack_scale(self, scale: jax.Array) -> jax.Array:
@@ -229,9 +253,30 @@ class TernaryFormat(_Sizes):
       [scale * 3.0**p for p in reversed(range(self.planes))]
     )
 
+  def round(self, codes: jax.Array) -> jax.Array:
+    """Returns the whole numbers nearest to latent codes that can be packed."""
+    if self.packing != '3of4':
+      return super().round(codes)
+    _check_fours(codes.shape[-1])
+    four = codes.reshape(*codes.shape[:-1], -1, 4)
+    # The nearest has its 0 where the smallest is.
+    zero = jnp.argmin(jnp.abs(four), axis=-1, keepdims=True)
+    sign = jnp.where(four < 0, -1, 1).astype(codes.dtype)
+    return jnp.where(jnp.arange(4) == zero, 0, sign).reshape(codes.shape)
+
   def pack(self, codes: jax.Array) -> jax.Array:
-    """Packs int8 codes `[planes, *rows, I]` in {-1, 0, 1} into uint8."""
+    """Packs int8 codes `[planes, *rows, I]` in {-1, 0, 1} into uint8.
+
+    As '3of4', fours without exactly one 0 become others, see
+    `_lanes.pack_quads`: those of groups of zeros, whose scale is 0.
+
+    Raises:
+      GroupSizeError: If '3of4' does not divide I.
+    """
     _check_int8(codes)
+    if self.packing == '3of4':
+      _check_fours(codes.shape[-1])
+      return _lanes.pack_quads(codes)
     if self.packing == '2bit':
       return _lanes.pack_bits(codes, 2, 1)
     return _lanes.pack_trits(codes)
@@ -239,6 +284,9 @@ class TernaryFormat(_Sizes):
   def unpack(self, packed: jax.Array, cols: int) -> jax.Array:
     """Unpacks into int8 codes `[planes, *rows, cols]`."""
     _check_cols(packed, self.codes_shape((), cols)[-1], cols)
+    if self.packing == '3of4':
+      _check_fours(cols)
+      return _lanes.unpack_quads(packed, cols)
     if self.packing == '2bit':
       return _lanes.unpack_bits(packed, 2, 1, cols)
     return _lanes.unpack_trits(packed, cols)

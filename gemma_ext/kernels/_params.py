@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -159,22 +160,26 @@ def random_codes(
   bits = jax.random.bits(key, fmt.latent_shape(rows, cols), jnp.uint8)
   if hi - lo == 255:
     return fmt.pack(jax.lax.bitcast_convert_type(bits, jnp.int8))
+  if getattr(fmt, 'packing', '') == '3of4':
+    # The remainders would be other patterns, and packing not uniform.
+    return fmt.pack(fmt.round(bits / 127.5 - 1.0).astype(jnp.int8))
   draw = (bits % jnp.uint8(hi - lo + 1)).astype(jnp.int8)
   return fmt.pack(draw + jnp.int8(lo))
 
 
-@jax.custom_jvp
-def _round_ste(x: jax.Array, lo: int, hi: int) -> jax.Array:
-  return jnp.clip(jnp.round(x), lo, hi)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _round_ste(x: jax.Array, fmt: _formats.Format) -> jax.Array:
+  return fmt.round(x)
 
 
 @_round_ste.defjvp
-def _round_ste_jvp(primals, tangents):
-  x, lo, hi = primals
+def _round_ste_jvp(fmt, primals, tangents):
+  (x,) = primals
+  lo, hi = fmt.code_range
   # A latent that has left the range by more than half a step would never come
   # back into play by itself; past that its gradient only feeds the drift.
   inside = (x >= lo - 0.5) & (x <= hi + 0.5)
-  return _round_ste(x, lo, hi), jnp.where(inside, tangents[0], 0)
+  return _round_ste(x, fmt), jnp.where(inside, tangents[0], 0)
 
 
 def integer_codes(
@@ -194,5 +199,5 @@ def integer_codes(
     int8 codes, or whole numbers of the latent codes' type.
   """
   if jnp.issubdtype(codes.dtype, jnp.floating):
-    return _round_ste(codes, *fmt.code_range)
+    return _round_ste(codes, fmt)
   return fmt.unpack(codes, cols)

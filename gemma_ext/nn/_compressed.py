@@ -240,6 +240,9 @@ class _Interceptor:
 
   def __call__(self, next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
+    if method == '__call__' and isinstance(module, _fused.BLOCK):
+      run = self._block(module, _rolling.Call.of(args, kwargs))
+      return next_fun(*args, **kwargs) if run is None else run()
     if method == '__call__' and isinstance(module, _rolling.ATTENTIONS):
       call = _rolling.Call.of(args, kwargs)
       if call.rolls and module.attn_type.name == _rolling.SLIDING:
@@ -294,6 +297,31 @@ class _Interceptor:
           (x,) = args
           return jnp.dot(x, table[: self.head_rows].T)
     return next_fun(*args, **kwargs)
+
+  def _block(self, module, call):
+    """A whole block as one operation; `None` where it is not one."""
+    if (
+      module.is_initializing()
+      or not _fused.may_fuse()
+      or not _fused.block_fits(module, call.x, call.cache)
+    ):
+      return None
+    attn, mlp = module.attn, module.mlp
+    weights = [
+      self._weight(owner, name)
+      for owner, name in (
+        (attn.q_einsum, 'w'),
+        (attn.kv_einsum, 'w'),
+        (attn.attn_vec_einsum, 'w'),
+        (mlp, 'gating_einsum'),
+        (mlp, 'linear'),
+      )
+    ]
+    run = _fused.block(module, weights, call.x, call.cache)
+    if run is not None and call.rolls:
+      if attn.attn_type.name == _rolling.SLIDING:
+        return functools.partial(_rolling.attend, run, attn, call)
+    return run and functools.partial(run, **call.kwargs)
 
   def _attention(self, official, module, **kwargs):
     """Attention as one operation, or as the official code has it."""

@@ -9,11 +9,13 @@ official code, computed in float32 between the ends.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import linen as nn
 from flax.linen import module as flax_module
 from gemma.gm.math import _positional_embeddings
+from gemma.gm.nn import _layers
 from gemma.gm.nn import _modules as gemma_modules
 from gemma.gm.nn.gemma4 import _modules as gemma4_modules
 import jax
@@ -24,6 +26,7 @@ from gemma_ext.nn import _moe
 from gemma_ext.nn import _packed
 
 ATTENTION = gemma_modules.Attention
+BLOCK = gemma_modules.Block
 FEED_FORWARDS = (gemma_modules.FeedForward, gemma4_modules.FeedForward)
 # Rows of x up to which a call is a step of decoding.
 _FEW = 8
@@ -110,6 +113,90 @@ def attention(
     'end_index': cache['end_index'] + x.shape[1],
     'positions': positions,
   }, y
+
+
+def block_fits(module: nn.Module, x: jax.Array, cache: Any) -> bool:
+  """Whether `block` may stand in for the official code, weights apart."""
+  return (
+    type(module) is BLOCK
+    and bool(cache)
+    and x.ndim == 3
+    and 0 < x.size // x.shape[-1] <= kernels.MOST_TOKENS
+    and not module.attn.use_qkv_einsum
+    and all(type(n) is _layers.RMSNorm for n in _norms(module).values())
+  )
+
+
+def _norms(module: Any) -> dict[str, nn.Module]:
+  """Norms of a block of Gemma 2 or 3."""
+  attn = module.attn
+  found = {
+    'pre_attention': module.pre_attention_norm,
+    'post_attention': module.post_attention_norm,
+    'pre_ffw': module.pre_ffw_norm,
+    'post_ffw': module.post_ffw_norm,
+  }
+  if attn.use_qk_norm:
+    # pylint: disable=protected-access
+    found |= {'query': attn._query_norm, 'key': attn._key_norm}
+  return {name: norm for name, norm in found.items() if norm is not None}
+
+
+def block(
+  module: Any,
+  weights: Sequence[Any],
+  inputs: jax.Array,
+  cache: dict[str, jax.Array],
+) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]] | None:
+  """`__call__` of the official block of Gemma 2 and 3, with a cache.
+
+  Args:
+    module: The bound module.
+    weights: Those of q, kv, out, gate and down, `PackedWeight`s or others.
+    inputs: Input `[B, T, D]`.
+    cache: That of the block.
+
+  Returns:
+    A function of the arguments of the block's attention, by name, whose input
+    it ignores, that returns the cache and the output of the block; `None` where
+    it cannot stand in.
+  """
+  if not all(isinstance(w, _packed.PackedWeight) for w in weights):
+    return None
+  attn = module.attn
+  local = attn.attn_type == gemma_modules.AttentionType.LOCAL_SLIDING
+  spec = kernels.BlockSpec(
+    formats=tuple(w.fmt for w in weights),
+    x_bits=tuple(w.x_bits for w in weights),
+    query_scale=float(attn.query_pre_attn_scalar),
+    soft_cap=float(attn.attn_logits_soft_cap or 0.0),
+    window=attn.sliding_window_size if local else 0,
+  )
+  leaves = tuple(w.leaf for w in weights)
+  if kernels.why_not_block(inputs, leaves, cache, spec):
+    return None
+  norms = {
+    name: norm.get_variable('params', 'scale')
+    for name, norm in _norms(module).items()
+  }
+
+  def run(*, segment_pos, cache, attn_mask, **_):
+    slots, width = cache['k'].shape[1], cache['k'].shape[3]
+    # As `apply_rope` has it.
+    exponents = (2.0 / width) * jnp.arange(0, width // 2, dtype=jnp.float32)
+    timescale = attn.rope_base_frequency**exponents
+    return kernels.block(
+      inputs,
+      leaves,
+      norms,
+      cache,
+      segment_pos.astype(jnp.int32),
+      segment_pos[..., None] / timescale / attn.rope_scale_factor,
+      jnp.broadcast_to(attn_mask, (*inputs.shape[:2], slots)).astype(bool),
+      spec,
+    )
+
+  return run
 
 
 def feed_forward(

@@ -70,7 +70,7 @@ def from_latent(
 
   def pack(codes, scale, fmt, layout):
     del layout
-    codes = jnp.clip(jnp.round(codes), *fmt.code_range)
+    codes = fmt.round(codes)
     if scale.dtype != fmt.scale_dtype and fmt.scale_dtype == jnp.uint8:
       scale = fmt.pack_scale(scale)
     return fmt.pack(codes.astype(jnp.int8)), scale

@@ -138,7 +138,7 @@ def codes_of(latent: jax.Array, scale: jax.Array, fmt: Any) -> jax.Array:
 
 def pack(codes: jax.Array, fmt: Any) -> jax.Array:
   """Rounds codes as the forward pass does, and packs them."""
-  codes = jnp.clip(jnp.round(codes), *fmt.code_range)
+  codes = fmt.round(codes)
   return fmt.pack(codes.astype(jnp.int8))
 
 

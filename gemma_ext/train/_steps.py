@@ -191,7 +191,7 @@ class _ForwardStep(kd.train.TrainStep):
     for path, leaf in moving.items():
       if path in packed:
         fmt, _ = packed[path]
-        codes = jnp.clip(jnp.round(leaf), *fmt.code_range)
+        codes = fmt.round(leaf)
         flat[path] = fmt.pack(codes.astype(jnp.int8))
       else:
         flat[path] = leaf.astype(flat[path].dtype)

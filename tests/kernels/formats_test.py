@@ -14,7 +14,7 @@ import gemma_ext.kernels as kernels
 
 TERNARY = [
   kernels.TernaryFormat(planes=planes, group=1, packing=packing)
-  for packing in ('2bit', '5trit')
+  for packing in ('2bit', '5trit', '3of4')
   for planes in (1, 3)
 ]
 INTS = [kernels.IntFormat(bits=bits) for bits in range(2, 9)]
@@ -24,7 +24,16 @@ def _draw(fmt, rows, cols, seed):
   rng = np.random.default_rng(seed)
   lo, hi = fmt.code_range
   shape = fmt.latent_shape(rows, cols)
+  if getattr(fmt, 'packing', '') == '3of4':
+    codes = rng.choice(np.array([-1, 1], np.int8), shape)
+    zero = rng.integers(0, 4, (*shape[:-1], cols // 4, 1))
+    return codes * (zero != np.arange(4)).reshape(shape)
   return rng.integers(lo, hi + 1, shape).astype(np.int8)
+
+
+def _whole(fmt, cols):
+  """Columns that the format can have."""
+  return -(-cols // 4) * 4 if getattr(fmt, 'packing', '') == '3of4' else cols
 
 
 def _place(i, fields):
@@ -41,6 +50,14 @@ def _read(fmt, row, i):
     if fmt.packing == '2bit':
       byte, field = _place(i, 4)
       return (row[byte] >> 2 * field & 3) - 1
+    if fmt.packing == '3of4':
+      bit = i // 4 * 5
+      quad = int.from_bytes(bytes(row), 'little') >> bit & 31
+      zero, place = quad & 3, i % 4
+      if place == zero:
+        return 0
+      signs = [quad >> 2 & 1, quad >> 3 & 1, quad >> 4 & 1]
+      return 2 * signs[place - (place > zero)] - 1
     byte, field = _place(i, 5)
     number = row[byte] * 243 // 256
     return number // 3 ** (4 - field) % 3 - 1
@@ -65,6 +82,7 @@ def _read(fmt, row, i):
   seed=st.integers(0, 2**16),
 )
 def test_unpack_inverts_pack(fmt, rows, cols, seed):
+  cols = _whole(fmt, cols)
   codes = _draw(fmt, rows, cols, seed)
   packed = jax.jit(fmt.pack)(codes)
   assert packed.shape == fmt.codes_shape(rows, cols)
@@ -77,6 +95,7 @@ def test_unpack_inverts_pack(fmt, rows, cols, seed):
 @pytest.mark.parametrize('fmt', TERNARY + INTS, ids=str)
 @pytest.mark.parametrize('cols', [7, 165])
 def test_layout_is_the_documented_one(fmt, cols):
+  cols = _whole(fmt, cols)
   codes = _draw(fmt, (2,), cols, cols)
   packed = np.asarray(jax.jit(fmt.pack)(codes)).reshape(
     -1, *fmt.codes_shape((), cols)[-1:]
@@ -93,6 +112,37 @@ def test_every_five_trits_survive():
   packed = np.asarray(fmt.pack(codes))
   np.testing.assert_array_equal(packed[0, :, 0], -(-numbers * 256 // 243))
   np.testing.assert_array_equal(fmt.unpack(packed, 160), codes)
+
+
+def test_fours_of_other_patterns_become_some_of_theirs():
+  fmt = kernels.TernaryFormat(group=4, packing='3of4')
+  codes = np.array([[[0, 0, 0, 0, 1, -1, 1, 1, 0, 1, 0, -1]]], np.int8)
+  got = fmt.unpack(fmt.pack(codes), 12)
+  want = [0, 1, 1, 1, 0, -1, 1, 1, 0, 1, 1, -1]
+  np.testing.assert_array_equal(got[0, 0], want)
+
+
+def test_latent_fours_round_to_the_nearest_of_the_pattern():
+  fmt = kernels.TernaryFormat(group=4, packing='3of4')
+  latent = np.random.default_rng(0).uniform(-1.4, 1.4, (1, 50, 4))
+  got = np.asarray(fmt.round(latent.astype(np.float32)))
+  all_of_them = np.array(
+    [
+      np.insert(signs, zero, 0)
+      for zero in range(4)
+      for signs in np.array(np.meshgrid(*[[-1, 1]] * 3)).reshape(3, -1).T
+    ]
+  )
+  away = ((latent[0, :, None] - all_of_them) ** 2).sum(-1)
+  np.testing.assert_array_equal(got[0], all_of_them[away.argmin(-1)])
+
+
+def test_fours_divide_the_row():
+  fmt = kernels.TernaryFormat(group=2, packing='3of4')
+  with pytest.raises(errors.GroupSizeError, match='whole fours'):
+    fmt.scale_shape((1,), 6)
+  with pytest.raises(errors.RecipeError, match='tied'):
+    kernels.TernaryFormat(packing='3of4', planes=2, tied=True)
 
 
 def test_padding_holds_zero_codes():
@@ -115,6 +165,7 @@ def test_padding_holds_zero_codes():
     (kernels.TernaryFormat(group=128, planes=2), 640, 4.25),
     (kernels.TernaryFormat(group=128, packing='5trit'), 640, 1.725),
     (kernels.TernaryFormat(group=128, packing='5trit'), 2048, 1.75),
+    (kernels.TernaryFormat(group=128, packing='3of4'), 640, 1.375),
     (kernels.IntFormat(bits=8), 640, 8.025),
     (kernels.IntFormat(bits=4, group=32), 640, 4.5),
     (kernels.IntFormat(bits=3, group=128), 640, 3.125),

@@ -19,6 +19,7 @@ FORMATS = [
   kernels.TernaryFormat(group=48, planes=3),
   kernels.TernaryFormat(group=32, packing='5trit', planes=2),
   kernels.TernaryFormat(group=16, scale='ue5m3', planes=2),
+  kernels.TernaryFormat(group=32, packing='3of4', planes=2),
   kernels.TernaryFormat(group=8, scale='ue5m3', planes=2, tied=True),
   kernels.TernaryFormat(group=32, planes=3, tied=True),
   kernels.IntFormat(bits=8),

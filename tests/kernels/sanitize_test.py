@@ -17,13 +17,14 @@ import pytest
 )
 def test_no_memory_error():
   # One format of each layout, all sizes and instructions.
-  chosen = 'sizes or finite or (float64 and (5trit or Int or attend)) or fit'
+  some = '5trit or 3of4 or Int or attend or gemma3'
+  chosen = f'sizes or finite or fit or (float64 and ({some}))'
   run = subprocess.run(
     [
       *(sys.executable, '-m', 'tools.sanitize_kernels', '-q', '-s'),
       *(
         f'tests/kernels/{n}_test.py'
-        for n in ('cpu', 'gated', 'experts', 'attend')
+        for n in ('cpu', 'gated', 'experts', 'attend', 'block')
       ),
       *('-k', chosen),
     ],

@@ -25,6 +25,7 @@ SHAPES = {
 FORMATS = {
   'ternary 2bit, group 128': kernels.TernaryFormat(group=128),
   'ternary 5trit, group 128': kernels.TernaryFormat(group=128, packing='5trit'),
+  'ternary 3of4, group 128': kernels.TernaryFormat(group=128, packing='3of4'),
   'ternary 5trit, group 16, ue5m3': kernels.TernaryFormat(
     group=16, packing='5trit', scale='ue5m3'
   ),

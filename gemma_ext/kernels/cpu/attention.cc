@@ -40,8 +40,8 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
                   std::string_view named) {
   const auto shape = q.dimensions();
   const auto cache_shape = cache_k.dimensions();
-  GX_RETURN_IF(Check(shape.size() == 4, "q is not [B, T, N, H]"));
-  GX_RETURN_IF(Check(cache_shape.size() == 4, "a cache is not [B, S, K, H]"));
+  GX_CHECK(shape.size() == 4, "q is not [B, T, N, H]");
+  GX_CHECK(cache_shape.size() == 4, "a cache is not [B, S, K, H]");
   Attention a;
   a.batch = shape[0];
   a.tokens = shape[1];
@@ -50,31 +50,31 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
   a.slots = cache_shape[1];
   a.kv_heads = cache_shape[2];
   a.soft_cap = soft_cap;
-  GX_RETURN_IF(Check(a.kv_heads > 0 && a.heads % a.kv_heads == 0,
-                     Number("heads", a.heads) + " of q, " +
-                         Number("heads", a.kv_heads) + " of k"));
-  GX_RETURN_IF(Check(a.width >= 32 && a.width % 16 == 0,
-                     Number("width of a head", a.width)));
+  GX_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0,
+           Number("heads", a.heads) + " of q, " +
+               Number("heads", a.kv_heads) + " of k");
+  GX_CHECK(a.width >= 32 && a.width % 16 == 0,
+           Number("width of a head", a.width));
   for (ffi::AnyBuffer buffer : {k, v}) {
-    GX_RETURN_IF(Check(
+    GX_CHECK(
         HasShape(buffer, {a.batch, a.tokens, a.kv_heads, a.width}),
-        "k or v is not [B, T, K, H]"));
+        "k or v is not [B, T, K, H]");
   }
   for (ffi::AnyBuffer buffer : {cache_k, cache_v, *new_k, *new_v}) {
-    GX_RETURN_IF(Check(
+    GX_CHECK(
         HasShape(buffer, {a.batch, a.slots, a.kv_heads, a.width}),
-        "a cache is not [B, S, K, H]"));
-    GX_RETURN_IF(Check(buffer.element_type() == k.element_type(),
-                       "keys and caches are of different types"));
+        "a cache is not [B, S, K, H]");
+    GX_CHECK(buffer.element_type() == k.element_type(),
+                       "keys and caches are of different types");
   }
-  GX_RETURN_IF(Check(v.element_type() == k.element_type(),
-                     "keys and values are of different types"));
-  GX_RETURN_IF(Check(HasShape(*out, {a.batch, a.tokens, a.heads, a.width}),
-                     "the output is not [B, T, N, H]"));
-  GX_RETURN_IF(Check(HasShape(mask, {a.batch, a.tokens, a.slots}),
-                     "the mask is not [B, T, S]"));
-  GX_RETURN_IF(Check(start.element_count() == 1, "start is not one slot"));
-  GX_RETURN_IF(Check(a.tokens <= a.slots, "more tokens than slots"));
+  GX_CHECK(v.element_type() == k.element_type(),
+           "keys and values are of different types");
+  GX_CHECK(HasShape(*out, {a.batch, a.tokens, a.heads, a.width}),
+           "the output is not [B, T, N, H]");
+  GX_CHECK(HasShape(mask, {a.batch, a.tokens, a.slots}),
+           "the mask is not [B, T, S]");
+  GX_CHECK(start.element_count() == 1, "start is not one slot");
+  GX_CHECK(a.tokens <= a.slots, "more tokens than slots");
   if (a.batch == 0 || a.tokens == 0) return ffi::Error::Success();
   Floats fresh_k, fresh_v;
   GX_RETURN_IF(MakeFloats(q, &a.q));
@@ -85,7 +85,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
   GX_RETURN_IF(MakeFloats(*new_v, &a.v));
   const int64_t pairs = a.batch * a.kv_heads;
   const int64_t results = pairs * a.parts() * a.rows();
-  GX_RETURN_IF(Check(results < kMost / a.pitch(), "too many rows"));
+  GX_CHECK(results < kMost / a.pitch(), "too many rows");
   const Kernels* kernels;
   GX_RETURN_IF(Choose(named, &kernels));
   std::unique_ptr<float[]> memory(

@@ -13,7 +13,7 @@
 namespace gemma_ext {
 
 // Slots of a cache that one part of the work reads.
-inline constexpr int64_t kSlots = 256;
+inline constexpr int64_t kSlots = 256;  // at most
 
 struct Attention {
   int64_t batch = 0;
@@ -22,6 +22,7 @@ struct Attention {
   int64_t kv_heads = 0;
   int64_t width = 0;  // of a head, a multiple of 16
   int64_t slots = 0;
+  int64_t each = kSlots;  // slots of a part
   float soft_cap = 0;  // 0 for none
   Floats q;    // [batch, tokens, heads, width]
   Floats k;    // [batch, slots, kv_heads, width]
@@ -34,7 +35,7 @@ struct Attention {
   // Query heads of a key head, all tokens: rows that read the same keys.
   int64_t group() const { return heads / kv_heads; }
   int64_t rows() const { return tokens * group(); }
-  int64_t parts() const { return CeilDiv(slots, kSlots); }
+  int64_t parts() const { return CeilDiv(slots, each); }
   int64_t pitch() const { return width + 16; }
   float* result(int64_t pair, int64_t part, int64_t row) const {
     return partial + ((pair * parts() + part) * rows() + row) * pitch();

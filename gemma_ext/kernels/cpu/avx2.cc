@@ -44,6 +44,8 @@ const Kernels& Avx2() {
       .one_fits = nullptr,
       .quantize_one = nullptr,
       .one = nullptr,
+      .norm = avx2::Norm,
+      .rope = avx2::Rope,
       .gated_gelu = avx2::GatedGelu,
       .attend = avx2::Attend,
       .combine = avx2::CombineParts,

@@ -400,6 +400,8 @@ const Kernels& Avx512() {
       .one_fits = avx512::OneRowFits,
       .quantize_one = avx512::QuantizeOne,
       .one = avx512::One,
+      .norm = avx512::Norm,
+      .rope = avx512::Rope,
       .gated_gelu = avx512::GatedGelu,
       .attend = avx512::Attend,
       .combine = avx512::CombineParts,

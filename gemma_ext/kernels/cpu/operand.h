@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "weight.h"
 
@@ -122,7 +123,8 @@ class Operand {
         w_.layout == Layout::kFields || w_.layout == Layout::kTrits;
     row_.wide = wide;
     row_.spans = spans;
-    row_.fields = blocks ? w_.fields() : 1;
+    row_.quads = w_.layout == Layout::kQuads;
+    row_.fields = row_.quads ? 4 : blocks ? w_.fields() : 1;
     row_.registers = CeilDiv(w_.cols, 64 * row_.fields) * row_.fields;
     Take(row_.high, row_.registers * 64);
     Take(row_.low, row_.registers * 64);
@@ -133,35 +135,92 @@ class Operand {
     const int64_t size = CeilDiv(spans.blocks, 16) * 16;
     Take(row_.scale, size);
     Take(row_.sums, size);
+    // Of 32 blocks a window takes 20 or more, but for the last.
+    row_.windows =
+        width() < kBlock && !row_.quads ? 0 : spans.blocks / 16 + 1;
+    Take(row_.index, row_.windows ? row_.registers * 16 : 0);
+    Take(row_.window, row_.windows);
     if (at_ == nullptr) return;
     std::fill_n(row_.scale, size, 0.0f);
     std::fill_n(row_.sums, size, 0.0f);
   }
 
+  // Codes of a block.
+  int64_t width() const {
+    return row_.spans.fine ? w_.group : row_.spans.span;
+  }
+
   void Arrange() {
-    const Spans& s = row_.spans;
-    const int64_t width = s.fine ? w_.group : s.span;
-    for (int64_t half = 0; half < 2; ++half) {
-      int32_t* to = half ? row_.second : row_.first;
-      // Beyond the row the last block will do: there x is zero.
-      for (int64_t i = 0; i < row_.registers; ++i) {
-        const int64_t of = i / row_.fields * 2 + half;
-        const int64_t code =
-            (of * row_.fields + i % row_.fields) * kBlock;
-        to[i] = static_cast<int32_t>(std::min(code, w_.cols - kBlock) / width);
-      }
+    for (int64_t i = 0; i < row_.registers; ++i) {
+      row_.first[i] = BlockOf(i, 0);
+      row_.second[i] = BlockOf(i, row_.quads ? 15 : 8);
     }
     // Lanes hold four codes each; four lanes choose from as many scales.
     for (int32_t i = 0; i < 16; ++i) {
-      row_.spread[i] = static_cast<int32_t>(i % 8 * 4 / std::min(width, kBlock));
+      row_.spread[i] =
+          static_cast<int32_t>(i % 8 * 4 / std::min(width(), kBlock));
     }
-    if (width < kBlock) return;
-    for (int64_t i = 0; i + 1 < row_.registers; ++i) {
-      if (row_.first[i] == row_.first[i + 1] &&
-          row_.second[i] == row_.second[i + 1]) {
-        row_.first[i] = -1;
+    if (row_.windows == 0) return;
+    ArrangeWindows();
+    for (int64_t i = 0; i < row_.registers; ++i) {
+      if (GoesOn(i)) row_.first[i] = -1;
+    }
+  }
+
+  // The block of four codes. Beyond the row the last will do: there x is zero.
+  int32_t BlockOf(int64_t reg, int64_t lane) const {
+    const int64_t chunk = reg / row_.fields, field = reg % row_.fields;
+    const int64_t code =
+        row_.quads
+            ? chunk * 256 + lane * 16 + field * 4
+            : ((chunk * 2 + lane / 8) * row_.fields + field) * kBlock;
+    const int64_t last = w_.cols - (row_.quads ? 4 : kBlock);
+    return static_cast<int32_t>(static_cast<uint32_t>(std::min(code, last)) /
+                                static_cast<uint32_t>(width()));
+  }
+
+  // Whether the sums of a register go on in the next one.
+  bool GoesOn(int64_t i) const {
+    return i + 1 < row_.registers && row_.first[i] == row_.first[i + 1] &&
+           row_.second[i] == row_.second[i + 1];
+  }
+
+  void ArrangeWindows() {
+    const int64_t chunks = row_.registers / row_.fields;
+    const int64_t per_group = row_.spans.per_group;
+    int64_t own = 0, n = 0;
+    for (int64_t begin = 0; begin < chunks; ++n) {
+      Window& to = *new (row_.window + n) Window;
+      to.begin = begin;
+      to.first = row_.first[begin * row_.fields];
+      for (int64_t c = begin; c < chunks; ++c) {
+        const int64_t last = (c + 1) * row_.fields - 1;
+        if (row_.second[last] - to.first >= Window::kBlocks) break;
+        if (!GoesOn(last)) to.end = c + 1;
+      }
+      begin = to.end;
+      to.own = own;
+      own = row_.second[to.end * row_.fields - 1] + 1;
+      to.blocks = own - to.first;
+      to.group = to.first / per_group;
+      int32_t group = 0, within = static_cast<int32_t>(to.first % per_group);
+      for (int64_t b = 0; b < Window::kBlocks; ++b) {
+        to.groups[b] = group;
+        if (++within == per_group) {
+          within = 0;
+          ++group;
+        }
+      }
+      for (int64_t i = to.begin * row_.fields; i < to.end * row_.fields; ++i) {
+        const int32_t first = static_cast<int32_t>(to.first);
+        std::fill_n(row_.index + i * 16, 8, row_.first[i] - first);
+        std::fill_n(row_.index + i * 16 + 8, 8, row_.second[i] - first);
+        for (int64_t lane = 1; row_.quads && lane < 15; ++lane) {
+          row_.index[i * 16 + lane] = BlockOf(i, lane) - first;
+        }
       }
     }
+    row_.windows = n;
   }
 
   const Kernels& kernels_;

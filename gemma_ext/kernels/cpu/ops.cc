@@ -14,6 +14,7 @@
 #include <string_view>
 
 #include "ffi.h"
+#include "matmul.h"
 #include "operand.h"
 #include "parallel.h"
 #include "weight.h"
@@ -50,11 +51,8 @@ const Kernels& Best() {
   return kernels;
 }
 
-namespace {
-
-// Adds the rounding of x to a job; its rows are `pitch` apart, or `cols`.
 void AddQuantize(Operand& q, int64_t cols, Floats x, Job& job,
-                 int64_t pitch = 0) {
+                 int64_t pitch) {
   const int64_t n = q.n();
   if (pitch == 0) pitch = cols;
   // A few rows are not worth another thread.
@@ -66,7 +64,6 @@ void AddQuantize(Operand& q, int64_t cols, Floats x, Job& job,
   });
 }
 
-// Adds y = x W^T to a job, x rounded by then.
 void AddMatmul(const Operand& q, const Weight& w, Floats y, int64_t threads,
                Job& job) {
   const int64_t rows = RowsOfPart(w, q.unit(), threads);
@@ -75,19 +72,21 @@ void AddMatmul(const Operand& q, const Weight& w, Floats y, int64_t threads,
   });
 }
 
+namespace {
+
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
                   ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> y,
                   int64_t layout, int64_t bits, int64_t planes, int64_t tied,
                   int64_t ternary, int64_t group, int64_t wide,
                   std::string_view named) {
-  GX_RETURN_IF(Check(x.dimensions().size() == 2, "x is not [N, I]"));
-  GX_RETURN_IF(Check(y->dimensions().size() == 2, "y is not [N, O]"));
+  GX_CHECK(x.dimensions().size() == 2, "x is not [N, I]");
+  GX_CHECK(y->dimensions().size() == 2, "y is not [N, O]");
   const int64_t n = x.dimensions()[0], cols = x.dimensions()[1];
   Weight w;
   GX_RETURN_IF(MakeWeight(codes, scale, y->dimensions()[1], cols,
                           {layout, bits, planes, tied, ternary, group}, &w));
-  GX_RETURN_IF(Check(y->dimensions()[0] == n,
-                     Number("rows of x", n) + ", but y is another shape"));
+  GX_CHECK(y->dimensions()[0] == n,
+           Number("rows of x", n) + ", but y is another shape");
   Floats in, out;
   GX_RETURN_IF(MakeFloats(x, &in));
   GX_RETURN_IF(MakeFloats(*y, &out));
@@ -113,10 +112,10 @@ ffi::Error Gated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
                  ffi::Span<const int64_t> gate_format,
                  ffi::Span<const int64_t> down_format, int64_t hidden,
                  int64_t wide, std::string_view named) {
-  GX_RETURN_IF(Check(x.dimensions().size() == 2, "x is not [N, I]"));
-  GX_RETURN_IF(Check(y->dimensions().size() == 2, "y is not [N, O]"));
+  GX_CHECK(x.dimensions().size() == 2, "x is not [N, I]");
+  GX_CHECK(y->dimensions().size() == 2, "y is not [N, O]");
   const int64_t n = x.dimensions()[0], cols = x.dimensions()[1];
-  GX_RETURN_IF(Check(0 < hidden && hidden < kMost, Number("hidden", hidden)));
+  GX_CHECK(0 < hidden && hidden < kMost, Number("hidden", hidden));
   Description d[2];
   GX_RETURN_IF(Describe(gate_format, &d[0]));
   GX_RETURN_IF(Describe(down_format, &d[1]));
@@ -124,8 +123,8 @@ ffi::Error Gated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
   GX_RETURN_IF(MakeWeight(gate, gate_scale, 2 * hidden, cols, d[0], &up));
   GX_RETURN_IF(
       MakeWeight(down, down_scale, y->dimensions()[1], hidden, d[1], &out));
-  GX_RETURN_IF(Check(y->dimensions()[0] == n,
-                     Number("rows of x", n) + ", but y is another shape"));
+  GX_CHECK(y->dimensions()[0] == n,
+           Number("rows of x", n) + ", but y is another shape");
   Floats in, to;
   GX_RETURN_IF(MakeFloats(x, &in));
   GX_RETURN_IF(MakeFloats(*y, &to));
@@ -164,7 +163,7 @@ ffi::Error Read(ffi::ThreadPool pool, ffi::AnyBuffer x,
   constexpr int64_t kPart = 1 << 20, kLanes = 16;
   const int64_t bytes = static_cast<int64_t>(x.size_bytes());
   const int64_t parts = CeilDiv(bytes, kPart);
-  GX_RETURN_IF(Check(y->element_count() == 2, "y is not two words"));
+  GX_CHECK(y->element_count() == 2, "y is not two words");
   const char* data = static_cast<const char*>(x.untyped_data());
   std::atomic<uint64_t> total{0};
   auto job = std::make_shared<Job>();

@@ -27,6 +27,8 @@ const Kernels& Portable() {
       .one_fits = nullptr,
       .quantize_one = nullptr,
       .one = nullptr,
+      .norm = portable::Norm,
+      .rope = portable::Rope,
       .gated_gelu = portable::GatedGelu,
       .attend = portable::Attend,
       .combine = portable::CombineParts,

@@ -15,7 +15,13 @@
 
 namespace gemma_ext {
 
-enum class Layout : int64_t { kBytes = 0, kFields = 1, kTrits = 2, kStream = 3 };
+enum class Layout : int64_t {
+  kBytes = 0,
+  kFields = 1,
+  kTrits = 2,
+  kStream = 3,
+  kQuads = 4,  // of four codes one is 0, in 5 bits of a stream
+};
 
 // Bytes of a block of fields.
 inline constexpr int64_t kBlock = 32;
@@ -58,6 +64,8 @@ struct Weight {
         return cols;
       case Layout::kStream:
         return CeilDiv(cols, 8) * bits;
+      case Layout::kQuads:
+        return CeilDiv(cols, 32) * 5;
       default:
         return CeilDiv(cols, kBlock * fields()) * kBlock;
     }
@@ -113,6 +121,7 @@ struct Weight {
   bool Cuts(int64_t count) const {
     const int64_t block = layout == Layout::kBytes    ? 1
                           : layout == Layout::kStream ? 8
+                          : layout == Layout::kQuads  ? 32
                                                       : kBlock * fields();
     if (count == cols) return true;
     return count > 0 && cols % count == 0 && count % block == 0 &&
@@ -167,6 +176,21 @@ struct Spans {
   }
 };
 
+// The four codes of a quad of five bits, plus 1, the first in the lowest byte:
+// two bits say which is 0, three are the signs of the others.
+inline uint32_t OpenQuad(uint32_t quad) {
+  uint32_t codes = 0, signs = quad >> 2;
+  for (uint32_t i = 0; i < 4; ++i) {
+    uint32_t code = 1;
+    if (i != (quad & 3)) {
+      code = signs % 2 * 2;
+      signs /= 2;
+    }
+    codes |= code << (8 * i);
+  }
+  return codes;
+}
+
 // Memory of one thread, aligned to cache lines, that only grows.
 class Scratch {
  public:
@@ -211,11 +235,24 @@ struct Activations {
   float* scale = nullptr;       // [n, count]
 };
 
+// Chunks of codes whose products are scaled by at most 32 numbers.
+struct alignas(64) Window {
+  static constexpr int64_t kBlocks = 32;
+  float scale[kBlocks];       // of x
+  float sums[kBlocks];        // -offset * sums of a block, once in all windows
+  int32_t groups[kBlocks];    // of the weight, from `group` on
+  int64_t begin = 0, end = 0;  // chunks: registers over fields
+  int64_t first = 0, blocks = 0;
+  int64_t own = 0;  // blocks before it are those of an earlier window
+  int64_t group = 0;
+};
+
 // One row of x in the order in which registers of 64 codes leave a weight.
 struct OneRow {
   bool wide = true;
   Spans spans;
-  int64_t fields = 1;     // registers of two blocks, or of 64 codes
+  int64_t fields = 1;     // registers of two blocks, of 64 codes, or of quads
+  bool quads = false;     // of 256 codes, register k has quads k, k + 4, ...
   int64_t registers = 0;
   int8_t* high = nullptr;      // [registers, 64]
   int8_t* low = nullptr;       // [registers, 64]
@@ -226,6 +263,10 @@ struct OneRow {
   int32_t* spread = nullptr;   // [16]: which of the scales of a half
   float* scale = nullptr;      // [blocks], of x
   float* sums = nullptr;       // [blocks]: -offset * sums of a block
+  // With groups of 32 and more.
+  int32_t* index = nullptr;    // [registers, 16]: blocks of a window
+  Window* window = nullptr;    // [windows]
+  int64_t windows = 0;
 
   // Where 32 codes go; `i` is the first of them.
   int64_t Place(int64_t i) const {
@@ -267,6 +308,11 @@ struct Floats {
     return {static_cast<uint8_t*>(data) + i * (bf16 ? 2 : 4), bf16};
   }
 
+  float Load(int64_t i) const {
+    return bf16 ? FromBf16(static_cast<const uint16_t*>(data)[i])
+                : static_cast<const float*>(data)[i];
+  }
+
   void Store(int64_t i, float v) const {
     if (bf16) {
       static_cast<uint16_t*>(data)[i] = ToBf16(v);
@@ -299,6 +345,12 @@ struct Kernels {
   void (*one)(const Weight& w, const OneRow& x, int64_t begin, int64_t end,
               float* y);
 
+  // x / sqrt(mean(x^2) + 1e-6) * (more + scale); `to` may be x.
+  void (*norm)(Floats scale, float more, const float* x, int64_t size,
+               float* to);
+  // Turns the halves of x by the angles of sin and cos, times a factor.
+  void (*rope)(float* x, const float* sin, const float* cos, int64_t size,
+               float factor);
   // gate becomes gelu(gate) * up.
   void (*gated_gelu)(float* gate, const float* up, int64_t size);
   // A part of the cache for one sequence and key head; then a row of its sum.

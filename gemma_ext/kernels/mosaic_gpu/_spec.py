@@ -219,6 +219,8 @@ def most_rows(fmt: _formats.Format) -> int:
   group = fmt.group or BLOCK
   if isinstance(fmt, _formats.IntFormat) and fmt.bits not in (2, 4, 8):
     return 0
+  if isinstance(fmt, _formats.TernaryFormat) and fmt.packing == '3of4':
+    return 0
   if group % BLOCK and group not in (8, 16):
     return 0
   return COLUMNS // _columns(fmt)

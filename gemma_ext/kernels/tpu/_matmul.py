@@ -150,7 +150,7 @@ def _kernel(x, codes, scale, spread, out, *, fields, dtype):
 def _fields(fmt: _formats.Format) -> int:
   """Codes of a byte; 0 of a format that has none."""
   if isinstance(fmt, _formats.TernaryFormat):
-    return 4 if fmt.packing == '2bit' else 5
+    return {'2bit': 4, '5trit': 5}.get(fmt.packing, 0)
   return {8: 1, 4: 2, 2: 4}.get(fmt.bits, 0)
 
 
