@@ -29,8 +29,8 @@ from gemma_ext import train
 
 FEATURES, SLOTS, NEURONS, START = 16, 16, 16, 4
 # Regions of the three parts of the training, and steps of each.
-REGIONS, STEPS = (4, 12, 4), (1000, 2500, 2500)
-BATCH, WINDOW = 256, 50
+REGIONS, STEPS = (4, 12, 4), (600, 1500, 1500)
+BATCH, WINDOW = 256, 30
 # Of what the losses are the mean over, at the end of a part.
 TEST = 8192
 

@@ -146,14 +146,18 @@ def _layer(
 ) -> None:
   """Copies one layer, in place; no other is in memory twice."""
   method = mixture.method
-  want = {_moe.GATE: [2, 0, 0], _moe.DOWN: (mixture.size, mixture.features)}
-  want[_moe.GATE][axis], want[_moe.GATE][3 - axis] = want[_moe.DOWN]
+  neurons, features = mixture.size, mixture.features
+  want = {
+    _moe.GATE: (2, neurons, features) if axis == 1 else (2, features, neurons),
+    _moe.DOWN: (neurons, features),
+  }
   for name, shape in want.items():
-    got = np.shape(flat.get(f'{mixture.path}/{name}'))
-    if got != tuple(shape):
+    leaf = flat.get(f'{mixture.path}/{name}')
+    got = getattr(leaf, 'shape', None)
+    if got != shape:
       raise errors.ParamsMismatchError(
-        f'{mixture.path}/{name} must have shape {tuple(shape)}, got {got}. Are'
-        ' the parameters dense, and those of the model?'
+        f'{mixture.path}/{name} must have shape {shape}, got {got}. Are the'
+        ' parameters dense, and those of the model?'
       )
   names = [f'{mixture.path}/{name}' for name in (_moe.GATE, _moe.DOWN)]
   gate, down = (np.asarray(flat[name]) for name in names)
@@ -193,7 +197,6 @@ def _fresh(
     rows = np.moveaxis(matrix, along, 0)
     old = np.asarray(rows[some], np.float32)
     if old.size:
-      rows[some] = rng.normal(old.mean(), old.std(), old.shape).astype(
-        matrix.dtype
-      )
+      drawn = rng.normal(float(old.mean()), float(old.std()), old.shape)
+      rows[some] = np.asarray(drawn).astype(matrix.dtype)
   return gate, down

@@ -31,6 +31,8 @@ from gemma_ext.train import _division
 from gemma_ext.train import _routing
 
 BIRTH, DEATH = 'birth', 'death'
+# Share of the past in the usual gradient after a window of less.
+_FALL = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,9 @@ class Plasticity:
 
   Attributes:
     saturated: Pressure on an expert above which it is to divide. The pressure
-      is the geometric mean of its load, relative to the mean of the layer, and
-      of its gradient's norm, relative to the mean of the layer as it was in the
-      past. An expert like all others on a task that stays has 1.
+      is its load, relative to the mean of the layer, times the norm of its
+      gradient, relative to the mean of the layer as it was in the past. An
+      expert like all others on a task that stays has 1.
     relaxed: Pressure below which the count of its windows starts again.
     unused: Load relative to the mean below which it is to die.
     used: Load above which the count starts again.
@@ -51,13 +53,14 @@ class Plasticity:
     patience: Windows in a row that it takes.
     age: Windows that an expert lives before it divides or dies.
     pause: Windows between two births of a layer.
-    memory: Share of the past in the gradient that is usual, after a window.
+    memory: Share of the past in the gradient that is usual, after a window of
+      more; after one of less, half.
     least: Experts that a layer keeps.
     most: Experts that a layer has at most; all its slots by default.
   """
 
-  saturated: float = 1.5
-  relaxed: float = 1.25
+  saturated: float = 1.6
+  relaxed: float = 1.2
   unused: float = 0.1
   used: float = 0.2
   alike: float = 0.98
@@ -65,7 +68,7 @@ class Plasticity:
   patience: int = 3
   age: int = 5
   pause: int = 1
-  memory: float = 0.9
+  memory: float = 0.97
   least: int = 1
   most: int | None = None
 
@@ -182,7 +185,7 @@ def decide(
   gradient = np.where(live, seen.gradient, 0.0)
   mean = float(gradient.sum() / max(count, 1))
   usual = mean if history.usual is None else history.usual
-  pressure = np.sqrt(load * gradient / max(usual, 1e-30))
+  pressure = load * gradient / max(usual, 1e-30)
   age = np.where(live, history.age + 1, 0)
   busy = _count(
     history.busy,
@@ -252,12 +255,14 @@ def decide(
     for e in (parent, child):
       age[e] = busy[e] = idle[e] = 0
       twin[e] = twin[:, e] = 0
+  # The start of a training is no measure: what is lower is believed at once.
+  keep = settings.memory if mean > usual else min(settings.memory, _FALL)
   after = History(
     age=age,
     busy=busy,
     idle=idle,
     twin=twin,
-    usual=settings.memory * usual + (1 - settings.memory) * mean,
+    usual=keep * usual + (1 - keep) * mean,
     since=since,
   )
   return after, events

@@ -29,7 +29,7 @@ def _runner(model):
 
 @pytest.mark.parametrize(
   ('family', 'router', 'shared'),
-  [('gemma2', 'softmax', 1), ('gemma3n', 'sigmoid', 0), ('gemma4', 'norm', 1)],
+  [('gemma2', 'softmax', 1), ('gemma3', 'sigmoid', 0), ('gemma4', 'norm', 1)],
 )
 def test_copies_are_the_dense_model_whatever_is_chosen(family, router, shared):
   dense = tiny.model(family)
