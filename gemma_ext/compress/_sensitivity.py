@@ -33,8 +33,6 @@ _MAX_JSON_BYTES = 1 << 26
 # Of a table of embeddings, and the rows that their ends are multiples of.
 BANDS = 24
 _BAND_STEP = 1024
-# Of how weights are fitted; another one, and losses are measured again.
-_FIT = 2
 # Rows that are fitted of a weight, to tell what all of them cost.
 _SAMPLE = 2048
 
@@ -266,7 +264,7 @@ def fingerprint(
   for path in sorted(statistics.outputs):
     total = float(np.sum(statistics.outputs[path], dtype=np.float64))
     digest.update(f'{path} {total!r};'.encode())
-  digest.update(f'{_FIT};{bands};'.encode())
+  digest.update(f'{bands};'.encode())
   for method in candidates:
     digest.update(json.dumps(method.to_json()).encode())
   return digest.hexdigest()
