@@ -52,6 +52,8 @@ class Plasticity:
     unlike: Cosine below which the count starts again.
     patience: Windows in a row that it takes.
     age: Windows that an expert lives before it divides or dies.
+    adult: Windows that both of two live before they count as alike: those that
+      were one differ by nothing at first.
     pause: Windows between two births of a layer.
     memory: Share of the past in the gradient that is usual, after a window of
       more; after one of less, half.
@@ -59,14 +61,15 @@ class Plasticity:
     most: Experts that a layer has at most; all its slots by default.
   """
 
-  saturated: float = 1.6
-  relaxed: float = 1.2
+  saturated: float = 1.4
+  relaxed: float = 1.15
   unused: float = 0.1
   used: float = 0.2
   alike: float = 0.98
   unlike: float = 0.95
   patience: int = 3
   age: int = 5
+  adult: int = 20
   pause: int = 1
   memory: float = 0.97
   least: int = 1
@@ -85,7 +88,7 @@ class Plasticity:
           f'Plasticity needs {start} <= {low} <= {high} <= {stop}, got {a} and'
           f' {b}.'
         )
-    for name in ('patience', 'age', 'pause', 'least'):
+    for name in ('patience', 'age', 'adult', 'pause', 'least'):
       if type(value := getattr(self, name)) is not int or value < 1:
         raise errors.ConfigError(
           f'Plasticity.{name} must be an integer from 1, got {value!r}.'
@@ -199,7 +202,8 @@ def decide(
   )
   twin = np.zeros_like(history.twin)
   if seen.similarity is not None:
-    both = live[:, None] & live[None] & ~np.eye(len(live), dtype=bool)
+    adult = live & (age > settings.adult)
+    both = adult[:, None] & adult[None] & ~np.eye(len(live), dtype=bool)
     twin = _count(
       history.twin,
       both & (seen.similarity > settings.alike),

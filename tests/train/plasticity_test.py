@@ -96,10 +96,13 @@ def test_of_two_alike_the_one_with_less_load_dies():
 
 
 def test_counts_start_again_below_the_second_level():
-  # Every other window is quiet: never enough of them in a row.
-  gradient = lambda window: np.array([3.0 if window % 2 else 0.1, 1, 1, 0])
+  # Two windows of three are quiet: never enough of them in a row.
+  gradient = lambda window: np.array([0.9 if window % 3 else 3.0, 0.9, 0.9, 0])
   live = [1, 1, 1, 0]
-  assert not _windows([0.4, 0.3, 0.3, 0], gradient, count=100, live=live)
+  load = [1 / 3, 1 / 3, 1 / 3, 0]
+  assert not _windows(load, gradient, count=100, live=live)
+  steady = [3.0, 0.9, 0.9, 0]
+  assert _windows(load, steady, count=100, live=live)
 
 
 def test_numbers_are_bounded():
