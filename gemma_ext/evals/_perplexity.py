@@ -108,7 +108,37 @@ def _batch_nll(
   *,
   model: Any,
 ) -> jax.Array:
-  """Returns float32 [B, L]: each token's -log p given those before it.
+  """Returns float32 [B, L]: each token's -log p given those before it."""
+  return _scores(model, params, tokens, mask)[0]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def batch_scores(
+  params: Mapping[str, Any],
+  tokens: jax.Array,
+  mask: jax.Array,
+  *,
+  model: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Each token's -log p given those before it, and whether it is the likeliest.
+
+  Args:
+    params: Parameters of the model.
+    tokens: int32 [B, L].
+    mask: bool [B, L], the tokens that count.
+    model: The model.
+
+  Returns:
+    float32 [B, L], 0 where the mask is not; bool [B, L], true there.
+  """
+  nll, greedy = _scores(model, params, tokens, mask)
+  return nll, greedy | ~mask
+
+
+def _scores(
+  model: Any, params: Mapping[str, Any], tokens: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """As `batch_scores`.
 
   Padding is at the end, so no token that is scored attends to it.
   """
@@ -120,22 +150,22 @@ def _batch_nll(
   size = min(_CHUNK, batch * length)
   starts = jnp.arange(0, batch * length, size)
 
-  def chunk(start: jax.Array) -> jax.Array:
+  def chunk(start: jax.Array) -> tuple[jax.Array, jax.Array]:
     # `dynamic_slice` moves a start back that would pass the end, so the last
     # chunk may overlap the one before it. That is undone below.
     part = jax.lax.dynamic_slice_in_dim(flat, start, size)
     target = jax.lax.dynamic_slice_in_dim(targets, start, size)
     part = part.astype(jnp.float32)
     chosen = jnp.take_along_axis(part, target[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(part, axis=1) - chosen
+    nll = jax.nn.logsumexp(part, axis=1) - chosen
+    return nll, chosen >= part.max(axis=1)
 
-  parts = jax.lax.map(chunk, starts)  # [chunks, size]
   tail = batch * length - starts[-1]
-  nll = jnp.concatenate(
-    [
-      parts[:-1].reshape(-1),
-      jnp.roll(parts[-1], tail),
-    ]
-  )[: batch * length]
-  nll = jnp.roll(nll.reshape(batch, length), 1, axis=1)
-  return jnp.where(mask, nll, 0)
+
+  def joined(parts: jax.Array) -> jax.Array:  # [chunks, size]
+    last = jnp.roll(parts[-1], tail)
+    whole = jnp.concatenate([parts[:-1].reshape(-1), last])
+    return jnp.roll(whole[: batch * length].reshape(batch, length), 1, axis=1)
+
+  nll, greedy = map(joined, jax.lax.map(chunk, starts))
+  return jnp.where(mask, nll, 0), greedy

@@ -68,14 +68,14 @@ def at_once(
     max_out_length: Tokens of the text.
     rng: Key of the sampling.
   """
-  bucket = _bucket(inputs.length_with_mm)
+  padded = bucket(inputs.length_with_mm)
   return _prefill.prefill(
     model=model,
     params=params,
     input=inputs,
     last_state=None,
-    cache_length=_cache_length(max(bucket, room)),
-    pad_length=bucket,
+    cache_length=_cache_length(max(padded, room)),
+    pad_length=padded,
     max_out_length=max_out_length,
     rng=rng,
     sharding=None,
@@ -114,7 +114,7 @@ def in_pieces(
   )
   for start in range(0, length, PIECE):
     piece = tokens[start : start + PIECE]
-    padded = np.zeros((1, min(_bucket(len(piece)), PIECE)), tokens.dtype)
+    padded = np.zeros((1, min(bucket(len(piece)), PIECE)), tokens.dtype)
     padded[0, : len(piece)] = piece
     cache = _fill(model, params, cache, padded, jnp.asarray(start), total=total)
   return state_after(tokens, cache, max_out_length=max_out_length, rng=rng)
@@ -172,7 +172,12 @@ def _fill(
   return out.cache
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
+  """Returns the length that so many tokens are padded to.
+
+  Args:
+    length: At least 1.
+  """
   return max(_LEAST, 1 << (length - 1).bit_length())
 
 

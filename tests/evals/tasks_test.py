@@ -116,7 +116,7 @@ def test_batches_do_not_change_likelihoods(tmp_path, monkeypatch):
   ]
   items = _items(tmp_path, rows, evals.Choice)
   got = evals.multiple_choice(*checkpoint, items)
-  monkeypatch.setattr('gemma_ext.evals._choices._TOKENS', 1)
+  monkeypatch.setattr('gemma_ext.evals._likelihoods._TOKENS', 1)
   alone = evals.multiple_choice(*checkpoint, items)
   for a, b in zip(got.log_likelihoods, alone.log_likelihoods, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-3)

@@ -25,6 +25,7 @@ from gemma_ext import evals
 from gemma_ext import nn as gx_nn
 from gemma_ext.ckpts import _sample
 from tools.benchmarks import _suite
+from tools.benchmarks.peers import _jax_peers
 from tools.benchmarks.peers import _llama_cpp
 from tools.benchmarks.peers import _requantize
 
@@ -64,6 +65,15 @@ def load(spec: _suite.Model, tokenizer: Any) -> tuple[Loaded, Any]:
     return _load_gguf(spec), tokenizer
   if spec.kind == 'shape':
     return _shape(spec), tokenizer
+  if spec.peer:
+    found, model, params, nbytes = _jax_peers.load(spec.source, spec.peer)
+    sizes = evals.weight_sizes(found.model, found.params)
+    return Loaded(
+      nbytes=nbytes,
+      dense_bytes=sizes.dense_bf16_bytes,
+      model=model,
+      params=params,
+    ), found.tokenizer or tokenizer
   found = ckpts.load(spec.source, dtype=jnp.bfloat16)
   model, params = found.model, found.params
   if spec.recipe:
@@ -110,7 +120,10 @@ def _load_gguf(spec: _suite.Model) -> Loaded:
     _requantize.requantize(path, made, spec.quantize)
     path = made
   loaded = Loaded(
-    nbytes=path.stat().st_size, dense_bytes=0, peer=_llama_cpp.LlamaCpp(path)
+    # Without the vocabulary, which ours are counted without as well.
+    nbytes=_requantize.tensor_bytes(path),
+    dense_bytes=0,
+    peer=_llama_cpp.LlamaCpp(path),
   )
   # Open files outlive their names.
   if folder is not None:

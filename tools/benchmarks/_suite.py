@@ -8,6 +8,7 @@
         "dense": {"checkpoint": "gemma3-270m"},
         "int8": {"checkpoint": "gemma3-270m", "recipe": "int8"},
         "mine": {"checkpoint": "out/mine"},
+        "qwix": {"checkpoint": "gemma3-270m", "peer": "qwix int4 g32"},
         "llama.cpp Q4_0": {"gguf": "model.gguf", "quantize": "Q4_0 pure"},
         "27b": {"shape": "Gemma3_27B", "recipe": "tssn"}
       },
@@ -33,6 +34,7 @@ from typing import Any
 
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
+from tools.benchmarks.peers import _jax_peers
 from tools.benchmarks.peers import _requantize
 
 _MAX_BYTES = 1 << 20
@@ -68,6 +70,7 @@ class Model:
     source: Name or path of it.
     recipe: How it is compressed on the way; '' if it is not.
     quantize: Of a GGUF, the type it is quantised to first; '' for none.
+    peer: Of a checkpoint, who else quantises it; '' for nobody.
   """
 
   name: str
@@ -75,11 +78,12 @@ class Model:
   source: str
   recipe: str = ''
   quantize: str = ''
+  peer: str = ''
 
   def to_json(self) -> dict[str, str]:
     """Returns what makes the model, without its name."""
     fields = {self.kind: self.source}
-    for key in ('recipe', 'quantize'):
+    for key in ('recipe', 'quantize', 'peer'):
       if value := getattr(self, key):
         fields[key] = value
     return fields
@@ -159,7 +163,7 @@ def read(path: str | pathlib.Path) -> Suite:
 
 def _model(name: str, spec: Any, path: pathlib.Path) -> Model:
   where = f'{path}: model {name!r}'
-  known = {*_MODEL_KINDS, 'recipe', 'quantize'}
+  known = {*_MODEL_KINDS, 'recipe', 'quantize', 'peer'}
   if not isinstance(spec, dict) or not set(spec) <= known:
     raise errors.ConfigError(f'{where}: expected some of {sorted(known)}.')
   kinds = [kind for kind in _MODEL_KINDS if kind in spec]
@@ -174,6 +178,12 @@ def _model(name: str, spec: Any, path: pathlib.Path) -> Model:
     raise errors.ConfigError(f"{where}: 'recipe' is not for a 'gguf'.")
   if 'quantize' in spec:
     _requantize.parse(spec['quantize'])
+  if 'peer' in spec:
+    if kind != 'checkpoint' or 'recipe' in spec:
+      raise errors.ConfigError(
+        f"{where}: 'peer' is for a 'checkpoint' without a recipe."
+      )
+    _jax_peers.check(spec['peer'])
   source = spec[kind]
   if kind != 'shape' and (path.parent / source).exists():
     source = str(path.parent / source)
@@ -188,6 +198,7 @@ def _model(name: str, spec: Any, path: pathlib.Path) -> Model:
     source=source,
     recipe=recipe,
     quantize=spec.get('quantize', ''),
+    peer=spec.get('peer', ''),
   )
 
 

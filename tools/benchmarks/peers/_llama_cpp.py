@@ -81,7 +81,7 @@ class LlamaCpp:
       OptionalDependencyError: If `xllamacpp` is missing or exports too little.
       CheckpointError: If llama.cpp rejects the file.
     """
-    self._lib = _library()
+    self._lib = library()
     self._lib.llama_backend_init()
     self._model = self._lib.llama_model_load_from_file(
       os.fspath(path).encode(), self._lib.llama_model_default_params()
@@ -173,8 +173,12 @@ def _silent(level: int, text: bytes, user: Any) -> None:
   del level, text, user
 
 
-def _library() -> Any:
-  """Returns the library with its signatures set."""
+def library() -> Any:
+  """Returns the library with its signatures set.
+
+  Raises:
+    OptionalDependencyError: If it is missing or exports too little.
+  """
   try:
     # pylint: disable-next=g-import-not-at-top
     from xllamacpp import xllamacpp
@@ -183,10 +187,10 @@ def _library() -> Any:
       'This comparison needs llama.cpp: pip install "gemma_ext[peers]" (or'
       ' pip install xllamacpp).'
     ) from e
-  library = ctypes.CDLL(xllamacpp.__file__)
+  found = ctypes.CDLL(xllamacpp.__file__)
   for name, (result, arguments) in _SIGNATURES.items():
     try:
-      function = getattr(library, name)
+      function = getattr(found, name)
     except AttributeError as e:
       raise errors.OptionalDependencyError(
         f'The installed xllamacpp does not export {name}; version'
@@ -194,5 +198,5 @@ def _library() -> Any:
       ) from e
     function.restype = result
     function.argtypes = arguments
-  library.llama_log_set(_silent, None)
-  return library
+  found.llama_log_set(_silent, None)
+  return found
