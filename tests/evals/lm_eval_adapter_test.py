@@ -32,7 +32,7 @@ def found(tmp_path_factory):
     params=tiny.params(model),
     tokenizer=tiny.tokenizer(3),
   )
-  return ckpts.load(path, dtype=jnp.bfloat16)
+  return ckpts.load(path, dtype=jnp.float32)
 
 
 def _requests(*args):

@@ -186,7 +186,7 @@ def _model(name: str, spec: Any, path: pathlib.Path) -> Model:
     _jax_peers.check(spec['peer'])
   source = spec[kind]
   if kind != 'shape' and (path.parent / source).exists():
-    source = str(path.parent / source)
+    source = str((path.parent / source).resolve())
   recipe = spec.get('recipe', '')
   if recipe and (path.parent / recipe).is_file():
     recipe = str(path.parent / recipe)
