@@ -25,7 +25,6 @@ import numpy as np
 from orbax import checkpoint as ocp
 
 from gemma_ext import errors
-from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.ckpts import _assemble
@@ -98,8 +97,6 @@ def load(
   check_finite(params, path)
   if dtype is not None and jnp.dtype(dtype) != saved_dtype:
     params = _cast_dense(params, dtype)
-  if recipe is not None:
-    params = kernels.side_by_side(params)
   return _checkpoint.Checkpoint(
     model=model,
     params=params,

@@ -70,7 +70,12 @@ def test_gradients_are_those_of_the_dense_weight(fmt, chunk):
   assert packed_weights.relative(ds, want) < 1e-6
 
 
-@pytest.mark.parametrize('fmt', packed_weights.FORMATS, ids=str)
+@pytest.mark.parametrize(
+  'fmt',
+  # One zero in four is more than rounding, see formats_test.
+  [f for f in packed_weights.FORMATS if getattr(f, 'packing', '') != '3of4'],
+  ids=str,
+)
 def test_latent_codes_round_and_pass_gradients_straight(fmt):
   lo, hi = fmt.code_range
   shape = fmt.latent_shape((5,), COLS)

@@ -261,7 +261,7 @@ def test_tiles_fill_the_device():
     (dict(x=(1, 128, jnp.float32)), 'bfloat16'),
     (dict(fmt=Int(bits=3, group=128)), 'not supported'),
     (dict(fmt=Ternary(group=4)), 'not supported'),
-    (dict(x=(33, 128, jnp.bfloat16), fmt=Ternary(planes=2)), 'planes'),
+    (dict(x=(33, 128, jnp.bfloat16), fmt=Ternary(planes=2)), 'too small'),
   ],
 )
 def test_why_not(change, reason):

@@ -19,6 +19,7 @@ FORMATS = [
   fmt
   for fmt in packed_weights.FORMATS
   if getattr(fmt, 'bits', 8) not in _STREAMS
+  and getattr(fmt, 'packing', '') != '3of4'
 ]
 
 
