@@ -30,7 +30,8 @@ demo: $(STAMP)  ## The real Gemma 3 270M, compressed and measured.
 	$(RUN) tools.demo
 
 # A process for each core, up to four: each of them holds JAX and TensorFlow.
-# A file's tests stay together, for the fixtures that they share.
+# A file's tests stay together, for the fixtures that they share; the order of
+# files is that of tests/conftest.py, the longest first.
 #
 # Lint, types and tests run in this order also under `make -j`; the closing
 # lines of pytest come last.
@@ -39,7 +40,7 @@ test: $(STAMP)  ## Lint, types, all tests, coverage.
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(RUN) pytest -q --durations=15 \
-	  -n auto --maxprocesses=4 --dist loadfile \
+	  -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder \
 	  --cov=gemma_ext --cov-report=term --cov-fail-under=85 $(PYTEST_ARGS)
 
 .PHONY: lint
