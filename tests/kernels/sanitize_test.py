@@ -16,9 +16,13 @@ import pytest
   reason='needs cmake, a C++ compiler and LD_PRELOAD',
 )
 def test_no_memory_error():
-  # One format of each layout, all sizes and instructions.
+  # One format of each layout, all sizes and instructions; of the layouts that
+  # several formats share, those with groups of 128 and 1024 are left out.
   some = '5trit or 3of4 or Int or attend or gemma3'
-  chosen = f'sizes or finite or fit or (float64 and ({some}))'
+  chosen = (
+    f'(sizes or finite or fit or (float64 and ({some})))'
+    ' and not xla and not 1024 and not 128'
+  )
   run = subprocess.run(
     [
       *(sys.executable, '-m', 'tools.sanitize_kernels', '-q', '-s'),
