@@ -251,7 +251,7 @@ class _Interceptor:
         )
       return self._attention(next_fun, module, **call.kwargs)
     if method == '__call__' and self.mixtures:
-      mixture = self.mixtures.get('/'.join(module.path[self.depth :]))
+      mixture = self._mixture_of(module)
       # The einsums of a feed-forward layer share its path.
       if mixture is not None and not isinstance(module, _sites.EINSUMS):
         return self._mixture(next_fun, module, mixture, *args, **kwargs)
@@ -304,6 +304,8 @@ class _Interceptor:
       module.is_initializing()
       or not _fused.may_fuse()
       or not _fused.block_fits(module, call.x, call.cache)
+      # A router has to be asked, between the norm and the layer.
+      or self._mixture_of(module.mlp) is not None
     ):
       return None
     attn, mlp = module.attn, module.mlp
@@ -333,6 +335,10 @@ class _Interceptor:
     ):
       return _fused.attention(module, **kwargs)
     return official(**kwargs)
+
+  def _mixture_of(self, module):
+    """What a module is to be, if it is a mixture."""
+    return self.mixtures.get('/'.join(module.path[self.depth :]))
 
   def _mixture(self, official, module, mixture, x):
     """A feed-forward layer that is a mixture."""

@@ -332,3 +332,40 @@ def test_few_tokens_read_only_their_experts(monkeypatch):
   jax.clear_caches()
   assert len(seen) == 3 and seen[0]['shared'] == 2
   np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
+
+
+@pytest.mark.skipif(
+  _cpu.library() is None, reason='the C++ library was not built'
+)
+def test_decoding_with_a_cache_asks_the_router(monkeypatch):
+  weights = gx.Int(bits=8, group=32)
+  recipe = gx.Recipe.of(
+    {
+      r'layer_\d+/mlp': gx.MoE(num_experts=8, top_k=2, weights=weights),
+      '.*': weights,
+    }
+  )
+  dense = tiny.model('gemma3', dtype=jnp.float32)
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
+  params = gx.compress(
+    dense, tiny.params(dense), recipe, calibration=tokens_of()
+  )
+  config = dense.config
+  tokens = tokens_of(1, 3)
+
+  def decode():
+    cache = config.init_cache(batch_size=1, dtype=jnp.float32, cache_length=8)
+    return model.apply(
+      {'params': params},
+      tokens=jnp.asarray(tokens),
+      positions=jnp.arange(3)[None],
+      attention_mask=jnp.tril(jnp.ones((1, 3, 8), bool)),
+      cache=cache,
+    ).logits
+
+  want = np.asarray(decode())
+  monkeypatch.setenv('GEMMA_EXT_BACKEND', 'cpu')
+  jax.clear_caches()
+  got = np.asarray(decode())
+  jax.clear_caches()
+  np.testing.assert_allclose(got, want, atol=5e-3 * np.abs(want).max())
