@@ -290,3 +290,17 @@ def tokenizer(version: int | str = 3) -> gm.text.Tokenizer:
     4: gm.text.Gemma4Tokenizer,
   }[version]
   return cls(path=str(path))
+
+
+def folder(path: pathlib.Path, *, texts: int, words: int = 400) -> pathlib.Path:
+  """Fills a folder: `dense`, a tiny Gemma 3, and `text_0.txt` and so on."""
+  dense = model('gemma3')
+  ckpts.save(
+    path / 'dense', model=dense, params=params(dense), tokenizer=tokenizer(3)
+  )
+  rng = np.random.default_rng(0)
+  known = 'the river flows city was founded in France capital of a set'.split()
+  for i in range(texts):
+    text = ' '.join(rng.choice(known, words))
+    (path / f'text_{i}.txt').write_text(text)
+  return path

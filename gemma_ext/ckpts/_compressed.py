@@ -25,6 +25,7 @@ import numpy as np
 from orbax import checkpoint as ocp
 
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.ckpts import _assemble
@@ -38,6 +39,8 @@ PARAMS_NAME = 'params'
 TOKENIZER_NAME = 'tokenizer.model'
 
 _BLOCK = 1 << 22
+# Leaves of a packed weight.
+_PACKED = {'codes', 'scale'}
 _FLOATS = ('bfloat16', 'float16', 'float32')
 
 
@@ -165,7 +168,8 @@ def folder_bytes(folder: pathlib.Path) -> int:
 
 
 def _leaf_bytes(leaf: Mapping[str, Any]) -> int:
-  return math.prod(leaf['shape']) * jnp.dtype(leaf['dtype']).itemsize
+  shape, dtype = _shape_and_type(leaf)
+  return math.prod(shape) * dtype.itemsize
 
 
 def _check_layers(
@@ -216,10 +220,13 @@ def _restore(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, Any]:
     with ocp.Checkpointer(handler()) as checkpointer:
       _check_stored(checkpointer.metadata(folder), spec, folder)
     store = _store.Store(folder)
+    packed = _room_for_packed(spec)
     # The largest first: what reading it takes is free again for the others.
     for name in sorted(spec, key=lambda n: -_leaf_bytes(spec[n])):
-      leaf = spec[name]
-      array = store.read(name, tuple(leaf['shape']), leaf['dtype'])
+      array = packed.pop(name, None)
+      if array is None:
+        array = _assemble.aligned_empty(*_shape_and_type(spec[name]))
+      store.read(name, array)
       *parents, last = name.split('/')
       branch = params
       for key in parents:
@@ -233,6 +240,22 @@ def _restore(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, Any]:
       f'{folder}: the parameters cannot be read: {e!s:.500}'
     ) from e
   return params
+
+
+def _room_for_packed(spec: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Memory for packed weights, in the order that a CPU will read them in."""
+  if jax.local_devices()[0].platform != 'cpu':
+    return {}
+  # Others may be cast, and their memory is to be free then.
+  names = [n for n in spec if n.rpartition('/')[2] in _PACKED]
+  arrays = kernels.empty_side_by_side(_shape_and_type(spec[n]) for n in names)
+  return dict(zip(names, arrays, strict=True))
+
+
+def _shape_and_type(
+  leaf: Mapping[str, Any],
+) -> tuple[tuple[int, ...], np.dtype]:
+  return tuple(leaf['shape']), np.dtype(leaf['dtype'])
 
 
 def _check_stored(
@@ -273,7 +296,7 @@ def _cast_dense(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
   out: dict[str, Any] = {}
   for key, value in params.items():
     if isinstance(value, Mapping):
-      packed = set(value) == {'codes', 'scale'}
+      packed = set(value) == _PACKED
       out[key] = dict(value) if packed else _cast_dense(value, dtype)
     elif jnp.issubdtype(value.dtype, jnp.floating):
       out[key] = value.astype(dtype)

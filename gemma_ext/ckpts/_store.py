@@ -4,7 +4,7 @@
 
 Orbax itself restores a tree at once and copies each array twice on its way to
 JAX, so that loading needs almost twice the memory of the result. Here one
-array is read at a time, in blocks, into the buffer that JAX takes over.
+array is read at a time, in blocks, into the memory that JAX takes over.
 
 The layout is the one that orbax documents for OCDBT: one key-value store per
 directory, in it a Zarr 2 array per leaf, named by its keys joined by '.'.
@@ -12,13 +12,11 @@ directory, in it a Zarr 2 array per leaf, named by its keys joined by '.'.
 
 import math
 import os
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from gemma_ext import errors
-from gemma_ext.ckpts import _assemble
 
 _BLOCK_BYTES = 2 << 20
 _INDEX_BYTES = 4 << 20
@@ -41,22 +39,17 @@ class Store:
     }
     self._keys = ts.KvStore.open(self._spec, context=self._context).result()
 
-  def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Reads an array, in memory that XLA on CPU can take over as it is.
+  def read(self, name: str, out: np.ndarray) -> None:
+    """Reads an array.
 
     Args:
       name: Its path, such as 'layer_0/mlp/linear'.
-      shape: The shape it must have.
-      dtype: The type it must have.
-
-    Returns:
-      The array.
+      out: Takes it, has its shape and its type, and is contiguous.
 
     Raises:
       ParamsMismatchError: If it has another shape or type.
       TruncatedFileError: If its numbers are missing or incomplete.
     """
-    dtype = np.dtype(dtype)
     key = name.replace('/', '.')
     source = ts.open(
       {
@@ -68,18 +61,16 @@ class Store:
       read=True,
       context=self._context,
     ).result()
-    if source.shape != shape or source.dtype.numpy_dtype != dtype:
+    if source.shape != out.shape or source.dtype.numpy_dtype != out.dtype:
       raise errors.ParamsMismatchError(
         f'{name} is stored as {source.dtype.name}{list(source.shape)};'
-        f' expected {dtype.name}{list(shape)}.'
+        f' expected {out.dtype.name}{list(out.shape)}.'
       )
-    out = _assemble.aligned_empty(shape, dtype)
     if _is_plain(source):
-      chunk = '.'.join('0' * len(shape)) or '0'
+      chunk = '.'.join('0' * out.ndim) or '0'
       self._read_bytes(f'{key}/{chunk}', out)
     else:
       ts.array(out, context=self._context).write(source).result()
-    return out
 
   def _read_bytes(self, key: str, out: np.ndarray) -> None:
     """Fills `out` with the value of `key`, block by block."""

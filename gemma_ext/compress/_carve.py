@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -141,9 +140,7 @@ def weights_of(
   """Gate and up `[2, H, D]` and down `[H, D]` of a layer, float32."""
   down = np.asarray(flat[f'{path}/{_moe.DOWN}'], np.float32)
   gate = np.asarray(flat[f'{path}/{_moe.GATE}'], np.float32)
-  if gate.shape[1:] != down.shape:
-    gate = np.swapaxes(gate, 1, 2)
-  return gate, down
+  return _moe.rows_of_neurons(gate, down), down
 
 
 def carve_layer(
@@ -170,12 +167,8 @@ def carve_layer(
   if mixture.method.router == 'gate':
     up = np.asarray(x[:_GROUP_TOKENS] @ gate[1].T)
     norms = norms * np.sqrt(np.square(up).mean(axis=0))
-  busy = (
-    few
-    >= -np.partition(-few, int(_BUSY * mixture.hidden), axis=1)[
-      :, int(_BUSY * mixture.hidden), None
-    ]
-  )
+  place = int(_BUSY * mixture.hidden)
+  busy = few >= -np.partition(-few, place, axis=1)[:, place, None]
   rate = busy.mean(axis=0)
   # Ties by what a neuron contributes on the whole.
   by_rate = np.lexsort((-np.square(few).mean(axis=0), -rate))
@@ -356,7 +349,7 @@ def _recorder(model: nn.Module, paths: frozenset[str]) -> Any:
       module.sow(_COLLECTION, 'x', args[0], reduce_fn=lambda _, x: x)
     return next_fun(*args, **kwargs)
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def step(params, tokens):
     with nn.intercept_methods(record):
       _, state = probe.apply({'params': params}, tokens, mutable=[_COLLECTION])

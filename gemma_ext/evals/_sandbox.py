@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 from gemma_ext import errors
 
@@ -25,6 +26,8 @@ _MEMORY = 1 << 30
 _FILE = 1 << 20
 _PROCESSES = 64
 _OUTPUT = 1 << 16
+# Python itself takes its time to begin on a busy machine.
+_START_SECONDS = 60.0
 
 # Runs before the program, in its process.
 _CONFINE = """
@@ -65,7 +68,7 @@ def run(program: str, *, seconds: float = 10.0) -> Outcome:
 
   Args:
     program: Its source.
-    seconds: Of wall time, and of processor time.
+    seconds: Of wall time from its first line on, and of processor time.
 
   Raises:
     BackendError: If this system cannot confine it. It is not run then.
@@ -86,6 +89,7 @@ def run(program: str, *, seconds: float = 10.0) -> Outcome:
         start_new_session=True,
       )
       try:
+        _await_start(process, log.name)
         status: int | None = process.wait(seconds)
       except subprocess.TimeoutExpired:
         status = None
@@ -107,6 +111,17 @@ def run(program: str, *, seconds: float = 10.0) -> Outcome:
     return Outcome(ok=False, why=f'took more than {seconds:g} s')
   lines = said.strip().splitlines()
   return Outcome(ok=status == 0, why='' if status == 0 else lines[-1][:300])
+
+
+def _await_start(process: subprocess.Popen, log: str) -> None:
+  """Waits until the program begins, or cannot."""
+  latest = time.monotonic() + _START_SECONDS
+  while (
+    not os.path.getsize(log)
+    and process.poll() is None
+    and time.monotonic() < latest
+  ):
+    time.sleep(0.002)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from gemma_ext.kernels._formats import IntFormat
 from gemma_ext.kernels._formats import TernaryFormat
 from gemma_ext.kernels._gated import gated_ffn
 from gemma_ext.kernels._matmul import matmul
+from gemma_ext.kernels._memory import empty_side_by_side
 from gemma_ext.kernels._memory import side_by_side
 from gemma_ext.kernels._params import first
 from gemma_ext.kernels._params import random_codes

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where weights lie in the memory of a CPU."""
 
+from collections.abc import Iterable
 import math
 from typing import Any
 
@@ -30,24 +31,44 @@ def side_by_side(tree: Any) -> Any:
   """
   leaves, structure = jax.tree.flatten(tree)
   moves = [i for i, leaf in enumerate(leaves) if _movable(leaf)]
-  places, end = [], 0
-  for i in moves:
-    places.append(end)
-    end += -(-leaves[i].nbytes // _ALIGN) * _ALIGN
-  if end < _LEAST:
+  if sum(leaves[i].nbytes for i in moves) < _LEAST:
     return tree
+  views = empty_side_by_side(
+    [(leaves[i].shape, leaves[i].dtype) for i in moves]
+  )
+  for i, view in zip(moves, views, strict=True):
+    np.copyto(view, np.asarray(leaves[i]))
+    leaves[i] = jax.device_put(view, leaves[i].sharding)
+  return jax.tree.unflatten(structure, leaves)
+
+
+def empty_side_by_side(
+  specs: Iterable[tuple[tuple[int, ...], Any]],
+) -> list[np.ndarray]:
+  """Arrays side by side in large pages, which hold nothing yet.
+
+  `jax.device_put(array, may_alias=True)` takes them on a CPU as they are.
+
+  Args:
+    specs: Shape and type of each.
+
+  Returns:
+    The arrays, in this order. Their memory is one piece: it is free again when
+    the last of them is.
+  """
+  places, end = [], 0
+  for shape, dtype in specs:
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    places.append((end, size, shape, dtype))
+    end += -(-size // _ALIGN) * _ALIGN
   # Zeros would come from pages that nothing has asked to be large.
   memory = np.empty(end + _PAGE, np.uint8)
   first = -memory.ctypes.data % _PAGE
-  for i, place in zip(moves, places, strict=True):
-    leaf = leaves[i]
-    begin = first + place
-    view = memory[begin : begin + leaf.nbytes].view(leaf.dtype)
-    view = view.reshape(leaf.shape)
-    np.copyto(view, np.asarray(leaf))
-    leaves[i] = jax.device_put(view, leaf.sharding)
-    del leaf
-  return jax.tree.unflatten(structure, leaves)
+  return [
+    memory[first + place : first + place + size].view(dtype).reshape(shape)
+    for place, size, shape, dtype in places
+  ]
 
 
 def _movable(leaf: Any) -> bool:

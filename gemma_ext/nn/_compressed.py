@@ -350,24 +350,22 @@ class _Interceptor:
         if self.offload is not None:
           path = '/'.join(module.path[self.depth :])
           return self.offload(module, path, mixture, x, mask.experts(x))
-        if self._experts_run(module, mixture, x):
-          gate, down = (
-            self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)
-          )
-          return _fused.experts(mixture, x, mask.experts(x), gate, down)
+        weights = self._experts_alone(module, mixture, x)
+        if weights is not None:
+          return _fused.experts(mixture, x, mask.experts(x), *weights)
         mask.choose(x, x.dtype)
       return official(x)
     finally:
       self.masks.pop()
 
-  def _experts_run(self, module, mixture, x) -> bool:
-    """Whether only the chosen experts' weights are to be read."""
+  def _experts_alone(self, module, mixture, x):
+    """Packed weights of which only the chosen experts' are to be read."""
     if module.is_initializing() or not _fused.may_fuse():
-      return False
+      return None
     weights = [self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)]
-    return all(w is not None for w in weights) and _fused.experts_fit(
-      mixture, x, *weights
-    )
+    if None in weights or not _fused.experts_fit(mixture, x, *weights):
+      return None
+    return weights
 
   def _feed_forward(self, official, module, x):
     """A feed-forward layer, likewise."""

@@ -79,12 +79,8 @@ class Choice:
   weight: jax.Array
   logits: jax.Array
 
-  def gates(self, neurons: int = 1) -> jax.Array:
-    """Weights of all experts, each for so many neurons: `[..., E * neurons]`.
-
-    Args:
-      neurons: Neurons of an expert.
-    """
+  def gates(self) -> jax.Array:
+    """Weights of all experts, 0 of those that are not chosen: `[..., E]`."""
     count = self.logits.shape[-1]
     lead = self.chosen.shape[:-1]
     chosen = self.chosen.reshape(-1, self.chosen.shape[-1])
@@ -94,8 +90,7 @@ class Choice:
     gates = gates.at[rows, jnp.where(chosen < 0, count, chosen)].add(
       self.weight.reshape(chosen.shape)
     )
-    gates = gates[:, :count].reshape(*lead, count)
-    return jnp.repeat(gates, neurons, axis=-1)
+    return gates[:, :count].reshape(*lead, count)
 
 
 def mixtures(
@@ -141,6 +136,16 @@ def mixtures(
       path=place, method=method, features=features, hidden=hidden
     )
   return found
+
+
+def rows_of_neurons(gate: Any, down: Any) -> Any:
+  """Gate and up with a row for every neuron, `[2, H, D]`.
+
+  Args:
+    gate: As the model has it, `[2, H, D]` or `[2, D, H]`.
+    down: `[H, D]`.
+  """
+  return gate if gate.shape[1:] == down.shape else gate.swapaxes(1, 2)
 
 
 def stored(mixture: Mixture, name: str) -> recipe_lib.Method:

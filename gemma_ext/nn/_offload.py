@@ -92,8 +92,11 @@ class HostExperts:
     with self._lock:
       for e in np.unique(np.asarray(experts)):
         key = int(place), int(e)
-        if e < 0 or key in self._staged or len(self._staged) >= _STAGED:
+        if e < 0 or key in self._staged:
           continue
+        if len(self._staged) >= _STAGED:
+          # The oldest was read in vain, or nothing would be read ahead again.
+          self._staged.pop(next(iter(self._staged))).cancel()
         self.announced += 1
         self._staged[key] = self._pool.submit(self._read, *key)
 
@@ -105,11 +108,6 @@ class HostExperts:
       self.fetched += 1
       self.read_ahead += ahead is not None
     return self._read(*key) if ahead is None else ahead.result()
-
-  def forget(self) -> None:
-    """Drops what was read ahead in vain."""
-    with self._lock:
-      self._staged.clear()
 
   def place_of(self, path: str) -> int:
     """Number of a layer."""
@@ -124,21 +122,19 @@ class Offloaded(_compressed.Compressed):
   """A compressed model whose experts are outside of the device.
 
   Its parameters have no experts, see `offload`; `apply` takes and returns the
-  collection 'experts', see `slots_of_experts`.
+  collection 'experts', which `offload` returns empty.
 
   Attributes:
     store: The experts.
-    slots: Experts of a layer on the device.
   """
 
   store: Any = None
-  slots: int = 8
 
   def _intercept(self):
     return _compressed.packed_weights(
       _compressed.methods_of(self.model, self.recipe),
       mixtures=_compressed.mixtures_of(self.model, self.recipe),
-      offload=functools.partial(_run, self.store, self.slots),
+      offload=functools.partial(_run, self.store),
       dtype=self.model.dtype,
       depth=len(self.path),
     )
@@ -195,7 +191,7 @@ def offload(
   # Of two models only what is in the config tells their traces apart.
   stamped = _config.stamp(model.model, f' offload {next(_ids)}')
   made = Offloaded(
-    model=stamped, recipe=model.recipe, store=HostExperts(layers), slots=slots
+    model=stamped, recipe=model.recipe, store=HostExperts(layers)
   )
   return (
     made,
@@ -224,8 +220,7 @@ def _layer(mixture, path, methods, flat, directory) -> _Layer:
   names = [f'{path}/{name}' for name in (_moe.GATE, _moe.DOWN)]
   if names[0] not in methods:
     both, out = (np.asarray(flat.pop(name)) for name in names)
-    if both.shape[1:] != out.shape:
-      both = np.swapaxes(both, 1, 2)
+    both = _moe.rows_of_neurons(both, out)
     both = both.reshape(2, count, size, -1).swapaxes(0, 1)
     arrays = [both, out.reshape(count, size, -1)]
     formats = None
@@ -296,7 +291,7 @@ def _empty(store: HostExperts, slots: int) -> dict[str, Any]:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def _run(store, slots, module, path, mixture, x, choice) -> jax.Array:
+def _run(store, module, path, mixture, x, choice) -> jax.Array:
   """A layer whose experts are in a store."""
   layer = store.layers[path]
   width = x.shape[-1]
@@ -323,14 +318,14 @@ def _run(store, slots, module, path, mixture, x, choice) -> jax.Array:
     y = _stream_all(layer, fetch, flat, chosen, weight)
   else:
     state = module.get_variable(COLLECTION, 'cache')
-    state = _load(layer, fetch, state, chosen[0], slots)
+    state = _load(layer, fetch, state, chosen[0])
     module.put_variable(COLLECTION, 'cache', state)
     at = jnp.where(chosen < 0, -1, state['slot_of'][jnp.maximum(chosen, 0)])
     y = _compute(layer, state['slots'], flat, at, weight)
   return y.reshape(x.shape)
 
 
-def _load(layer, fetch, state, chosen, slots) -> dict[str, Any]:
+def _load(layer, fetch, state, chosen) -> dict[str, Any]:
   """Puts the chosen experts into slots, in place of those not used longest."""
 
   def one(i, state):
@@ -365,7 +360,6 @@ def _load(layer, fetch, state, chosen, slots) -> dict[str, Any]:
     found = lambda state: jax.lax.cond(slot >= 0, hit, miss, state)
     return jax.lax.cond(e >= 0, found, lambda state: state, state)
 
-  del slots
   return jax.lax.fori_loop(0, len(chosen), one, dict(state))
 
 

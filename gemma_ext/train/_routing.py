@@ -12,6 +12,7 @@ and has it at `interms`, so that a config needs no more than
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 import dataclasses
 from typing import Any
@@ -264,9 +265,9 @@ class _RoutingMetric(kd.metrics.Metric):
   def get_state(self, interms: Any) -> Any:
     return self.State(found=routing(interms), count=jnp.float32(1))
 
+  @abc.abstractmethod
   def of(self, each: Mapping[str, Any]) -> float:
     """The number of one layer."""
-    raise NotImplementedError
 
   def summary(self, values: list[float]) -> float:
     """The number of all layers."""

@@ -5,11 +5,9 @@
 import json
 import pathlib
 
-import numpy as np
 import pytest
 
 from gemma_ext import _cli
-from gemma_ext import ckpts
 from tests import tiny
 from tools.benchmarks import healing
 
@@ -17,17 +15,7 @@ from tools.benchmarks import healing
 @pytest.fixture(scope='module')
 def argv(tmp_path_factory) -> list[str]:
   path = tmp_path_factory.mktemp('bench')
-  model = tiny.model('gemma3')
-  ckpts.save(
-    path / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
-  rng = np.random.default_rng(0)
-  words = 'the river flows city was founded in France capital of a set'.split()
-  for i in range(12):
-    (path / f'text_{i}.txt').write_text(' '.join(rng.choice(words, 300)))
+  tiny.folder(path, texts=12, words=300)
   return [
     f'--checkpoint={path / "dense"}',
     f'--text={path / "text_*.txt"}',

@@ -47,10 +47,9 @@ def _write(path, handler, chunk_bytes=None):
 def _check(store):
   for name in _NAMES:
     want = _leaf(name)
-    got = store.read(name, want.shape, want.dtype)
-    assert got.dtype == want.dtype
+    got = np.empty_like(want)
+    store.read(name, got)
     np.testing.assert_array_equal(got, want)
-    assert got.ctypes.data % 64 == 0
 
 
 def test_arrays_in_one_piece(tmp_path, monkeypatch):
@@ -72,11 +71,11 @@ def test_compressed_chunks(tmp_path):
 def test_another_shape_or_type(tmp_path, shape, dtype):
   store = _write(tmp_path / 'x', _compressed.handler())
   with pytest.raises(errors.ParamsMismatchError, match=r'int8\[300, 70\]'):
-    store.read('layer_0/codes', shape, dtype)
+    store.read('layer_0/codes', np.empty(shape, dtype))
 
 
 def test_missing_bytes(tmp_path):
   store = _write(tmp_path / 'x', _compressed.handler())
   del store._keys['layer_0.codes/0.0']
   with pytest.raises(errors.TruncatedFileError, match='0:21000 of 21000'):
-    store.read('layer_0/codes', (300, 70), 'int8')
+    store.read('layer_0/codes', np.empty((300, 70), np.int8))

@@ -62,7 +62,7 @@ def test_it_ends_in_time_with_all_that_it_started(tmp_path):
     seconds=1,
   )
   assert not found.ok and 'more than 1 s' in found.why
-  assert time.monotonic() - begun < 10
+  assert time.monotonic() - begun < 40
   time.sleep(3)
   assert mark.read_text() == ''
 

@@ -26,20 +26,7 @@ _RECIPE = recipe_lib.Recipe.of(
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp('heal')
-  model = tiny.model('gemma3')
-  ckpts.save(
-    path / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
-  rng = np.random.default_rng(0)
-  words = 'the river flows city was founded in France capital of a set'.split()
-  for i in range(6):
-    text = ' '.join(rng.choice(words, 400))
-    (path / f'text_{i}.txt').write_text(text)
-  return path
+  return tiny.folder(tmp_path_factory.mktemp('heal'), texts=6)
 
 
 def _config(folder: pathlib.Path, output: str, **changes) -> train.Heal:

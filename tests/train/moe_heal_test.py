@@ -15,20 +15,7 @@ from tests import tiny
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  path = tmp_path_factory.mktemp('moe_heal')
-  model = tiny.model('gemma3')
-  ckpts.save(
-    path / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
-  rng = np.random.default_rng(0)
-  words = 'the river flows city was founded in France capital of a set'.split()
-  for i in range(3):
-    text = ' '.join(rng.choice(words, 400))
-    (path / f'text_{i}.txt').write_text(text)
-  return path
+  return tiny.folder(tmp_path_factory.mktemp('moe_heal'), texts=3)
 
 
 def config(folder, output, weights, *stages):
