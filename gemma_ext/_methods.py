@@ -166,20 +166,29 @@ class Int(Method):
 class Rows(Method):
   """Bands of rows of a table of embeddings, each with a method of its own.
 
-  Tokenizers number frequent tokens first, so that bands of rows are bands of
-  frequency, and rare tokens can do with fewer bits.
+  Rare tokens can do with fewer bits. Tokenizers number frequent tokens first,
+  so that bands of rows are bands of frequency, about.
 
   Attributes:
     bands: `(end, method)` pairs, 2 to 64: a band goes from the end of the one
       before up to `end`; the last one has `None` and takes the rest.
+    ordered: Whether rows are in the order of what an error in them costs, the
+      dearest first, in place of that of the vocabulary. The place of every row
+      is a parameter then, int32, and `gx.compress` needs text to find it.
   """
 
   NAME: ClassVar[str] = 'rows'
 
   bands: tuple[tuple[int | None, Method], ...]
+  ordered: bool = False
 
   def __post_init__(self):
     bands = self.bands
+    if not isinstance(self.ordered, bool):
+      raise errors.RecipeError(
+        'Rows.ordered must be true or false, got'
+        f' {_patterns.brief(self.ordered)}.'
+      )
     if (
       not isinstance(bands, (list, tuple))
       or not 2 <= len(bands) <= _MAX_BANDS
@@ -208,11 +217,17 @@ class Rows(Method):
     object.__setattr__(self, 'bands', tuple((e, m) for e, m in bands))
 
   @classmethod
-  def of(cls, bands: Sequence[tuple[int | None, Method]]) -> Method:
+  def of(
+    cls,
+    bands: Sequence[tuple[int | None, Method]],
+    *,
+    ordered: bool = False,
+  ) -> Method:
     """Returns the method of bands up to the end of the table.
 
     Args:
       bands: As the attribute, the last end being that of the table.
+      ordered: As the attribute.
 
     Returns:
       `Rows`, or the method itself of a single band.
@@ -220,12 +235,12 @@ class Rows(Method):
     last = bands[-1][1]
     if len(bands) == 1:
       return last
-    return cls(bands=(*bands[:-1], (None, last)))
+    return cls(bands=(*bands[:-1], (None, last)), ordered=ordered)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the method's name and its bands as plain JSON values."""
     bands = [{'end': end, **method.to_json()} for end, method in self.bands]
-    return {'method': self.NAME, 'bands': bands}
+    return {'method': self.NAME, 'bands': bands, 'ordered': self.ordered}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,7 @@ def load(
   tokenizer = _load_tokenizer(path, manifest['tokenizer'], dense)
   params = _restore(path / PARAMS_NAME, spec)
   check_finite(params, path)
+  _check_ranks(model, params, path)
   if dtype is not None and jnp.dtype(dtype) != saved_dtype:
     params = _cast_dense(params, dtype)
   return _checkpoint.Checkpoint(
@@ -289,6 +290,24 @@ def check_finite(params: Mapping[str, Any], path: pathlib.Path) -> None:
     ):
       name = '/'.join(k.key for k in keys)
       raise errors.NonFiniteError(f'{path}: {name} holds NaN or infinity.')
+
+
+def _check_ranks(
+  model: nn.Module, params: Mapping[str, Any], path: pathlib.Path
+) -> None:
+  """Raises ParamsMismatchError unless places of rows are all there once."""
+  if not isinstance(model, gx_nn.Compressed):
+    return
+  sites = gx_nn.methods_of(model.model, model.recipe).values()
+  for whole in {site.whole for site, _ in sites if site.ordered}:
+    leaf: Any = params
+    for key in gx_nn.rank_path(whole).split('/'):
+      leaf = leaf[key]
+    if not np.array_equal(np.sort(leaf), np.arange(leaf.size)):
+      raise errors.ParamsMismatchError(
+        f'{path}: the places of the rows of {whole} are not 0 to'
+        f' {leaf.size - 1}, each once.'
+      )
 
 
 def _cast_dense(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:

@@ -135,7 +135,10 @@ class Allocation:
         found.pop()
       found.append((self.sensitivities.rows[path][1], candidate.method))
       methods[whole] = candidate.method
-    methods |= {p: recipe_lib.Rows.of(found) for p, found in bands.items()}
+    methods |= {
+      path: recipe_lib.Rows.of(found, ordered=True)
+      for path, found in bands.items()
+    }
     rules = tuple((re.escape(path), m) for path, m in methods.items())
     return recipe_lib.Recipe(rules=rules)
 

@@ -76,6 +76,17 @@ def compress(
       )
     params = _carve.carve(model, params, recipe, calibration, progress=progress)
     flat = dict(check_params(model, params))
+  ordered = {site.whole for site, _ in methods.values() if site.ordered}
+  if ordered and calibration is None:
+    raise errors.RecipeError(
+      f'The rows of {sorted(ordered)} are to be in the order of what they cost:'
+      ' pass calibration, tokens or `gx.compress.statistics`.'
+    )
+  if ordered and not isinstance(calibration, _statistics.Statistics):
+    calibration = _statistics.statistics(
+      model, params, calibration, progress=progress
+    )
+  orders = {path: calibration.order(path) for path in ordered}
   curvatures: dict[str, jax.Array] = {}
   hessians: Mapping[str, Any] = {}
   if isinstance(calibration, _statistics.Statistics):
@@ -92,7 +103,7 @@ def compress(
     w = flat[site.whole]
     if site.rows is not None:
       tables.add(site.whole)
-      w = w[slice(*site.rows)]
+      w = site.part(w, orders.get(site.whole))
     flat[path] = compress_weight(
       w,
       site,
@@ -102,6 +113,8 @@ def compress(
     )
   for path in tables:
     del flat[path]
+  for path, order in orders.items():
+    flat[gx_nn.rank_path(path)] = jnp.asarray(np.argsort(order), jnp.int32)
   flat |= kernels.side_by_side({path: flat[path] for path in methods})
   return traverse_util.unflatten_dict(flat, sep='/')
 

@@ -44,11 +44,12 @@ class PlanRow:
 
   @property
   def size(self) -> int:
-    return math.prod(self.shape)
+    """Weights of the dense model that it stands for."""
+    return math.prod(self.shape) if self.dense_bytes else 0
 
   @property
   def bits_per_weight(self) -> float:
-    return 8 * self.nbytes / self.size
+    return 8 * self.nbytes / self.size if self.size else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,18 +178,30 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
           nbytes=fmt.nbytes(site.layout.rows, site.layout.cols),
         )
       )
+    if any(site.ordered for site, _ in methods.get(whole, ())):
+      count = leaf.shape[0]
+      rows.append(_added(gx_nn.rank_path(whole), count, 4 * count))
   rows += [
-    PlanRow(
-      path=f'{path}/router',
-      shape=(mixture.router_size,),
-      method=recipe_lib.Keep(),
-      group=None,
-      dense_bytes=0,
-      nbytes=mixture.router_size * jnp.dtype(model.dtype).itemsize,
+    _added(
+      f'{path}/router',
+      mixture.router_size,
+      mixture.router_size * jnp.dtype(model.dtype).itemsize,
     )
     for path, mixture in gx_nn.mixtures_of(model, recipe).items()
   ]
   return Plan(recipe=recipe, rows=tuple(rows))
+
+
+def _added(path: str, size: int, nbytes: int) -> PlanRow:
+  """A parameter that the dense model does not have."""
+  return PlanRow(
+    path=path,
+    shape=(size,),
+    method=recipe_lib.Keep(),
+    group=None,
+    dense_bytes=0,
+    nbytes=nbytes,
+  )
 
 
 def resolve(

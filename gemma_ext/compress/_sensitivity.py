@@ -28,11 +28,13 @@ from gemma_ext.compress import _compress
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
 
-_JSON_VERSION = 1
+_JSON_VERSION = 2
 _MAX_JSON_BYTES = 1 << 26
 # Of a table of embeddings, and the rows that their ends are multiples of.
 BANDS = 24
-_BAND_STEP = 1024
+_BAND_STEP = 64
+# Sizes of a bin of rows over that of the one before.
+_BIN_GROWTH = 1.04
 # Rows that are fitted of a weight, to tell what all of them cost.
 _SAMPLE = 2048
 
@@ -83,7 +85,8 @@ class Sensitivities:
     corrections: By kind of weight (`kind_of`), what losses are multiplied by:
       measured over predicted.
     fingerprint: Of model, parameters and text.
-    rows: Of bands of a table, their rows `(start, stop)`, by path.
+    rows: Of bands of a table, their places `(start, stop)` in the order of
+      `Statistics.order`, by path.
   """
 
   candidates: dict[str, tuple[Candidate, ...]]
@@ -217,12 +220,13 @@ def sensitivities(
     for site in gx_nn.sites(model)
     if site.path in statistics.inputs
     for part in (
-      _parts(site, bands, statistics.importance(site.path))
+      _parts(site, bands, statistics)
       if statistics.is_table(site.path)
       else (site,)
     )
   }
   wholes = {site.whole for site in sites.values()}
+  ordered = {site.whole for site in sites.values() if site.ordered}
   abstract = _plan.abstract_params(model)
   size = lambda path: math.prod(abstract[path].shape)
   nbytes = lambda path: size(path) * abstract[path].dtype.itemsize
@@ -233,7 +237,8 @@ def sensitivities(
   result = Sensitivities(
     candidates=found,
     weights=sum(map(size, abstract)),
-    other_bytes=sum(nbytes(p) for p in abstract if p not in wholes),
+    other_bytes=sum(nbytes(p) for p in abstract if p not in wholes)
+    + sum(4 * abstract[p].shape[0] for p in ordered),
     corrections=dict(known.corrections) if known else {},
     fingerprint=mark,
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
@@ -292,11 +297,13 @@ def _candidates(
 ) -> tuple[Candidate, ...]:
   """The candidates of one weight, fitted on a sample of its rows."""
   cols = site.layout.cols
-  w = w if site.rows is None else w[slice(*site.rows)]
-  matrix = site.layout.to_rows(jnp.asarray(w)).reshape(-1, cols)
-  importance = statistics.importance(site.whole, site.rows)
-  rows, times = _sample(importance)
-  matrix = matrix[rows]
+  order = statistics.order(site.whole) if site.ordered else None
+  matrix = site.layout.to_rows(jnp.asarray(site.part(w, order)))
+  matrix = matrix.reshape(-1, cols)
+  importance = statistics.importance(site.whole)
+  numbers = site.part(np.arange(len(importance)), order)
+  rows, times = _sample(importance[numbers])
+  matrix, numbers = matrix[rows], numbers[rows]
   sampled = dataclasses.replace(
     site,
     layout=gx_nn.Layout(shape=(len(rows), cols), in_axes=(1,)),
@@ -311,8 +318,7 @@ def _candidates(
     leaf = _compress.compress_weight(matrix, sampled, method, hessian=hessian)
     got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
     error = matrix.astype(jnp.float32) - got.reshape(matrix.shape)
-    own = rows + (site.rows[0] if site.rows else 0)
-    loss = np.asarray(statistics.loss(site.whole, error, own), np.float64)
+    loss = np.asarray(statistics.loss(site.whole, error, numbers), np.float64)
     found.append(
       Candidate(
         method=method,
@@ -344,14 +350,17 @@ def _sample(importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parts(
-  site: gx_nn.Site, bands: int, importance: np.ndarray
+  site: gx_nn.Site, bands: int, statistics: _statistics.Statistics
 ) -> tuple[gx_nn.Site, ...]:
-  """Bands of the rows of a table, or the table if there is one."""
-  ends = _edges(importance, bands)
+  """Bands of the ordered rows of a table, or the table if there is one."""
+  order = statistics.order(site.path)
+  ends = _edges(statistics.importance(site.path)[order], bands)
   if not ends:
     return (site,)
   any_method = recipe_lib.Int()
-  method = recipe_lib.Rows(bands=tuple((e, any_method) for e in (*ends, None)))
+  method = recipe_lib.Rows(
+    bands=tuple((e, any_method) for e in (*ends, None)), ordered=True
+  )
   return tuple(part for part, _ in gx_nn.split(site, method))
 
 
@@ -360,10 +369,14 @@ def _edges(importance: np.ndarray, bands: int) -> list[int]:
 
   Rows that cost alike want as many bits, one for every factor of four: bands
   have the least variance of the logarithm of what their rows cost.
+
+  Args:
+    importance: What rows cost, descending.
+    bands: The most bands.
   """
   count = len(importance)
   step = min(_BAND_STEP, max(1, count // (4 * bands)))
-  starts = np.arange(0, count, step)
+  starts = _bins(count, step)
   size = np.diff([*starts, count])
   mean = np.add.reduceat(importance, starts) / size
   x = np.log(np.maximum(mean, 1e-30))
@@ -385,6 +398,15 @@ def _edges(importance: np.ndarray, bands: int) -> list[int]:
     at = int(source[at])
     ends.append(int(starts[at]))
   return ends[::-1]
+
+
+def _bins(count: int, step: int) -> np.ndarray:
+  """Starts of bins that grow, all multiples of `step`."""
+  starts = [0]
+  while starts[-1] < count:
+    size = starts[-1] * (_BIN_GROWTH - 1)
+    starts.append(starts[-1] + step * max(1, int(size / step)))
+  return np.array(starts[:-1])
 
 
 def _frontier(found: Sequence[Candidate]) -> tuple[Candidate, ...]:

@@ -28,6 +28,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.ndimage
 import tqdm
 
 from gemma_ext import errors
@@ -36,8 +37,11 @@ from gemma_ext.nn import _config
 from gemma_ext.nn import _sites
 
 _TABLE = 'input_embedding'
-# Share of tokens that could be any.
+# Share of tokens that could be any, and of those that could be any of numbers
+# near by.
 _ELSEWHERE = 0.1
+_NEARBY = 0.2
+_NEAR = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,23 +92,34 @@ class Statistics:
     fisher, counts = _smooth(fisher)[part], _smooth(self.counts)[part]
     return _table_loss(error, fisher, counts, self.encoded, self.decoded)
 
-  def importance(
-    self, path: str, rows: tuple[int, int] | None = None
-  ) -> np.ndarray:
+  def importance(self, path: str) -> np.ndarray:
     """Returns what an error of one in every column costs, about, by row.
 
     Args:
       path: Path of the weight.
-      rows: `[start, stop)`, or all.
     """
-    part = slice(*(rows or (None,)))
-    fisher = self.outputs[path]
+    fisher = self.outputs[path].astype(np.float64)
     if not self.is_table(path):
-      return fisher[part].astype(np.float64)
-    return (
-      _smooth(fisher) * np.trace(self.decoded)
-      + _smooth(self.counts) * np.trace(self.encoded)
-    )[part].astype(np.float64)
+      return fisher
+    counts = self.counts.astype(np.float64)
+    return _smooth(fisher) * np.trace(self.decoded) + _smooth(
+      counts
+    ) * np.trace(self.encoded)
+
+  def order(self, path: str) -> np.ndarray:
+    """Returns the rows of a table, the most important first, int64 `[V]`.
+
+    Args:
+      path: Path of the table.
+
+    Raises:
+      ShapeError: If the table was not seen.
+    """
+    if path not in self.outputs:
+      raise errors.ShapeError(
+        f'There are no statistics of {path!r}, only of {sorted(self.outputs)}.'
+      )
+    return np.argsort(-self.importance(path), kind='stable')
 
   def is_table(self, path: str) -> bool:
     """Whether the path is that of the table of embeddings."""
@@ -319,9 +334,13 @@ class _Taps:
 def _smooth(x: np.ndarray) -> np.ndarray:
   """Shares some of what tokens of one text have among all tokens.
 
-  Other texts have other tokens.
+  Other texts have other tokens, and more of those that the tokenizer numbers
+  alike, as it numbers frequent ones first.
   """
-  return (1 - _ELSEWHERE) * x + _ELSEWHERE * np.mean(x)
+  near = scipy.ndimage.uniform_filter1d(x, min(_NEAR, len(x)), mode='reflect')
+  return (
+    (1 - _NEARBY - _ELSEWHERE) * x + _NEARBY * near + _ELSEWHERE * np.mean(x)
+  )
 
 
 @jax.jit

@@ -28,6 +28,7 @@ from gemma_ext.nn._rolling import slots_of
 from gemma_ext.nn._sites import join
 from gemma_ext.nn._sites import Kind
 from gemma_ext.nn._sites import Layout
+from gemma_ext.nn._sites import rank_path
 from gemma_ext.nn._sites import Site
 from gemma_ext.nn._sites import sites
 from gemma_ext.nn._sites import split

@@ -387,7 +387,9 @@ class _Interceptor:
         bands.append((site.layout, method))
       if not bands:
         return None
-      return _packed.rows_param(module, name, bands=bands, dtype=self.dtype)
+      return _packed.rows_param(
+        module, name, bands=bands, ordered=site.ordered, dtype=self.dtype
+      )
     site, method = self.methods[path]
     return _packed.param(
       module, name, layout=site.layout, method=method, dtype=self.dtype

@@ -44,6 +44,10 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
       raise errors.RecipeError(f'{method!r} has no packed format.')
 
 
+# Leaf of a table in bands: the places of its rows.
+_RANK = 'rank'
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PackedWeight:
   """A compressed weight that stands in for its dense array.
@@ -137,9 +141,12 @@ class PackedRows:
 
   Attributes:
     bands: The bands, in order, each of shape `[rows, D]`.
+    rank: Place of every row among those of the bands, int32 `[V]`; `None`
+      where they are in the order of the table.
   """
 
   bands: tuple[PackedWeight, ...]
+  rank: jax.Array | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -152,7 +159,8 @@ class PackedRows:
 
   def dequantize(self) -> jax.Array:
     """Returns the dense table."""
-    return jnp.concatenate([band.dequantize() for band in self.bands])
+    table = jnp.concatenate([band.dequantize() for band in self.bands])
+    return table if self.rank is None else table[self.rank]
 
   def __jax_array__(self) -> jax.Array:
     return self.dequantize()
@@ -166,6 +174,8 @@ class PackedRows:
     # As of an array: from the end if negative, else the nearest there is.
     count = self.shape[0]
     index = jnp.clip(jnp.where(index < 0, index + count, index), 0, count - 1)
+    if self.rank is not None:
+      index = self.rank[index]
     found = self.bands[0][jnp.minimum(index, self.bands[0].shape[0] - 1)]
     start = self.bands[0].shape[0]
     for band in self.bands[1:]:
@@ -175,7 +185,11 @@ class PackedRows:
     return found
 
   def part(self, leaf: dict[str, Any], rows: int) -> PackedRows:
-    """Returns the table of the first rows, `leaf` those of its bands."""
+    """Returns the table of the first rows, `leaf` those of its bands.
+
+    Not of a table that has an order of its own.
+    """
+    assert self.rank is None
     bands = []
     for i, band in enumerate(self.bands):
       if rows <= 0:
@@ -190,9 +204,8 @@ class PackedRows:
     weights, outputs = _sites.split_equation(eqn)[1:]
     if not outputs.endswith(weights[0]):
       return jnp.einsum(eqn, x, self.dequantize().astype(x.dtype))
-    return jnp.concatenate(
-      [band.einsum(eqn, x) for band in self.bands], axis=-1
-    )
+    y = jnp.concatenate([band.einsum(eqn, x) for band in self.bands], axis=-1)
+    return y if self.rank is None else jnp.take(y, self.rank, axis=-1)
 
 
 def param(
@@ -248,6 +261,7 @@ def rows_param(
   name: str,
   *,
   bands: Sequence[tuple[_sites.Layout, recipe_lib.Method]],
+  ordered: bool,
   dtype: Any,
 ) -> PackedRows:
   """Declares a table in bands as a parameter of `module` and returns it.
@@ -256,6 +270,7 @@ def rows_param(
     module: The module that owns the parameter.
     name: Name of the parameter.
     bands: Layout and method of each.
+    ordered: Whether rows have an order of their own.
     dtype: Type of the dense table.
 
   Raises:
@@ -264,26 +279,36 @@ def rows_param(
   formats = [format_of(method, layout.cols) for layout, method in bands]
   path = '/'.join(module.path + (name,))
   names = [f'rows_{i}' for i in range(len(bands))]
+  expected = {*names, *([_RANK] if ordered else [])}
+  count = sum(layout.shape[0] for layout, _ in bands)
   if module.has_variable('params', name):
     leaf = module.get_variable('params', name)
-    if not isinstance(leaf, dict) or set(leaf) != set(names):
+    if not isinstance(leaf, dict) or set(leaf) != expected:
       got = sorted(leaf) if isinstance(leaf, dict) else 'an array'
       raise errors.ParamsMismatchError(
         f'{path!r} is compressed in bands of rows, so its parameter must be'
-        f' {names}, got {got}. Did you pass the params through `gx.compress`,'
-        ' with the same recipe?'
+        f' {sorted(expected)}, got {got}. Did you pass the params through'
+        ' `gx.compress`, with the same recipe?'
       )
     for part, fmt, (layout, _) in zip(names, formats, bands, strict=True):
       _check(leaf[part], fmt, layout, f'{path}/{part}')
+    if ordered and (leaf[_RANK].shape, leaf[_RANK].dtype) != (
+      (count,),
+      'int32',
+    ):
+      raise errors.ParamsMismatchError(
+        f'{path}/{_RANK} is {leaf[_RANK].dtype}{list(leaf[_RANK].shape)};'
+        f' expected int32[{count}].'
+      )
   else:
 
     def init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = None):
       return {
         part: _initializer(fmt, layout)(rng, shape, dtype)
         for part, fmt, (layout, _) in zip(names, formats, bands, strict=True)
-      }
+      } | ({_RANK: jnp.arange(count, dtype=jnp.int32)} if ordered else {})
 
-    shape = (sum(layout.shape[0] for layout, _ in bands), bands[0][0].cols)
+    shape = (count, bands[0][0].cols)
     leaf = nn.Module.param(module, name, init, shape)
   return PackedRows(
     bands=tuple(
@@ -295,7 +320,8 @@ def rows_param(
         x_bits=getattr(method, 'x_bits', 16),
       )
       for part, fmt, (layout, method) in zip(names, formats, bands, strict=True)
-    )
+    ),
+    rank=leaf[_RANK] if ordered else None,
   )
 
 

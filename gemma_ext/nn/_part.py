@@ -72,8 +72,8 @@ def part(
 
   Raises:
     ShapeError: If there are not so many planes, layers or rows, if all of them
-      would stay, or if the layers of this family depend on each other beyond
-      the residual stream.
+      would stay, if rows have an order of their own, or if the layers of this
+      family depend on each other beyond the residual stream.
     ParamsMismatchError: If the model is a wrapper other than `Compressed`, or
       the parameters are not those of the model.
   """
@@ -88,6 +88,7 @@ def part(
     dense, flat, methods = _of_layers(dense, flat, methods, layers)
   if head_rows is not None:
     _check_rows(head_rows, dense.config.num_embed)
+    _check_order(methods, head_rows)
     for path, rows in _head(methods, head_rows):
       head = _first(flat, methods, path, planes=planes, rows=rows)[0]
       place = path.replace(_TABLE, 'embedder/head', 1)
@@ -210,6 +211,15 @@ def _first(
   fmt = _packed.format_of(method, site.layout.cols)
   leaf = {name: flat[place] for name, place in names.items()}
   return kernels.first(leaf, fmt, planes=planes, rows=rows)
+
+
+def _check_order(methods: _Methods, rows: int) -> None:
+  first = methods.get(_sites.band_path(_TABLE, 0))
+  if first is not None and first[0].ordered:
+    raise errors.ShapeError(
+      f'head_rows={rows} of a table whose rows have an order of their own'
+      ' (`gx.Rows(ordered=True)`); expected one in that of the vocabulary.'
+    )
 
 
 def _check_rows(rows: int, most: int) -> None:

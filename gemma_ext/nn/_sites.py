@@ -117,22 +117,45 @@ class Site:
     layout: Its shape and contracted axes.
     kind: How the model reads it.
     rows: Of a band of a table, `[start, stop)` of its rows.
+    ordered: Whether these are places in an order of their own, see `rank_path`.
   """
 
   path: str
   layout: Layout
   kind: Kind
   rows: tuple[int, int] | None = None
+  ordered: bool = False
 
   @property
   def whole(self) -> str:
     """Path of the parameter that it is, or is a band of."""
     return self.path.rpartition('/')[0] if self.rows else self.path
 
+  def part(self, x: Any, order: Any = None) -> Any:
+    """Returns the rows of a band, or all.
+
+    Args:
+      x: `[V, ...]`, a row or a number of every row of the table.
+      order: Number of the row at every place, `[V]`, where bands have one.
+    """
+    if self.rows is None:
+      return x
+    places = slice(*self.rows)
+    return x[places] if order is None else x[order[places]]
+
 
 def band_path(path: str, index: int) -> str:
   """Path of the parameter of a band of the table at `path`."""
   return f'{path}/rows_{index}'
+
+
+def rank_path(path: str) -> str:
+  """Path of the places of the rows of an ordered table at `path`.
+
+  The parameter is int32 `[V]`: row v of the table is at place `rank[v]` among
+  the rows of all bands.
+  """
+  return f'{path}/rank'
 
 
 def split(
@@ -172,6 +195,7 @@ def split(
         layout, shape=(stops[i] - starts[i], layout.shape[1])
       ),
       rows=(starts[i], stops[i]),
+      ordered=method.ordered,
     )
     parts.append((part, each))
   return tuple(parts)
@@ -187,14 +211,19 @@ def join(
   """
   found: dict[str, recipe_lib.Method] = {}
   bands: dict[str, list[tuple[int | None, recipe_lib.Method]]] = {}
+  ordered: dict[str, bool] = {}
   for path, (site, method) in methods.items():
     if site.rows is None:
       found[path] = method
       continue
     of = bands.setdefault(site.whole, [])
     of.append((site.rows[1], method))
+    ordered[site.whole] = site.ordered
     found[site.whole] = method
-  return found | {p: recipe_lib.Rows.of(of) for p, of in bands.items()}
+  return found | {
+    path: recipe_lib.Rows.of(of, ordered=ordered[path])
+    for path, of in bands.items()
+  }
 
 
 def einsum_layout(eqn: str, shape: tuple[int, ...]) -> Layout:

@@ -250,7 +250,9 @@ def unpack(
     else:
       bands.setdefault(site.whole, []).append(dense)
   for path, parts in bands.items():
-    out[path] = jnp.concatenate(parts)
+    table = jnp.concatenate(parts)
+    rank = out.pop(gx_nn.rank_path(path), None)
+    out[path] = table if rank is None else table[rank]
   return out
 
 

@@ -308,8 +308,8 @@ def _restore(
   model: gx_nn.Compressed, dense: Mapping[str, Any], saved: _store.Saved
 ) -> dict[str, Any]:
   flat = _branch.flatten(dense)
-  for path in gx_nn.methods_of(model.model, model.recipe):
-    flat.pop(path, None)
+  for site, _ in gx_nn.methods_of(model.model, model.recipe).values():
+    flat.pop(site.whole, None)
   for name, value in saved.arrays.items():
     if name.startswith('params/'):
       flat[name.removeprefix('params/')] = jnp.asarray(value)
