@@ -24,6 +24,7 @@ from gemma_ext.kernels._memory import side_by_side
 from gemma_ext.kernels._params import first
 from gemma_ext.kernels._params import random_codes
 from gemma_ext.kernels._params import validate
+from gemma_ext.kernels._pick import pick
 from gemma_ext.kernels._scales import round_scale
 from gemma_ext.kernels._scales import SCALES
 from gemma_ext.kernels._take import take

@@ -31,7 +31,7 @@ _FOLDERS = (
 )
 _OPERATIONS = tuple(
   f'gemma_ext_{name}'
-  for name in ('matmul', 'gated', 'experts', 'attend', 'block', 'read')
+  for name in ('matmul', 'gated', 'experts', 'attend', 'block', 'pick', 'read')
 )
 _LAYOUTS = {'bytes': 0, 'fields': 1, 'trits': 2, 'stream': 3, 'quads': 4}
 _TERNARY = {'2bit': 'fields', '5trit': 'trits', '3of4': 'quads'}
@@ -321,6 +321,21 @@ def block(
     more=np.float32(more),
     kernels=named,
   )
+
+
+def pick(
+  x: jax.Array,  # [N, I]
+  places: jax.Array,  # int32 [O]
+) -> jax.Array:  # [N, O]
+  """`x[:, places]`."""
+
+  @jax.custom_batching.custom_vmap
+  def call(x, places):
+    out = jax.ShapeDtypeStruct((x.shape[0], places.shape[0]), x.dtype)
+    return jax.ffi.ffi_call('gemma_ext_pick', out)(x, places)
+
+  call.def_vmap(functools.partial(_batched, call))
+  return call(x, places)
 
 
 def read(x: jax.Array) -> jax.Array:

@@ -205,7 +205,7 @@ class PackedRows:
     if not outputs.endswith(weights[0]):
       return jnp.einsum(eqn, x, self.dequantize().astype(x.dtype))
     y = jnp.concatenate([band.einsum(eqn, x) for band in self.bands], axis=-1)
-    return y if self.rank is None else jnp.take(y, self.rank, axis=-1)
+    return y if self.rank is None else kernels.pick(y, self.rank)
 
 
 def param(
