@@ -15,15 +15,14 @@ round.
 
 `--recipes` takes presets, JSON files and directories of compressed
 checkpoints; `mix8` is int8 with an int6 head, `mix4` ternary feed-forward
-layers, the rest int4; `mix8 x8` and `mix4 x8` let activations be rounded to 8
-bits. Compressed on the spot, without calibration: for speed, not for quality.
+layers, the rest int4, compressed on the spot, without calibration: for speed,
+not for quality. With ` x8` behind a name activations are rounded to 8 bits.
 `--drafts` adds speculative decoding of each of them, on five prompts one after
 another, as the acceptance of drafts depends on the text; it is judged beside
 `stream`, which then decodes the same.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import gc
 import os
@@ -75,15 +74,9 @@ RECIPES: dict[str, recipe_lib.Recipe] = {
     )
   ),
 }
-RECIPES |= {
-  f'{name} x8': recipe_lib.Recipe(
-    rules=tuple(
-      (pattern, dataclasses.replace(method, x_bits=8))
-      for pattern, method in recipe.rules
-    )
-  )
-  for name, recipe in RECIPES.items()
-}
+# Of a name: activations are rounded to 8 bits.
+_X8 = ' x8'
+RECIPES |= {n + _X8: recipe.with_x_bits(8) for n, recipe in RECIPES.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,13 +247,22 @@ class _LlamaCpp:
 
 
 def _compressed(name: str, dense: ckpts.Checkpoint) -> tuple[Any, Any]:
-  if os.path.isdir(name):
-    found = ckpts.load(name, dtype=jnp.bfloat16)
-    return found.model, found.params
-  model = gx_nn.Compressed(model=dense.model, recipe=RECIPES.get(name, name))
-  params = gx_compress.compress(
-    dense.model, dense.params, model.recipe, progress=True
-  )
+  bare = name.removesuffix(_X8)
+  if os.path.isdir(bare):
+    found = ckpts.load(bare, dtype=jnp.bfloat16)
+    model, params = found.model, found.params
+    if found.recipe is None:
+      raise errors.UnsupportedTypeError(
+        f'{bare} is dense; --recipes takes directories of compressed ones.'
+      )
+  else:
+    model = gx_nn.Compressed(model=dense.model, recipe=RECIPES.get(bare, bare))
+    params = gx_compress.compress(
+      dense.model, dense.params, model.recipe, progress=True
+    )
+  if name != bare:
+    recipe = model.recipe.with_x_bits(8)
+    model = gx_nn.Compressed(model=dense.model, recipe=recipe)
   return model, params
 
 
