@@ -20,9 +20,6 @@ from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 
-# Windows of the calibration text that allocations are measured on.
-_MEASURED = 8
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budgeted:
@@ -32,13 +29,13 @@ class Budgeted:
     allocation: The choice.
     statistics: What weights are to be fitted with.
     checkpoint: The dense checkpoint.
-    tokens: The calibration text.
+    unseen: The part of the calibration text that the statistics did not see.
   """
 
   allocation: gx_compress.Allocation
   statistics: gx_compress.Statistics
   checkpoint: ckpts.Checkpoint
-  tokens: Any
+  unseen: Any
 
   @property
   def recipe(self) -> recipe_lib.Recipe:
@@ -61,7 +58,7 @@ class Budgeted:
       self.checkpoint.params,
       gx_nn.Compressed(model=self.checkpoint.model, recipe=self.recipe),
       params,
-      self.tokens[-_MEASURED:],
+      self.unseen,
       progress=True,
     )
     print(
@@ -145,6 +142,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   known = None
   if args.sensitivities and os.path.exists(args.sensitivities):
     known = gx_compress.read_sensitivities(args.sensitivities)
+  tokens, unseen = gx_compress.held_out(tokens)
   found_on = statistics(args, checkpoint, tokens)
 
   def keep(found: gx_compress.Sensitivities) -> None:
@@ -162,7 +160,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
       model,
       params,
       found_on,
-      tokens[:_MEASURED],
+      unseen,
       progress=True,
     )
     keep(found)
@@ -172,7 +170,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
     allocation=allocation,
     statistics=found_on,
     checkpoint=checkpoint,
-    tokens=tokens,
+    unseen=unseen,
   )
 
 

@@ -14,6 +14,7 @@ from gemma_ext.compress._allocate import allocate
 from gemma_ext.compress._allocate import Allocation
 from gemma_ext.compress._allocate import Budget
 from gemma_ext.compress._allocate import corrected
+from gemma_ext.compress._allocate import held_out
 from gemma_ext.compress._allocate import solve
 from gemma_ext.compress._calibrate import second_moments
 from gemma_ext.compress._carve import carve

@@ -105,7 +105,7 @@ def _define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer(
     'calibration_tokens',
-    8192,
+    12_288,
     'Tokens to calibrate on.',
     lower_bound=1,
     flag_values=values,
