@@ -32,9 +32,11 @@ class Method:
     fields = {
       k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
     }
+    # As recipes were written before there was a choice.
     if fields.get('x_bits') == 16:
-      # As recipes were written before there was a choice.
       del fields['x_bits']
+    if isinstance(self, Int) and self.scale == 'bf16':
+      del fields['scale']
     return {'method': self.NAME, **fields}
 
 
@@ -122,10 +124,7 @@ class Ternary(Method):
           f' got density={self.density!r}, pattern={self.pattern!r},'
           f' tied={self.tied!r}.'
         )
-    if self.scale not in _SCALES:
-      raise errors.RecipeError(
-        f'Ternary.scale must be one of {_SCALES}, got {self.scale!r}.'
-      )
+    _check_scale('Ternary', self.scale)
     if not isinstance(self.tied, bool):
       raise errors.RecipeError(
         f'Ternary.tied must be a bool, got {self.tied!r}.'
@@ -146,6 +145,7 @@ class Int(Method):
     group: Input weights that share one scale; `None` for one scale per output
       channel. Where it does not divide the input axis of a weight, the largest
       divisor below it is used instead.
+    scale: As for `Ternary`.
     x_bits: As for `Ternary`.
   """
 
@@ -153,11 +153,13 @@ class Int(Method):
 
   bits: int = 8
   group: int | None = None
+  scale: str = 'bf16'
   x_bits: int = 16
 
   def __post_init__(self):
     _check_x_bits('Int', self.x_bits)
     _check_int('Int.bits', self.bits, 2, 8)
+    _check_scale('Int', self.scale)
     if self.group is not None:
       _check_int('Int.group', self.group, 1, _MAX_GROUP)
 
@@ -365,6 +367,13 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
     raise errors.RecipeError(
       f'{name} must be an integer in [{low}, {high}], got'
       f' {_patterns.brief(value)}.'
+    )
+
+
+def _check_scale(name: str, scale: Any) -> None:
+  if scale not in _SCALES:
+    raise errors.RecipeError(
+      f'{name}.scale must be one of {_SCALES}, got {_patterns.brief(scale)}.'
     )
 
 

@@ -112,9 +112,7 @@ def compensate(
   codes, scale = _compensated(w, upper, method=method, group=group)
   tries = [(codes, scale)]
   # Scales of one byte are too far from each other to be moved alone.
-  if not isinstance(method, recipe_lib.Ternary) or (
-    method.scale == 'bf16' and not method.tied
-  ):
+  if method.scale == 'bf16' and not getattr(method, 'tied', False):
     tries.append((codes, _refit_rows(w, codes, scale, hessian)))
   for found in tries:
     won = _error(w, *found, hessian) < _error(w, *best, hessian)
@@ -206,7 +204,8 @@ def _compensated(w, upper, *, method, group):
         iterations=_fit_ternary.ITERATIONS,
       )
     else:
-      s = _fit_int.fit_chunk(part, h, bits=bits)[1][None]
+      s = _fit_int.fit_chunk(part, h, bits=bits, kind=method.scale)[1]
+      s = s[None]
     c, err = _columns(part, s.astype(jnp.float32), u, bits)
     # Of the group and those before it nothing is read any more.
     return rest - err @ beyond, (c, s)

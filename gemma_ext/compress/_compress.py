@@ -13,7 +13,6 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from gemma_ext import errors
 from gemma_ext import kernels
@@ -25,6 +24,7 @@ from gemma_ext.compress import _compensate
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _registry
 from gemma_ext.compress import _statistics
+from gemma_ext.compress import _threads
 
 # Weights that are fitted at a time, so that the float32 copy and the sorted
 # intermediates of the fit stay small beside the model.
@@ -95,23 +95,22 @@ def compress(
     curvatures = _calibrate.second_moments(
       model, params, calibration, progress=progress
     )
-  bar = tqdm.tqdm(
-    methods.items(), desc='compress', unit='weight', disable=not progress
-  )
-  tables: set[str] = set()
-  for path, (site, method) in bar:
-    w = flat[site.whole]
-    if site.rows is not None:
-      tables.add(site.whole)
-      w = site.part(w, orders.get(site.whole))
-    flat[path] = compress_weight(
-      w,
+
+  def pack(found: tuple[gx_nn.Site, recipe_lib.Method]) -> dict[str, Any]:
+    site, method = found
+    return compress_weight(
+      site.part(flat[site.whole], orders.get(site.whole)),
       site,
       method,
       curvature=curvatures.get(site.whole),
       hessian=hessians.get(site.whole),
     )
-  for path in tables:
+
+  for path, leaf in _threads.each(
+    pack, methods, desc='compress', progress=progress
+  ):
+    flat[path] = leaf
+  for path in {site.whole for site, _ in methods.values() if site.rows}:
     del flat[path]
   for path, order in orders.items():
     flat[gx_nn.rank_path(path)] = jnp.asarray(np.argsort(order), jnp.int32)

@@ -235,7 +235,8 @@ def _describe(row: PlanRow) -> str:
       )
     case recipe_lib.Int() as m:
       scales = f'group {row.group}' if row.group else 'channel'
-      return f'int{m.bits}, {scales}'
+      byte = '' if m.scale == 'bf16' else f' {m.scale}'
+      return f'int{m.bits}, {scales}{byte}'
     case _:
       return 'dense'
 

@@ -36,7 +36,11 @@ def _ternary(rows, method, fmt, curvature):
 
 def _int(rows, method, fmt, curvature):
   return _fit_int.fit_int(
-    rows, bits=method.bits, group=fmt.group, curvature=curvature
+    rows,
+    bits=method.bits,
+    group=fmt.group,
+    scale=method.scale,
+    curvature=curvature,
   )
 
 

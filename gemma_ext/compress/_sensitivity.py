@@ -17,7 +17,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from gemma_ext import errors
 from gemma_ext import kernels
@@ -27,6 +26,7 @@ from gemma_ext.compress import _compensate
 from gemma_ext.compress import _compress
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
+from gemma_ext.compress import _threads
 
 _JSON_VERSION = 2
 _MAX_JSON_BYTES = 1 << 26
@@ -36,21 +36,28 @@ _BAND_STEP = 64
 # Sizes of a bin of rows over that of the one before.
 _BIN_GROWTH = 1.04
 # Rows that are fitted of a weight, to tell what all of them cost.
-_SAMPLE = 2048
+_SAMPLE = 1024
 
+_BYTE = 'ue5m3'
 CANDIDATES: tuple[recipe_lib.Method, ...] = (
-  recipe_lib.Ternary(group=16, packing='5trit', scale='ue5m3'),
+  recipe_lib.Ternary(group=16, packing='5trit', scale=_BYTE),
   *(
-    recipe_lib.Int(bits=bits, group=group)
-    for bits, groups in {
-      2: (32,),
-      3: (128, 64, 32),
-      4: (128, 64, 32),
-      5: (128, 64, 32),
-      6: (64, 32),
-      8: (128, 32),
-    }.items()
-    for group in groups
+    recipe_lib.Int(bits=bits, group=group, scale=scale)
+    for bits, group, scale in (
+      (2, 32, _BYTE),
+      (3, 64, _BYTE),
+      (3, 32, _BYTE),
+      (4, 64, _BYTE),
+      (4, 32, _BYTE),
+      (5, 64, _BYTE),
+      (5, 32, _BYTE),
+      (5, 32, 'bf16'),
+      (6, 64, _BYTE),
+      (6, 32, _BYTE),
+      (6, 32, 'bf16'),
+      (8, 128, 'bf16'),
+      (8, 32, 'bf16'),
+    )
   ),
 )
 
@@ -243,14 +250,17 @@ def sensitivities(
     fingerprint=mark,
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
   )
-  bar = tqdm.tqdm(
-    sites.items(), desc='sensitivities', unit='weight', disable=not progress
+  made = _threads.each(
+    lambda site: _candidates(flat[site.whole], site, candidates, statistics),
+    {path: site for path, site in sites.items() if path not in found},
+    desc='sensitivities',
+    progress=progress,
   )
-  for path, site in bar:
-    if path not in found:
-      found[path] = _candidates(flat[site.whole], site, candidates, statistics)
-      keep(result)
-  return result
+  for path, each in made:
+    found[path] = each
+    keep(result)
+  ordered_found = {path: found[path] for path in sites if path in found}
+  return dataclasses.replace(result, candidates=ordered_found)
 
 
 def fingerprint(

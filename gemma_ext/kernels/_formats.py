@@ -90,8 +90,15 @@ def _check_positive(name: str, value: int) -> None:
     raise errors.GroupSizeError(f'{name}={value!r}; expected an int >= 1.')
 
 
+def _check_scale(scale: str) -> None:
+  if scale not in _scales.SCALES:
+    raise errors.RecipeError(f'{scale=}; expected one of {_scales.SCALES}.')
+
+
 class _Sizes:
-  """Sizes that follow from the shapes."""
+  """Sizes that follow from the shapes, and scales."""
+
+  scale: str
 
   def nbytes(self, rows: tuple[int, ...], cols: int) -> int:
     """Returns the bytes of codes and scales together."""
@@ -106,19 +113,29 @@ class _Sizes:
   @property
   def scale_dtype(self) -> np.dtype:
     """Type of the stored scales."""
-    return np.dtype(jnp.bfloat16)
+    return np.dtype(np.uint8 if self.scale == 'ue5m3' else jnp.bfloat16)
 
   def pack_scale(self, scale: jax.Array) -> jax.Array:
     """Rounds scales to how they are stored."""
-    return scale.astype(jnp.bfloat16)
+    if self.scale == 'ue5m3':
+      return _scales.encode(scale)
+    return _scales.round_scale(scale, 'bf16').astype(jnp.bfloat16)
 
   def open_scale(self, scale: jax.Array) -> jax.Array:
-    """Stored scales in float32, for an optimiser to move."""
+    """Returns stored scales in float32, of the same shape, for an optimiser."""
+    if scale.dtype == jnp.uint8:
+      return _scales.decode(scale)
     return scale.astype(jnp.float32)
 
   def unpack_scale(self, scale: jax.Array) -> jax.Array:
-    """Stored or moving scales as what codes multiply, float32."""
-    return scale.astype(jnp.float32)
+    """Stored or moving scales as what codes multiply, float32.
+
+    Those that move are rounded to what can be stored in one byte, with a
+    gradient that passes straight through.
+    """
+    if self.scale == 'ue5m3' and scale.dtype != jnp.uint8:
+      scale = _scales.round_through(scale)
+    return self.open_scale(scale)
 
   def round(self, codes: jax.Array) -> jax.Array:
     """Returns the whole numbers nearest to latent codes that can be packed."""
@@ -170,10 +187,7 @@ class TernaryFormat(_Sizes):
       raise errors.RecipeError(
         f'packing={self.packing!r}; expected one of {PACKINGS}.'
       )
-    if self.scale not in _scales.SCALES:
-      raise errors.RecipeError(
-        f'scale={self.scale!r}; expected one of {_scales.SCALES}.'
-      )
+    _check_scale(self.scale)
     if not isinstance(self.tied, bool):
       raise errors.RecipeError(f'tied={self.tied!r}; expected a bool.')
     if self.tied and self.packing == '3of4':
@@ -182,11 +196,6 @@ class TernaryFormat(_Sizes):
   @property
   def codes_dtype(self) -> np.dtype:
     return np.dtype(np.uint8)
-
-  @property
-  def scale_dtype(self) -> np.dtype:
-    """Type of the stored scales."""
-    return np.dtype(np.uint8 if self.scale == 'ue5m3' else jnp.bfloat16)
 
   @property
   def scale_planes(self) -> int:
@@ -225,17 +234,7 @@ class TernaryFormat(_Sizes):
 
     Of tied planes the last one's are taken, whatever the others say.
     """
-    if self.tied:
-      scale = scale[-1:]
-    if self.scale == 'ue5m3':
-      return _scales.encode(scale)
-    return _scales.round_scale(scale, 'bf16').astype(jnp.bfloat16)
-
-  def open_scale(self, scale: jax.Array) -> jax.Array:
-    """Returns stored scales in float32, of the same shape, for an optimiser."""
-    if scale.dtype == jnp.uint8:
-      return _scales.decode(scale)
-    return scale.astype(jnp.float32)
+    return super().pack_scale(scale[-1:] if self.tied else scale)
 
   def unpack_scale(self, scale: jax.Array) -> jax.Array:
     """Returns the scales of every plane, float32 `[planes, *rows, groups]`.
@@ -244,9 +243,7 @@ class TernaryFormat(_Sizes):
       scale: Stored scales; or those of `open_scale`, which are rounded to what
         can be stored in one byte, with a gradient that passes straight through.
     """
-    if self.scale == 'ue5m3' and scale.dtype != jnp.uint8:
-      scale = _scales.round_through(scale)
-    scale = self.open_scale(scale)
+    scale = super().unpack_scale(scale)
     if not self.tied or self.planes == 1:
       return scale
     return jnp.concatenate(
@@ -294,21 +291,25 @@ class TernaryFormat(_Sizes):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntFormat(_Sizes):
-  """Two's complement integers of `bits` bits, one bf16 scale per group.
+  """Two's complement integers of `bits` bits, one scale per group.
 
   Attributes:
     bits: 2 to 8. Codes take the full range [-2^(bits-1), 2^(bits-1) - 1].
     group: Weights that share one scale; `None` for one scale per row.
+    scale: How scales are stored: 'bf16' or 'ue5m3', in one byte and never
+      below 0.
   """
 
   bits: int = 8
   group: int | None = None
+  scale: str = 'bf16'
 
   def __post_init__(self):
     if isinstance(self.bits, bool) or not isinstance(self.bits, int):
       raise errors.RecipeError(f'bits={self.bits!r}; expected an int.')
     if not 2 <= self.bits <= 8:
       raise errors.RecipeError(f'bits={self.bits}; expected 2 to 8.')
+    _check_scale(self.scale)
     if self.group is not None:
       _check_positive('group', self.group)
 

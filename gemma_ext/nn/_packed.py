@@ -39,7 +39,9 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
       )
     case recipe_lib.Int():
       group = method.group and kernels.choose_group(cols, method.group)
-      return kernels.IntFormat(bits=method.bits, group=group)
+      return kernels.IntFormat(
+        bits=method.bits, group=group, scale=method.scale
+      )
     case _:
       raise errors.RecipeError(f'{method!r} has no packed format.')
 

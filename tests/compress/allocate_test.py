@@ -279,9 +279,19 @@ def test_allocate_gives_a_recipe_within_the_budget(monkeypatch):
   params = tiny.params(model)
   recipe = gx.allocate(model, params, '40%', _tokens(batch=2))
   dense = sum(x.nbytes for x in jax.tree.leaves(params))
-  packed = gx.compress(model, params, recipe)
+  packed = gx.compress(model, params, recipe, calibration=_tokens(batch=2))
   assert sum(x.nbytes for x in jax.tree.leaves(packed)) <= 0.4 * dense
   compressed = gx.nn.Compressed(model=model, recipe=recipe)
   assert jnp.isfinite(
     compressed.apply({'params': packed}, jnp.array([[2, 9]])).logits
   ).all()
+
+
+def test_what_is_measured_on_was_not_fitted_on():
+  tokens = np.arange(14).reshape(7, 2)
+  fitted, measured = gx.compress.held_out(tokens)
+  assert len(fitted) == 5 and len(measured) == 2
+  np.testing.assert_array_equal(np.concatenate([fitted, measured]), tokens)
+  for few in (tokens[:1], tokens[:2]):
+    for part in gx.compress.held_out(few):
+      np.testing.assert_array_equal(part, few)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext.compress import _fit_int
 
 fit = _fit_int.fit_int
@@ -56,6 +57,33 @@ def test_never_worse_than_absmax(bits, weighted):
   norm = (h * w.astype(np.float64) ** 2).sum(-1)
   assert (got <= _errors(w, plain, h, bits) + 1e-6 * norm).all()
   assert got.sum() < 0.99 * _errors(w, plain, h, bits).sum()
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 6, 8])
+def test_scales_of_one_byte(bits):
+  w = _weights(80, 64, seed=bits)
+  h = _curvature(32)
+  codes, scale = fit(
+    w, bits=bits, group=32, scale='ue5m3', curvature=np.tile(h, 2)
+  )
+  stored = np.asarray(scale, np.float32)
+  assert (stored > 0).all()
+  np.testing.assert_array_equal(
+    stored, np.asarray(kernels.round_scale(jnp.asarray(stored), 'ue5m3'))
+  )
+  split = w.reshape(-1, 32).astype(np.float64)
+  found = np.asarray(codes, np.float64).reshape(-1, 32)
+  got = (h * (split - found * stored.reshape(-1, 1)) ** 2).sum(-1)
+  # The best of all scales that can be stored.
+  peak = np.abs(split).max(-1)
+  best = np.full(len(split), np.inf)
+  half = 1 << (bits - 1)
+  for ratio in np.geomspace(0.1, 2.4, 400):
+    tried = kernels.round_scale(jnp.asarray(ratio * peak / half), 'ue5m3')
+    best = np.minimum(best, _errors(split, np.asarray(tried), h, bits))
+  assert got.sum() < 1.02 * best.sum()
+  with pytest.raises(errors.RecipeError, match='scale='):
+    fit(w, bits=bits, scale='fp8')
 
 
 @pytest.mark.parametrize('bits', [2, 3, 4])

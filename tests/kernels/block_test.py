@@ -36,7 +36,7 @@ SPECS = {
     formats=(
       kernels.IntFormat(bits=5, group=32),
       kernels.TernaryFormat(group=16, packing='5trit', scale='ue5m3'),
-      kernels.IntFormat(bits=6, group=64),
+      kernels.IntFormat(bits=6, group=64, scale='ue5m3'),
       kernels.TernaryFormat(group=32, packing='3of4', planes=2),
       INT8,
     ),

@@ -30,7 +30,11 @@ FORMATS = [
     kernels.TernaryFormat(group=8, scale='ue5m3', planes=2, tied=True),
     128,
   ),
-  (kernels.IntFormat(bits=5, group=32), kernels.IntFormat(bits=5, group=8), 24),
+  (
+    kernels.IntFormat(bits=5, group=32, scale='ue5m3'),
+    kernels.IntFormat(bits=5, group=8),
+    24,
+  ),
   (kernels.IntFormat(bits=8), kernels.IntFormat(bits=8), 36),
   (
     kernels.IntFormat(bits=8, group=16),

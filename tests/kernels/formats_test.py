@@ -168,6 +168,7 @@ def test_padding_holds_zero_codes():
     (kernels.TernaryFormat(group=128, packing='3of4'), 640, 1.375),
     (kernels.IntFormat(bits=8), 640, 8.025),
     (kernels.IntFormat(bits=4, group=32), 640, 4.5),
+    (kernels.IntFormat(bits=4, group=32, scale='ue5m3'), 640, 4.25),
     (kernels.IntFormat(bits=3, group=128), 640, 3.125),
     (kernels.IntFormat(bits=2, group=64), 640, 2.25),
   ],

@@ -22,7 +22,10 @@ FORMATS = [
     kernels.TernaryFormat(group=32, packing='5trit', planes=2),
     kernels.IntFormat(bits=4, group=32),
   ),
-  (kernels.IntFormat(bits=6, group=32), kernels.IntFormat(bits=8)),
+  (
+    kernels.IntFormat(bits=6, group=32, scale='ue5m3'),
+    kernels.IntFormat(bits=8),
+  ),
   (
     kernels.TernaryFormat(group=8, scale='ue5m3', planes=2, tied=True),
     kernels.IntFormat(bits=3, group=24),

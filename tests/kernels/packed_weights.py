@@ -23,7 +23,7 @@ FORMATS = [
   kernels.TernaryFormat(group=8, scale='ue5m3', planes=2, tied=True),
   kernels.TernaryFormat(group=32, planes=3, tied=True),
   kernels.IntFormat(bits=8),
-  kernels.IntFormat(bits=8, group=16),
+  kernels.IntFormat(bits=8, group=16, scale='ue5m3'),
   kernels.IntFormat(bits=5, group=32),
   kernels.IntFormat(bits=4, group=32),
   kernels.IntFormat(bits=3),
