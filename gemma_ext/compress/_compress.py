@@ -167,8 +167,9 @@ def compress_weight(
         ' trained to divergence.'
       )
     count = block.shape[0]
-    if hessian is not None and start:
-      block = jnp.pad(block, ((0, step - count), (0, 0)))
+    if hessian is not None:
+      many = step if start else min(step, 1 << (count - 1).bit_length())
+      block = jnp.pad(block, ((0, many - count), (0, 0)))
     code, scale = fit(block, method, fmt, curvature)
     codes.append(fmt.pack(code[..., :count, :]))
     scales.append(fmt.pack_scale(scale[..., :count, :]))

@@ -340,14 +340,17 @@ def _candidates(
 
 
 def _sample(importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Rows to fit, `[n]` ascending, and for how many each of them stands.
+  """Rows to fit, and for how many each of them stands.
 
   The most important half, and others at random; those stand for the importance
-  of all the rest.
+  of all the rest. Always as many, as each number of rows compiles anew: of a
+  weight of fewer, the first is there again and stands for none.
   """
   count = len(importance)
   if count <= _SAMPLE:
-    return np.arange(count), np.ones(count)
+    extra = np.zeros(_SAMPLE - count, np.int64)
+    rows = np.concatenate([np.arange(count), extra])
+    return rows, np.concatenate([np.ones(count), extra])
   order = np.argsort(-importance, kind='stable')
   first, rest = order[: _SAMPLE // 2], order[_SAMPLE // 2 :]
   rng = np.random.default_rng(0)
