@@ -3,7 +3,9 @@
 """Experts on eight devices give what they give on one."""
 
 import functools
+import re
 
+from gemma import gm
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,3 +233,35 @@ def test_bad_requests():
   del its['layer_0']['mlp']['experts']
   with pytest.raises(errors.ParamsMismatchError, match='shard_experts'):
     run(spread, its)
+
+
+def test_tokens_are_sent_and_weights_stay():
+  model, params = made('int4')
+  spread, its = gx_nn.shard_experts(model, params, mesh=mesh_of())
+  apply = lambda params: spread.apply({'params': params}, TOKENS).logits
+  text = jax.jit(apply).lower(its).compile().as_text()
+  # There, back: rows, numbers and weights of experts, and sums.
+  assert len(re.findall(r' all-to-all(?:-start)?\(', text)) >= 2
+  gathered = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(', text)
+  sizes = [int(np.prod([int(n) for n in s.split(',')])) for s in gathered]
+  # Nothing larger than the activations of all tokens comes together.
+  assert all(size <= 16 * 128 for size in sizes)
+
+
+def test_meshes_of_more_axes():
+  model, params = made('int4', num_experts=16, top_k=5)
+  mesh = jax.make_mesh((2, 4), ('data', 'experts'))
+  spread, its = gx_nn.shard_experts(model, params, mesh=mesh)
+  check(run(spread, its)[0], run(model, params)[0])
+
+
+def test_text_is_that_of_one_device():
+  model, params = made('int4')
+  spread, its = gx_nn.shard_experts(model, params, mesh=mesh_of())
+  found = [
+    gm.text.Sampler(
+      model=each, params=p, tokenizer=tiny.tokenizer(3), cache_length=512
+    ).sample('The capital', max_new_tokens=6)
+    for each, p in ((model, params), (spread, its))
+  ]
+  assert found[0] == found[1] != ''
