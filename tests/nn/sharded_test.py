@@ -15,6 +15,7 @@ import gemma_ext as gx
 from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
+from gemma_ext.kernels import _cpu
 from gemma_ext.nn import _sharded
 from tests import tiny
 
@@ -265,3 +266,18 @@ def test_text_is_that_of_one_device():
     for each, p in ((model, params), (spread, its))
   ]
   assert found[0] == found[1] != ''
+
+
+@pytest.mark.skipif(_cpu.library() is None, reason='no C++ library')
+def test_kernels_of_the_cpu_on_every_device(monkeypatch):
+  model, params = made('int4')
+  want, _ = run(model, params)
+  spread, its = gx_nn.shard_experts(model, params, mesh=mesh_of())
+  monkeypatch.setenv('GEMMA_EXT_BACKEND', 'cpu')
+  jax.clear_caches()
+  apply = jax.jit(lambda params: spread.apply({'params': params}, TOKENS))
+  assert 'gemma_ext_experts' in apply.lower(its).as_text()
+  # They round activations to 16 bits.
+  check(np.asarray(apply(its).logits), want, 1e-3)
+  monkeypatch.undo()
+  jax.clear_caches()
