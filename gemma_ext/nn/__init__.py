@@ -25,6 +25,8 @@ from gemma_ext.nn._packed import param as packed_param
 from gemma_ext.nn._part import part
 from gemma_ext.nn._rolling import rolling_cache
 from gemma_ext.nn._rolling import slots_of
+from gemma_ext.nn._sharded import shard_experts
+from gemma_ext.nn._sharded import Sharded
 from gemma_ext.nn._sites import join
 from gemma_ext.nn._sites import Kind
 from gemma_ext.nn._sites import Layout

@@ -30,12 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_ext import errors
-from gemma_ext import kernels
-from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
 from gemma_ext.nn import _moe
-from gemma_ext.nn import _packed
+from gemma_ext.nn import _stacked
 
 COLLECTION = 'experts'
 _ids = itertools.count()
@@ -50,15 +48,19 @@ class _Layer:
 
   Attributes:
     mixture: What the layer is.
-    formats: Of gate and down if packed.
-    arrays: Of all experts, the axis of experts first.
-    axes: Of each array, the axis of experts that the kernels expect.
+    stacked: Its experts.
   """
 
   mixture: _moe.Mixture
-  formats: tuple[Any, Any] | None
-  arrays: tuple[np.ndarray, ...]
-  axes: tuple[int, ...]
+  stacked: _stacked.Stacked
+
+  @property
+  def arrays(self) -> tuple[np.ndarray, ...]:
+    return self.stacked.arrays
+
+  @property
+  def axes(self) -> tuple[int, ...]:
+    return self.stacked.axes
 
 
 class HostExperts:
@@ -216,46 +218,9 @@ def hit_rate(state: Mapping[str, Any]) -> float:
 
 def _layer(mixture, path, methods, flat, directory) -> _Layer:
   """Takes the experts of a layer out of the parameters."""
-  count, size = mixture.method.num_experts, mixture.size
-  names = [f'{path}/{name}' for name in (_moe.GATE, _moe.DOWN)]
-  if names[0] not in methods:
-    both, out = (np.asarray(flat.pop(name)) for name in names)
-    both = _moe.rows_of_neurons(both, out)
-    both = both.reshape(2, count, size, -1).swapaxes(0, 1)
-    arrays = [both, out.reshape(count, size, -1)]
-    formats = None
-    axes: tuple[int, ...] = (0, 0)
-  else:
-    formats = (
-      _packed.format_of(methods[names[0]][1], mixture.features),
-      _packed.format_of(methods[names[1]][1], mixture.hidden),
-    )
-    gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in _LEAF}
-    down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in _LEAF}
-    axis = int(isinstance(formats[0], kernels.TernaryFormat))
-    arrays = []
-    for each in gate.values():
-      # [P?, 2, H, bytes] -> [E, P?, 2, f, bytes]
-      cut = each.reshape(*each.shape[: axis + 1], count, size, each.shape[-1])
-      arrays.append(np.moveaxis(cut, axis + 1, 0))
-    codes = np.asarray(
-      formats[1].unpack(jnp.asarray(down['codes']), mixture.hidden)
-    )
-    codes = codes.reshape(*codes.shape[:-1], count, size)
-    arrays.append(
-      np.stack(
-        [
-          np.asarray(formats[1].pack(jnp.asarray(codes[..., e, :])))
-          for e in range(count)
-        ]
-      )
-    )
-    scale = down['scale']
-    scale = scale.reshape(*scale.shape[:-1], count, -1)
-    arrays.append(np.moveaxis(scale, -2, 0))
-    axes = (axis,) * 4
+  stacked = _stacked.take(mixture, methods, flat)
   kept = []
-  for i, array in enumerate(arrays):
+  for i, array in enumerate(stacked.arrays):
     array = np.ascontiguousarray(array)
     if directory is not None:
       file = pathlib.Path(directory) / f'{path.replace("/", "_")}_{i}.bin'
@@ -263,10 +228,8 @@ def _layer(mixture, path, methods, flat, directory) -> _Layer:
       array.tofile(file)
       array = np.memmap(file, dtype=array.dtype, mode='r', shape=array.shape)
     kept.append(array)
-  return _Layer(mixture=mixture, formats=formats, arrays=tuple(kept), axes=axes)
-
-
-_LEAF = ('codes', 'scale')
+  stacked = dataclasses.replace(stacked, arrays=tuple(kept))
+  return _Layer(mixture=mixture, stacked=stacked)
 
 
 def _empty(store: HostExperts, slots: int) -> dict[str, Any]:
@@ -385,18 +348,7 @@ def _stream_all(layer, fetch, x, chosen, weight) -> jax.Array:
 
 
 def _compute(layer, arrays, x, at, weight) -> jax.Array:
-  if layer.formats is None:
-    gate, down = arrays
-    return kernels.experts_dense(
-      x, gate.astype(x.dtype), down.astype(x.dtype), at, weight
-    )
-  gate, down = (
-    dict(zip(_LEAF, arrays[i : i + 2], strict=True)) for i in (0, 2)
-  )
-  method = layer.mixture.method.weights
-  bits = 16
-  if isinstance(method, (recipe_lib.Ternary, recipe_lib.Int)):
-    bits = method.x_bits
-  return kernels.experts_ffn(
-    x, gate, layer.formats[0], down, layer.formats[1], at, weight, x_bits=bits
+  stacked = layer.stacked
+  return _stacked.compute(
+    *(stacked.formats, arrays, x, at, weight), x_bits=stacked.x_bits
   )

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _moe
 from gemma_ext.text import _argmax
 from gemma_ext.text import _loop
 from gemma_ext.text import _prompt
@@ -42,20 +43,26 @@ def random_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:
   """Returns parameters of a model, dense or `Compressed`, of random contents.
 
   Args:
-    model: The model. Its packed weights get random codes and small scales.
+    model: The model. Its packed weights get random codes and small scales, and
+      every expert of its mixtures runs.
     seed: Seed.
   """
   tokens = jnp.zeros((1, 4), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
   methods: Mapping[str, Any] = {}
+  mixtures: Mapping[str, gx_nn.Mixture] = {}
   if isinstance(model, gx_nn.Compressed):
     methods = gx_nn.methods_of(model.model, model.recipe)
+    mixtures = gx_nn.mixtures_of(model.model, model.recipe)
   key = jax.random.key(seed)
   flat: dict[str, Any] = {}
+  for path, mixture in mixtures.items():
+    router = _moe.initial(mixture, jax.random.fold_in(key, len(flat)))
+    flat |= {f'{path}/{_moe.ROUTER}/{name}': v for name, v in router.items()}
   for i, (path, leaf) in enumerate(
     traverse_util.flatten_dict(shapes, sep='/').items()
   ):
-    if path.rpartition('/')[0] in methods:
+    if path in flat or path.rpartition('/')[0] in methods:
       continue
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     flat[path] = 0.02 * draw(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)

@@ -1,0 +1,126 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Experts as arrays of their own, cut out of the weights of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_ext import kernels
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _moe
+from gemma_ext.nn import _packed
+from gemma_ext.nn import _sites
+
+_LEAF = ('codes', 'scale')
+_Methods = Mapping[str, tuple[_sites.Site, recipe_lib.Method]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Stacked:
+  """The slices of a layer, shared ones first.
+
+  Attributes:
+    formats: Of gate and down if packed.
+    arrays: Gate `[S, 2, f, D]` and down `[S, f, D]`; or codes and scales of
+      both, the axis of slices first, down with rows of f codes.
+    axes: Of each array, the axis of slices that the kernels expect.
+    x_bits: What activations may be rounded to.
+  """
+
+  formats: tuple[Any, Any] | None
+  arrays: tuple[np.ndarray, ...]
+  axes: tuple[int, ...]
+  x_bits: int
+
+
+def take(
+  mixture: _moe.Mixture, methods: _Methods, flat: dict[str, Any]
+) -> Stacked:
+  """Takes the experts of a layer out of the parameters.
+
+  Args:
+    mixture: The layer.
+    methods: Site and method by path.
+    flat: Parameters by path; those of the experts are gone afterwards.
+  """
+  count, size = mixture.method.slices, mixture.size
+  names = [f'{mixture.path}/{name}' for name in (_moe.GATE, _moe.DOWN)]
+  method = mixture.method.weights
+  bits = getattr(method, 'x_bits', 16)
+  if names[0] not in methods:
+    both, out = (np.asarray(flat.pop(name)) for name in names)
+    both = _moe.rows_of_neurons(both, out)
+    both = both.reshape(2, count, size, -1).swapaxes(0, 1)
+    arrays = (both, out.reshape(count, size, -1))
+    return Stacked(formats=None, arrays=arrays, axes=(0, 0), x_bits=bits)
+  formats = (
+    _packed.format_of(methods[names[0]][1], mixture.features),
+    _packed.format_of(methods[names[1]][1], mixture.hidden),
+  )
+  gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in _LEAF}
+  down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in _LEAF}
+  axis = axis_of(formats[0])
+  found = []
+  for each in gate.values():
+    # [P?, 2, H, bytes] -> [S, P?, 2, f, bytes]
+    cut = each.reshape(*each.shape[: axis + 1], count, size, each.shape[-1])
+    found.append(np.moveaxis(cut, axis + 1, 0))
+  codes = np.asarray(
+    formats[1].unpack(jnp.asarray(down['codes']), mixture.hidden)
+  )
+  codes = codes.reshape(*codes.shape[:-1], count, size)
+  found.append(
+    np.stack(
+      [
+        np.asarray(formats[1].pack(jnp.asarray(codes[..., e, :])))
+        for e in range(count)
+      ]
+    )
+  )
+  scale = down['scale']
+  scale = scale.reshape(*scale.shape[:-1], count, -1)
+  found.append(np.moveaxis(scale, -2, 0))
+  return Stacked(
+    formats=formats, arrays=tuple(found), axes=(axis,) * 4, x_bits=bits
+  )
+
+
+def axis_of(fmt: Any) -> int:
+  """The axis of experts in the arrays of stacked weights of a format."""
+  return int(isinstance(fmt, kernels.TernaryFormat))
+
+
+def compute(
+  formats: tuple[Any, Any] | None,
+  arrays: Sequence[jax.Array],
+  x: jax.Array,
+  chosen: jax.Array,
+  weight: jax.Array,
+  *,
+  x_bits: int = 16,
+) -> jax.Array:
+  """Sums the chosen slices of every row of x, each times its weight.
+
+  Args:
+    formats: Of gate and down if packed.
+    arrays: As the kernels expect them.
+    x: `[N, D]`.
+    chosen: Numbers of slices, `[N, K]`; -1 for none.
+    weight: `[N, K]`.
+    x_bits: What activations may be rounded to.
+  """
+  if formats is None:
+    dense = [w.astype(x.dtype) for w in arrays]
+    return kernels.experts_dense(x, dense[0], dense[1], chosen, weight)
+  gate = dict(zip(_LEAF, arrays[:2], strict=True))
+  down = dict(zip(_LEAF, arrays[2:], strict=True))
+  return kernels.experts_ffn(
+    x, gate, formats[0], down, formats[1], chosen, weight, x_bits=x_bits
+  )
