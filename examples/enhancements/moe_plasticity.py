@@ -84,8 +84,9 @@ def apply(params, x):
   layer = params['mlp']
   choice = gx_nn.route(METHOD, layer['router'], x)
   gate, up = jnp.einsum('nd,chd->cnh', x, layer['gating_einsum'])
-  hidden = jax.nn.gelu(gate) * up * choice.gates(NEURONS)
-  load = (choice.gates() != 0).mean(axis=0)
+  gates = choice.gates()
+  hidden = jax.nn.gelu(gate) * up * jnp.repeat(gates, NEURONS, axis=-1)
+  load = (gates != 0).mean(axis=0)
   sown = {
     'load': load,
     'probability': jax.nn.softmax(choice.logits).mean(axis=0),

@@ -95,9 +95,6 @@ def test_of_two_alike_the_one_with_less_load_dies():
   assert not _windows([0.4, 0.35, 0.25], count=100, similarity=similarity)
 
 
-@pytest.mark.xfail(
-  strict=True, reason='the reference follows the load too fast'
-)
 def test_counts_start_again_below_the_second_level():
   # Two windows of three are quiet: never enough of them in a row.
   gradient = lambda window: np.array([0.9 if window % 3 else 3.0, 0.9, 0.9, 0])
@@ -279,9 +276,6 @@ def test_packed_experts_are_refused():
     train.live_experts(params, mixture)
 
 
-@pytest.mark.xfail(
-  strict=True, reason='the reference follows the load too fast'
-)
 def test_a_saturated_layer_grows_and_an_idle_one_shrinks(tmp_path):
   mixture, params = _layer('norm', 1, live=3)
   settings = train.Plasticity(patience=1, age=1, pause=1)
