@@ -4,7 +4,9 @@
 
 By default the dense model is a small one on the bytes of the text, trained here
 first, and all three ways to balance are compared. With a checkpoint, its own
-tokens (a real 270M wants an accelerator):
+tokens. Without an accelerator that takes a cut: `--train_layers` upcycles the
+last layers alone, all others stay as they are, and `--cut_vocabulary` leaves
+out the tokens that do not occur in the text.
 
 python examples/enhancements/moe_upcycle.py [--json=out/balance.json] \
     [--png=out/balance] [--checkpoint=gemma3-270m --output=out/upcycled]
@@ -12,6 +14,7 @@ python examples/enhancements/moe_upcycle.py [--json=out/balance.json] \
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -38,9 +41,10 @@ _SMALL = dict(
   num_kv_heads=1,
   attention_types=gm.nn.Gemma3_270M.config.attention_types[2:6],
 )
+_PATHS = ('json', 'png', 'output')
 _TRIALS = {
   'none': {'router': 'softmax', 'weight': 0.0, 'rate': 0.0},
-  'loss': {'router': 'softmax', 'weight': 3e-2, 'rate': 0.0},
+  'loss': {'router': 'softmax', 'weight': 1e-1, 'rate': 0.0},
   'bias': {'router': 'sigmoid', 'weight': 0.0, 'rate': 1e-2},
 }
 
@@ -55,8 +59,27 @@ def batches(rows: np.ndarray, size: int, seed: int):
       yield jnp.asarray(rows[part])
 
 
-def fit(model, params, rows, *, steps, batch, learning_rate, weight, rate):
+def last_layers(params, count: int) -> tuple[dict, dict]:
+  """The mixtures of the last layers, all if 0, and all other parameters."""
+  if not count:
+    return params, {}
+  layers = sum(name.startswith('layer_') for name in params)
+  names = [f'layer_{i}' for i in range(layers - count, layers)]
+  train_ = {n: {'mlp': params[n]['mlp']} for n in names}
+  rest = {n: {k: v for k, v in params[n].items() if k != 'mlp'} for n in names}
+  return train_, {k: v for k, v in params.items() if k not in names} | rest
+
+
+def joined(train_, rest):
+  """The parameters again."""
+  return rest | {k: rest.get(k, {}) | v for k, v in train_.items()}
+
+
+def fit(
+  model, params, rows, *, steps, batch, learning_rate, weight, rate, layers=0
+):
   """Trains on text; `rate` of the biases falls to a tenth."""
+  params, rest = last_layers(params, layers)
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0)
     if weight is None
@@ -66,17 +89,21 @@ def fit(model, params, rows, *, steps, batch, learning_rate, weight, rate):
   )
 
   @jax.jit
-  def step(params, state, tokens, rate):
+  def step(params, rest, state, tokens, rate):
     def loss(params):
       out, sown = model.apply(
-        {'params': params}, tokens[:, :-1], mutable=['intermediates']
+        {'params': joined(params, rest)},
+        tokens[:, :-1],
+        mutable=['intermediates'],
       )
       error = cross_entropy(out.logits, tokens)
+      sown = sown.get('intermediates', {})
+      sown = {k: v for k, v in sown.items() if k in params}
       if weight:
-        found = train.routing(sown['intermediates'])
+        found = train.routing(sown)
         error += weight * train.load_balance(found).mean()
         error += 1e-3 * train.router_z(found).mean()
-      return error, sown.get('intermediates')
+      return error, sown
 
     grads, sown = jax.grad(loss, has_aux=True, allow_int=True)(params)
     updates, state = optimizer.update(grads, state, params)
@@ -89,8 +116,8 @@ def fit(model, params, rows, *, steps, batch, learning_rate, weight, rate):
   source = batches(rows, batch, seed=0)
   for i in range(steps):
     now = rate * 0.1 ** (i / steps)
-    params, state = step(params, state, next(source), now)
-  return params
+    params, state = step(params, rest, state, next(source), now)
+  return joined(params, rest)
 
 
 def cross_entropy(logits, tokens):
@@ -113,23 +140,51 @@ def evaluate(model, params, rows) -> float:
   return float(np.mean([of(params, jnp.asarray(p)) for p in parts]))
 
 
+def cut(model, params, rows):
+  """Leaves out all tokens that do not occur in the rows."""
+  kept, numbers = np.unique(np.concatenate([*rows]), return_inverse=True)
+  # No padding among them: windows are whole.
+  assert kept[0] != 0
+  table = params['embedder']['input_embedding']
+  table = jnp.concatenate([jnp.zeros_like(table[:1]), table[kept]])
+  numbers = numbers.reshape(-1, rows[0].shape[1]).astype(np.int32) + 1
+  config = dataclasses.replace(model.config, num_embed=len(table))
+  embedder = params['embedder'] | {'input_embedding': table}
+  first, second = np.split(numbers, [len(rows[0])])
+  return (
+    model.clone(config=config),
+    params | {'embedder': embedder},
+    first,
+    second,
+  )
+
+
 def start(args):
   """Dense model, parameters, and rows of tokens to train and to test on."""
   if args.checkpoint:
-    found = ckpts.load(args.checkpoint)
+    found = ckpts.load(args.checkpoint, dtype=jnp.float32)
     splits = data.split(data.load_documents(args.text), seed=0)
     rows = [
       data.windows(
         found.tokenizer, part.documents, length=args.length, max_tokens=count
       ).tokens
-      for part, count in ((splits.calibration, 400_000), (splits.test, 16_000))
+      for part, count in (
+        (splits.calibration, args.tokens),
+        (splits.test, args.test_tokens),
+      )
     ]
+    rows = [r[(r != 0).all(axis=1)] for r in rows]
+    if args.cut_vocabulary:
+      return cut(found.model, found.params, rows)
     return found.model, found.params, *rows
   config = dataclasses.replace(gm.nn.Gemma3_270M.config, **_SMALL)
   model = gm.nn.Gemma3_270M(config=config, dtype=jnp.float32)
   splits = data.split(data.load_documents(args.text), seed=0)
   rows = []
-  for part, count in ((splits.calibration, 400_000), (splits.test, 16_000)):
+  for part, count in (
+    (splits.calibration, args.tokens),
+    (splits.test, args.test_tokens),
+  ):
     text = '\n'.join(d.text for d in part.documents).encode()[:count]
     bytes_ = np.frombuffer(text, np.uint8).astype(np.int32) + 4
     body = bytes_[: len(bytes_) // args.length * args.length]
@@ -160,24 +215,39 @@ def main():
   parser.add_argument('--experts', type=int, default=8)
   parser.add_argument('--top_k', type=int, default=2)
   parser.add_argument('--learning_rate', type=float, default=1e-3)
+  parser.add_argument('--tokens', type=int, default=400_000)
+  parser.add_argument('--test_tokens', type=int, default=16_000)
+  parser.add_argument('--train_layers', type=int, default=0)
+  parser.add_argument('--cut_vocabulary', action='store_true')
   parser.add_argument('--balance', default='none,loss,bias')
+  parser.add_argument('--measured', type=int, default=64)
   parser.add_argument('--output', type=pathlib.Path)
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--png', type=pathlib.Path)
   args = parser.parse_args()
   began = time.time()
   dense, params, rows, test = start(args)
-  result = {'dense': evaluate(dense, params, test), 'trials': {}}
+  result = {
+    'settings': {k: v for k, v in vars(args).items() if k not in _PATHS},
+    'dense': evaluate(dense, params, test),
+    'trials': {},
+  }
   print(f'dense: {result["dense"]:.4f}', flush=True)
   for name in args.balance.split(','):
     trial = _TRIALS[name]
-    wider, made, recipe = compress.upcycle(
+    wide = functools.partial(
+      compress.upcycle,
       dense,
       params,
       num_experts=args.experts,
       top_k=args.top_k,
       router=trial['router'],
     )
+    wider, made, recipe = wide()
+    if args.train_layers:
+      # Copies with nothing drawn anew compute what the dense layer does.
+      _, rest = last_layers(wide(reinitialise=0)[1], args.train_layers)
+      made = joined(last_layers(made, args.train_layers)[0], rest)
     model = gx_nn.Compressed(model=wider, recipe=recipe)
     made = fit(
       model,
@@ -188,8 +258,11 @@ def main():
       learning_rate=args.learning_rate,
       weight=trial['weight'],
       rate=trial['rate'],
+      layers=args.train_layers,
     )
-    found = train.measure_routing(model, made, test[:64])
+    found = train.measure_routing(model, made, test[: args.measured])
+    mine = last_layers(made, args.train_layers)[0]
+    found = {p: x for p, x in found.items() if p.split('/')[0] in mine}
     loads = {p: train.relative_load(x).tolist() for p, x in found.items()}
     every = np.concatenate([*loads.values()])
     result['trials'][name] = {
@@ -203,13 +276,13 @@ def main():
       f' {min(result["trials"][name]["entropy"].values()):.3f}',
       flush=True,
     )
+    if args.json:
+      args.json.write_text(json.dumps(result, indent=1) + '\n')
     if args.png:
       train.plot_routing(found, f'{args.png}_{name}.png')
     if args.output:
       ckpts.save(args.output / name, model=model, params=made)
   print(f'{time.time() - began:.0f} s')
-  if args.json:
-    args.json.write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__':
