@@ -4,21 +4,21 @@
 
 By default the dense model is a small one on the bytes of the text, trained here
 first, and all three ways to balance are compared. With a checkpoint, its own
-tokens. Without an accelerator that takes a cut: `--train_layers` upcycles the
-last layers alone, all others stay as they are, and `--cut_vocabulary` leaves
-out the tokens that do not occur in the text.
+tokens. A real 270M wants an accelerator; without one, `--last=2` upcycles the
+last layers alone. What they read comes from the frozen ones below, computed
+once, and the vocabulary is cut to the tokens that occur:
 
 python examples/enhancements/moe_upcycle.py [--json=out/balance.json] \
-    [--png=out/balance] [--checkpoint=gemma3-270m --output=out/upcycled]
+    [--png=out/balance] [--checkpoint=gemma3-270m --last=2]
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import time
 
+from flax import linen as nn
 from gemma import gm
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,6 @@ _SMALL = dict(
   num_kv_heads=1,
   attention_types=gm.nn.Gemma3_270M.config.attention_types[2:6],
 )
-_PATHS = ('json', 'png', 'output')
 _TRIALS = {
   'none': {'router': 'softmax', 'weight': 0.0, 'rate': 0.0},
   'loss': {'router': 'softmax', 'weight': 1e-1, 'rate': 0.0},
@@ -49,37 +48,36 @@ _TRIALS = {
 }
 
 
-def batches(rows: np.ndarray, size: int, seed: int):
+def batches(rows: dict, size: int, seed: int):
   """Endless batches of rows."""
   rng = np.random.default_rng(seed)
+  count = len(rows['tokens'])
   while True:
-    for part in np.split(
-      rng.permutation(len(rows))[: len(rows) // size * size], len(rows) // size
-    ):
-      yield jnp.asarray(rows[part])
+    order = rng.permutation(count)[: count // size * size]
+    for part in np.split(order, count // size):
+      yield {k: jnp.asarray(v[part]) for k, v in rows.items()}
 
 
-def last_layers(params, count: int) -> tuple[dict, dict]:
-  """The mixtures of the last layers, all if 0, and all other parameters."""
-  if not count:
-    return params, {}
-  layers = sum(name.startswith('layer_') for name in params)
-  names = [f'layer_{i}' for i in range(layers - count, layers)]
-  train_ = {n: {'mlp': params[n]['mlp']} for n in names}
-  rest = {n: {k: v for k, v in params[n].items() if k != 'mlp'} for n in names}
-  return train_, {k: v for k, v in params.items() if k not in names} | rest
+def run(model, params, batch):
+  """Logits of all tokens but the last, and what was sown.
+
+  Where rows have 'states', these are what the first layer reads.
+  """
+
+  def encode(next_fun, args, kwargs, context):
+    if context.method_name == 'encode' and 'states' in batch:
+      return batch['states']
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(encode):
+    out, sown = model.apply(
+      {'params': params}, batch['tokens'][:, :-1], mutable=['intermediates']
+    )
+  return out.logits, sown.get('intermediates')
 
 
-def joined(train_, rest):
-  """The parameters again."""
-  return rest | {k: rest.get(k, {}) | v for k, v in train_.items()}
-
-
-def fit(
-  model, params, rows, *, steps, batch, learning_rate, weight, rate, layers=0
-):
+def fit(model, params, rows, *, steps, batch, learning_rate, weight, rate):
   """Trains on text; `rate` of the biases falls to a tenth."""
-  params, rest = last_layers(params, layers)
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0)
     if weight is None
@@ -89,16 +87,10 @@ def fit(
   )
 
   @jax.jit
-  def step(params, rest, state, tokens, rate):
+  def step(params, state, batch, rate):
     def loss(params):
-      out, sown = model.apply(
-        {'params': joined(params, rest)},
-        tokens[:, :-1],
-        mutable=['intermediates'],
-      )
-      error = cross_entropy(out.logits, tokens)
-      sown = sown.get('intermediates', {})
-      sown = {k: v for k, v in sown.items() if k in params}
+      logits, sown = run(model, params, batch)
+      error = cross_entropy(logits, batch['tokens'])
       if weight:
         found = train.routing(sown)
         error += weight * train.load_balance(found).mean()
@@ -116,8 +108,8 @@ def fit(
   source = batches(rows, batch, seed=0)
   for i in range(steps):
     now = rate * 0.1 ** (i / steps)
-    params, state = step(params, rest, state, next(source), now)
-  return joined(params, rest)
+    params, state = step(params, state, next(source), now)
+  return params
 
 
 def cross_entropy(logits, tokens):
@@ -130,33 +122,63 @@ def cross_entropy(logits, tokens):
   return (each * mask).sum() / mask.sum()
 
 
-def evaluate(model, params, rows) -> float:
-  """Cross-entropy of rows, a few at a time."""
-  of = jax.jit(
-    lambda p, x: cross_entropy(model.apply({'params': p}, x[:, :-1]).logits, x)
-  )
-  parts = np.array_split(rows, max(1, len(rows) // 8))
-  parts = [p for p in parts if len(p) == len(parts[0])]
-  return float(np.mean([of(params, jnp.asarray(p)) for p in parts]))
+def evaluate(model, params, rows) -> tuple[float, dict]:
+  """Cross-entropy of rows, a few at a time, and their routing, if any."""
+
+  @jax.jit
+  def of(params, batch):
+    logits, sown = run(model, params, batch)
+    found = train.routing(sown) if sown else {}
+    return cross_entropy(logits, batch['tokens']), found
+
+  size = min(8, len(rows['tokens']))
+  parts = []
+  for i in range(0, len(rows['tokens']) - size + 1, size):
+    part = {k: jnp.asarray(v[i : i + size]) for k, v in rows.items()}
+    parts.append(jax.device_get(of(params, part)))
+  loss, found = jax.tree.map(lambda *x: np.mean(x, axis=0), *parts)
+  return float(loss), found
 
 
 def cut(model, params, rows):
-  """Leaves out all tokens that do not occur in the rows."""
-  kept, numbers = np.unique(np.concatenate([*rows]), return_inverse=True)
-  # No padding among them: windows are whole.
-  assert kept[0] != 0
+  """Leaves out all tokens that do not occur in the rows.
+
+  The others are numbered anew, from 1, as 0 is padding.
+  """
+  kept, numbers = np.unique(np.concatenate(rows), return_inverse=True)
+  numbers = numbers.reshape(-1, rows[0].shape[1]).astype(np.int32) + 1
   table = params['embedder']['input_embedding']
   table = jnp.concatenate([jnp.zeros_like(table[:1]), table[kept]])
-  numbers = numbers.reshape(-1, rows[0].shape[1]).astype(np.int32) + 1
   config = dataclasses.replace(model.config, num_embed=len(table))
   embedder = params['embedder'] | {'input_embedding': table}
-  first, second = np.split(numbers, [len(rows[0])])
-  return (
-    model.clone(config=config),
-    params | {'embedder': embedder},
-    first,
-    second,
-  )
+  made = model.clone(config=config), params | {'embedder': embedder}
+  return *made, np.split(numbers, [len(rows[0])])
+
+
+def tail(model, params, rows, count: int):
+  """The last layers as a model, and rows with what they read."""
+  types = model.config.attention_types
+  first = len(types) - count
+  name = f'layer_{first - 1}'
+
+  @jax.jit
+  def states(params, tokens):
+    _, state = model.apply(
+      {'params': params},
+      tokens,
+      capture_intermediates=lambda m, _: m.name == name,
+      mutable=['intermediates'],
+    )
+    return state['intermediates'][name]['__call__'][0][1]
+
+  found = []
+  for part in rows:
+    read = [np.asarray(states(params, x[None, :-1])[0]) for x in part]
+    found.append({'tokens': part, 'states': np.stack(read)})
+  layers = {f'layer_{i}': params[f'layer_{first + i}'] for i in range(count)}
+  rest = {k: v for k, v in params.items() if not k.startswith('layer_')}
+  config = dataclasses.replace(model.config, attention_types=types[first:])
+  return model.clone(config=config), rest | layers, *found
 
 
 def start(args):
@@ -164,19 +186,19 @@ def start(args):
   if args.checkpoint:
     found = ckpts.load(args.checkpoint, dtype=jnp.float32)
     splits = data.split(data.load_documents(args.text), seed=0)
-    rows = [
-      data.windows(
+    rows = []
+    for part, count in (
+      (splits.calibration, args.tokens),
+      (splits.test, args.test_tokens),
+    ):
+      tokens = data.windows(
         found.tokenizer, part.documents, length=args.length, max_tokens=count
       ).tokens
-      for part, count in (
-        (splits.calibration, args.tokens),
-        (splits.test, args.test_tokens),
-      )
-    ]
-    rows = [r[(r != 0).all(axis=1)] for r in rows]
-    if args.cut_vocabulary:
-      return cut(found.model, found.params, rows)
-    return found.model, found.params, *rows
+      rows.append(tokens[(tokens != 0).all(axis=1)])
+    if not args.last:
+      return found.model, found.params, *({'tokens': r} for r in rows)
+    model, params, rows = cut(found.model, found.params, rows)
+    return tail(model, params, rows, args.last)
   config = dataclasses.replace(gm.nn.Gemma3_270M.config, **_SMALL)
   model = gm.nn.Gemma3_270M(config=config, dtype=jnp.float32)
   splits = data.split(data.load_documents(args.text), seed=0)
@@ -189,7 +211,8 @@ def start(args):
     bytes_ = np.frombuffer(text, np.uint8).astype(np.int32) + 4
     body = bytes_[: len(bytes_) // args.length * args.length]
     body = body.reshape(-1, args.length)
-    rows.append(np.pad(body, ((0, 0), (1, 0)), constant_values=2))
+    body = np.pad(body, ((0, 0), (1, 0)), constant_values=2)
+    rows.append({'tokens': body})
   params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))['params']
   params = fit(
     model,
@@ -217,37 +240,31 @@ def main():
   parser.add_argument('--learning_rate', type=float, default=1e-3)
   parser.add_argument('--tokens', type=int, default=400_000)
   parser.add_argument('--test_tokens', type=int, default=16_000)
-  parser.add_argument('--train_layers', type=int, default=0)
-  parser.add_argument('--cut_vocabulary', action='store_true')
+  parser.add_argument('--last', type=int, default=0)
   parser.add_argument('--balance', default='none,loss,bias')
-  parser.add_argument('--measured', type=int, default=64)
   parser.add_argument('--output', type=pathlib.Path)
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--png', type=pathlib.Path)
   args = parser.parse_args()
   began = time.time()
   dense, params, rows, test = start(args)
+  names = ('checkpoint', 'last', 'steps', 'batch', 'length', 'learning_rate')
   result = {
-    'settings': {k: v for k, v in vars(args).items() if k not in _PATHS},
-    'dense': evaluate(dense, params, test),
+    'settings': {k: getattr(args, k) for k in names},
+    'test_tokens': int(test['tokens'][:, 1:].size),
+    'dense': evaluate(dense, params, test)[0],
     'trials': {},
   }
   print(f'dense: {result["dense"]:.4f}', flush=True)
   for name in args.balance.split(','):
     trial = _TRIALS[name]
-    wide = functools.partial(
-      compress.upcycle,
+    wider, made, recipe = compress.upcycle(
       dense,
       params,
       num_experts=args.experts,
       top_k=args.top_k,
       router=trial['router'],
     )
-    wider, made, recipe = wide()
-    if args.train_layers:
-      # Copies with nothing drawn anew compute what the dense layer does.
-      _, rest = last_layers(wide(reinitialise=0)[1], args.train_layers)
-      made = joined(last_layers(made, args.train_layers)[0], rest)
     model = gx_nn.Compressed(model=wider, recipe=recipe)
     made = fit(
       model,
@@ -258,15 +275,13 @@ def main():
       learning_rate=args.learning_rate,
       weight=trial['weight'],
       rate=trial['rate'],
-      layers=args.train_layers,
     )
-    found = train.measure_routing(model, made, test[: args.measured])
-    mine = last_layers(made, args.train_layers)[0]
-    found = {p: x for p, x in found.items() if p.split('/')[0] in mine}
+    loss, found = evaluate(model, made, test)
     loads = {p: train.relative_load(x).tolist() for p, x in found.items()}
     every = np.concatenate([*loads.values()])
     result['trials'][name] = {
-      'loss': evaluate(model, made, test),
+      **trial,
+      'loss': loss,
       'loads': loads,
       'entropy': {p: train.routing_entropy(x) for p, x in found.items()},
     }
