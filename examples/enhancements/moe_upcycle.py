@@ -249,6 +249,7 @@ def main():
   began = time.time()
   dense, params, rows, test = start(args)
   names = ('checkpoint', 'last', 'steps', 'batch', 'length', 'learning_rate')
+  names += ('experts', 'top_k', 'tokens')
   result = {
     'settings': {k: getattr(args, k) for k in names},
     'test_tokens': int(test['tokens'][:, 1:].size),
@@ -256,6 +257,11 @@ def main():
     'trials': {},
   }
   print(f'dense: {result["dense"]:.4f}', flush=True)
+  if args.json and args.json.exists():
+    # Trials of an earlier run with the same settings stay.
+    before = json.loads(args.json.read_text())
+    if before['settings'] == result['settings']:
+      result['trials'] = before['trials']
   for name in args.balance.split(','):
     trial = _TRIALS[name]
     wider, made, recipe = compress.upcycle(
@@ -266,6 +272,8 @@ def main():
       router=trial['router'],
     )
     model = gx_nn.Compressed(model=wider, recipe=recipe)
+    # Traces of another trial hold its states.
+    jax.clear_caches()
     made = fit(
       model,
       made,
@@ -276,6 +284,7 @@ def main():
       weight=trial['weight'],
       rate=trial['rate'],
     )
+    jax.clear_caches()
     loss, found = evaluate(model, made, test)
     loads = {p: train.relative_load(x).tolist() for p, x in found.items()}
     every = np.concatenate([*loads.values()])

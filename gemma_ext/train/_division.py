@@ -40,6 +40,9 @@ from gemma_ext.nn import _moe
 
 # By how much the logits of two copies differ, in deviations over tokens.
 _TINY = 1e-4
+# And at most, where some tokens may change hands: farther apart they would take
+# tokens that no sample shows.
+_FAR = 1.0
 
 _Edit = Callable[[str, jax.Array], jax.Array]
 
@@ -318,7 +321,7 @@ def _apart(
   typical = np.median(along[mine])
   rest = np.delete(logits, parent, axis=1).max(axis=1, initial=_moe.DEAD)
   found = 0.0
-  for scale in _TINY * 2.0 ** np.arange(24):
+  for scale in np.geomspace(_TINY, _FAR, 24):
     best = logits[:, parent] + scale / 2 * (along - typical)
     if ((best > rest) != mine).mean() > slip:
       break
