@@ -173,7 +173,7 @@ def run(seed: int, experts: int, *, plastic: bool, log=None):
             after = float(error_of(params, *test))
             record['jumps'].append(abs(after - before) / before)
         record['experts'].append(int(train.live_experts(params, LAYER).sum()))
-        record['loss'].append(float(total) / WINDOW)
+        record['loss'].append(round(float(total) / WINDOW, 5))
         total = 0.0
     record['ends'].append(float(error_of(params, *test)))
   return record | {'events': growth.records}
