@@ -43,7 +43,7 @@ _SMALL = dict(
 )
 _TRIALS = {
   'none': {'router': 'softmax', 'weight': 0.0, 'rate': 0.0},
-  'loss': {'router': 'softmax', 'weight': 1e-1, 'rate': 0.0},
+  'loss': {'router': 'softmax', 'weight': 0.1, 'rate': 0.0},
   'bias': {'router': 'sigmoid', 'weight': 0.0, 'rate': 1e-2},
 }
 
@@ -241,6 +241,7 @@ def main():
   parser.add_argument('--tokens', type=int, default=400_000)
   parser.add_argument('--test_tokens', type=int, default=16_000)
   parser.add_argument('--last', type=int, default=0)
+  parser.add_argument('--weight', type=float, default=_TRIALS['loss']['weight'])
   parser.add_argument('--balance', default='none,loss,bias')
   parser.add_argument('--output', type=pathlib.Path)
   parser.add_argument('--json', type=pathlib.Path)
@@ -263,7 +264,9 @@ def main():
     if before['settings'] == result['settings']:
       result['trials'] = before['trials']
   for name in args.balance.split(','):
-    trial = _TRIALS[name]
+    trial = dict(_TRIALS[name])
+    if name == 'loss':
+      trial['weight'] = args.weight
     wider, made, recipe = compress.upcycle(
       dense,
       params,
