@@ -4,10 +4,12 @@
 
 By default the dense model is a small one on the bytes of the text, trained here
 first, and all three ways to balance are compared. With a checkpoint, its own
-tokens (a real 270M wants an accelerator):
+tokens. A real 270M wants an accelerator; without one, `--last=2` upcycles the
+last layers alone. What they read comes from the frozen ones below, computed
+once, and the vocabulary is cut to the tokens that occur:
 
 python examples/enhancements/moe_upcycle.py [--json=out/balance.json] \
-    [--png=out/balance] [--checkpoint=gemma3-270m --output=out/upcycled]
+    [--png=out/balance] [--checkpoint=gemma3-270m --last=2]
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import pathlib
 import time
 
+from flax import linen as nn
 from gemma import gm
 import jax
 import jax.numpy as jnp
@@ -40,19 +43,37 @@ _SMALL = dict(
 )
 _TRIALS = {
   'none': {'router': 'softmax', 'weight': 0.0, 'rate': 0.0},
-  'loss': {'router': 'softmax', 'weight': 3e-2, 'rate': 0.0},
+  'loss': {'router': 'softmax', 'weight': 0.1, 'rate': 0.0},
   'bias': {'router': 'sigmoid', 'weight': 0.0, 'rate': 1e-2},
 }
 
 
-def batches(rows: np.ndarray, size: int, seed: int):
+def batches(rows: dict, size: int, seed: int):
   """Endless batches of rows."""
   rng = np.random.default_rng(seed)
+  count = len(rows['tokens'])
   while True:
-    for part in np.split(
-      rng.permutation(len(rows))[: len(rows) // size * size], len(rows) // size
-    ):
-      yield jnp.asarray(rows[part])
+    order = rng.permutation(count)[: count // size * size]
+    for part in np.split(order, count // size):
+      yield {k: jnp.asarray(v[part]) for k, v in rows.items()}
+
+
+def run(model, params, batch):
+  """Logits of all tokens but the last, and what was sown.
+
+  Where rows have 'states', these are what the first layer reads.
+  """
+
+  def encode(next_fun, args, kwargs, context):
+    if context.method_name == 'encode' and 'states' in batch:
+      return batch['states']
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(encode):
+    out, sown = model.apply(
+      {'params': params}, batch['tokens'][:, :-1], mutable=['intermediates']
+    )
+  return out.logits, sown.get('intermediates')
 
 
 def fit(model, params, rows, *, steps, batch, learning_rate, weight, rate):
@@ -66,17 +87,15 @@ def fit(model, params, rows, *, steps, batch, learning_rate, weight, rate):
   )
 
   @jax.jit
-  def step(params, state, tokens, rate):
+  def step(params, state, batch, rate):
     def loss(params):
-      out, sown = model.apply(
-        {'params': params}, tokens[:, :-1], mutable=['intermediates']
-      )
-      error = cross_entropy(out.logits, tokens)
+      logits, sown = run(model, params, batch)
+      error = cross_entropy(logits, batch['tokens'])
       if weight:
-        found = train.routing(sown['intermediates'])
+        found = train.routing(sown)
         error += weight * train.load_balance(found).mean()
         error += 1e-3 * train.router_z(found).mean()
-      return error, sown.get('intermediates')
+      return error, sown
 
     grads, sown = jax.grad(loss, has_aux=True, allow_int=True)(params)
     updates, state = optimizer.update(grads, state, params)
@@ -103,38 +122,97 @@ def cross_entropy(logits, tokens):
   return (each * mask).sum() / mask.sum()
 
 
-def evaluate(model, params, rows) -> float:
-  """Cross-entropy of rows, a few at a time."""
-  of = jax.jit(
-    lambda p, x: cross_entropy(model.apply({'params': p}, x[:, :-1]).logits, x)
-  )
-  parts = np.array_split(rows, max(1, len(rows) // 8))
-  parts = [p for p in parts if len(p) == len(parts[0])]
-  return float(np.mean([of(params, jnp.asarray(p)) for p in parts]))
+def evaluate(model, params, rows) -> tuple[float, dict]:
+  """Cross-entropy of rows, a few at a time, and their routing, if any."""
+
+  @jax.jit
+  def of(params, batch):
+    logits, sown = run(model, params, batch)
+    found = train.routing(sown) if sown else {}
+    return cross_entropy(logits, batch['tokens']), found
+
+  size = min(8, len(rows['tokens']))
+  parts = []
+  for i in range(0, len(rows['tokens']) - size + 1, size):
+    part = {k: jnp.asarray(v[i : i + size]) for k, v in rows.items()}
+    parts.append(jax.device_get(of(params, part)))
+  loss, found = jax.tree.map(lambda *x: np.mean(x, axis=0), *parts)
+  return float(loss), found
+
+
+def cut(model, params, rows):
+  """Leaves out all tokens that do not occur in the rows.
+
+  The others are numbered anew, from 1, as 0 is padding.
+  """
+  kept, numbers = np.unique(np.concatenate(rows), return_inverse=True)
+  numbers = numbers.reshape(-1, rows[0].shape[1]).astype(np.int32) + 1
+  table = params['embedder']['input_embedding']
+  table = jnp.concatenate([jnp.zeros_like(table[:1]), table[kept]])
+  config = dataclasses.replace(model.config, num_embed=len(table))
+  embedder = params['embedder'] | {'input_embedding': table}
+  made = model.clone(config=config), params | {'embedder': embedder}
+  return *made, np.split(numbers, [len(rows[0])])
+
+
+def tail(model, params, rows, count: int):
+  """The last layers as a model, and rows with what they read."""
+  types = model.config.attention_types
+  first = len(types) - count
+  name = f'layer_{first - 1}'
+
+  @jax.jit
+  def states(params, tokens):
+    _, state = model.apply(
+      {'params': params},
+      tokens,
+      capture_intermediates=lambda m, _: m.name == name,
+      mutable=['intermediates'],
+    )
+    return state['intermediates'][name]['__call__'][0][1]
+
+  found = []
+  for part in rows:
+    read = [np.asarray(states(params, x[None, :-1])[0]) for x in part]
+    found.append({'tokens': part, 'states': np.stack(read)})
+  layers = {f'layer_{i}': params[f'layer_{first + i}'] for i in range(count)}
+  rest = {k: v for k, v in params.items() if not k.startswith('layer_')}
+  config = dataclasses.replace(model.config, attention_types=types[first:])
+  return model.clone(config=config), rest | layers, *found
 
 
 def start(args):
   """Dense model, parameters, and rows of tokens to train and to test on."""
   if args.checkpoint:
-    found = ckpts.load(args.checkpoint)
+    found = ckpts.load(args.checkpoint, dtype=jnp.float32)
     splits = data.split(data.load_documents(args.text), seed=0)
-    rows = [
-      data.windows(
+    rows = []
+    for part, count in (
+      (splits.calibration, args.tokens),
+      (splits.test, args.test_tokens),
+    ):
+      tokens = data.windows(
         found.tokenizer, part.documents, length=args.length, max_tokens=count
       ).tokens
-      for part, count in ((splits.calibration, 400_000), (splits.test, 16_000))
-    ]
-    return found.model, found.params, *rows
+      rows.append(tokens[(tokens != 0).all(axis=1)])
+    if not args.last:
+      return found.model, found.params, *({'tokens': r} for r in rows)
+    model, params, rows = cut(found.model, found.params, rows)
+    return tail(model, params, rows, args.last)
   config = dataclasses.replace(gm.nn.Gemma3_270M.config, **_SMALL)
   model = gm.nn.Gemma3_270M(config=config, dtype=jnp.float32)
   splits = data.split(data.load_documents(args.text), seed=0)
   rows = []
-  for part, count in ((splits.calibration, 400_000), (splits.test, 16_000)):
+  for part, count in (
+    (splits.calibration, args.tokens),
+    (splits.test, args.test_tokens),
+  ):
     text = '\n'.join(d.text for d in part.documents).encode()[:count]
     bytes_ = np.frombuffer(text, np.uint8).astype(np.int32) + 4
     body = bytes_[: len(bytes_) // args.length * args.length]
     body = body.reshape(-1, args.length)
-    rows.append(np.pad(body, ((0, 0), (1, 0)), constant_values=2))
+    body = np.pad(body, ((0, 0), (1, 0)), constant_values=2)
+    rows.append({'tokens': body})
   params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))['params']
   params = fit(
     model,
@@ -160,6 +238,10 @@ def main():
   parser.add_argument('--experts', type=int, default=8)
   parser.add_argument('--top_k', type=int, default=2)
   parser.add_argument('--learning_rate', type=float, default=1e-3)
+  parser.add_argument('--tokens', type=int, default=400_000)
+  parser.add_argument('--test_tokens', type=int, default=16_000)
+  parser.add_argument('--last', type=int, default=0)
+  parser.add_argument('--weight', type=float, default=_TRIALS['loss']['weight'])
   parser.add_argument('--balance', default='none,loss,bias')
   parser.add_argument('--output', type=pathlib.Path)
   parser.add_argument('--json', type=pathlib.Path)
@@ -167,10 +249,24 @@ def main():
   args = parser.parse_args()
   began = time.time()
   dense, params, rows, test = start(args)
-  result = {'dense': evaluate(dense, params, test), 'trials': {}}
+  names = ('checkpoint', 'last', 'steps', 'batch', 'length', 'learning_rate')
+  names += ('experts', 'top_k', 'tokens')
+  result = {
+    'settings': {k: getattr(args, k) for k in names},
+    'test_tokens': int(test['tokens'][:, 1:].size),
+    'dense': evaluate(dense, params, test)[0],
+    'trials': {},
+  }
   print(f'dense: {result["dense"]:.4f}', flush=True)
+  if args.json and args.json.exists():
+    # Trials of an earlier run with the same settings stay.
+    before = json.loads(args.json.read_text())
+    if before['settings'] == result['settings']:
+      result['trials'] = before['trials']
   for name in args.balance.split(','):
-    trial = _TRIALS[name]
+    trial = dict(_TRIALS[name])
+    if name == 'loss':
+      trial['weight'] = args.weight
     wider, made, recipe = compress.upcycle(
       dense,
       params,
@@ -179,6 +275,8 @@ def main():
       router=trial['router'],
     )
     model = gx_nn.Compressed(model=wider, recipe=recipe)
+    # Traces of another trial hold its states.
+    jax.clear_caches()
     made = fit(
       model,
       made,
@@ -189,11 +287,13 @@ def main():
       weight=trial['weight'],
       rate=trial['rate'],
     )
-    found = train.measure_routing(model, made, test[:64])
+    jax.clear_caches()
+    loss, found = evaluate(model, made, test)
     loads = {p: train.relative_load(x).tolist() for p, x in found.items()}
     every = np.concatenate([*loads.values()])
     result['trials'][name] = {
-      'loss': evaluate(model, made, test),
+      **trial,
+      'loss': loss,
       'loads': loads,
       'entropy': {p: train.routing_entropy(x) for p, x in found.items()},
     }
@@ -203,13 +303,13 @@ def main():
       f' {min(result["trials"][name]["entropy"].values()):.3f}',
       flush=True,
     )
+    if args.json:
+      args.json.write_text(json.dumps(result, indent=1) + '\n')
     if args.png:
       train.plot_routing(found, f'{args.png}_{name}.png')
     if args.output:
       ckpts.save(args.output / name, model=model, params=made)
   print(f'{time.time() - began:.0f} s')
-  if args.json:
-    args.json.write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ from gemma_ext.train._division import divide as divide_expert
 from gemma_ext.train._division import keep as keep_experts
 from gemma_ext.train._division import live as live_experts
 from gemma_ext.train._division import remove as remove_expert
+from gemma_ext.train._division import similarity as expert_similarity
 from gemma_ext.train._evolution import Evolution
 from gemma_ext.train._gradient import Gradient
 from gemma_ext.train._heal import heal

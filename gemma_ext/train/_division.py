@@ -8,7 +8,9 @@ How depends on what the router does with two that are alike:
 - One expert a token (`k` 1; any router that tokens choose by): the new one is a
   copy, and its logit differs from the old one's by something tiny, which is
   above zero for half of the tokens of the old one. The larger one is chosen,
-  with the weight one, whichever it is.
+  with the weight one, whichever it is. What is so tiny an optimiser's next step
+  undoes; if a share of the tokens may change hands, the two are moved as far
+  apart as that allows, and what is cut is the gap between their tokens.
 - 'norm' and a threshold, `k` no limit: both have the same logit, so that both
   run where the old one did, and each has half of its neurons. The others of
   both start anew, with nothing in the down projection.
@@ -38,6 +40,9 @@ from gemma_ext.nn import _moe
 
 # By how much the logits of two copies differ, in deviations over tokens.
 _TINY = 1e-4
+# And at most, where some tokens may change hands: farther apart they would take
+# tokens that no sample shows.
+_FAR = 1.0
 
 _Edit = Callable[[str, jax.Array], jax.Array]
 
@@ -72,6 +77,7 @@ def divide(
   *,
   rng: np.random.Generator,
   inputs: Any = None,
+  slip: float = 0.0,
 ) -> tuple[dict[str, Any], Any]:
   """Divides an expert into two; the layer computes what it did.
 
@@ -86,6 +92,9 @@ def divide(
     rng: Chooses the neurons, or the direction.
     inputs: What the layer reads, `[N, D]`: copies then divide the parent's
       tokens in halves, across the direction in which they differ most.
+    slip: Share of `inputs` that may go from one of the others to one of the
+      two, or the other way round. With copies and routers that are not
+      'sigmoid'; elsewhere there is no need, or no way.
 
   Returns:
     Both, with the same shapes.
@@ -103,9 +112,16 @@ def divide(
     )
   router = layer[_moe.ROUTER]
   factor, shift = _rule(mixture, router, int(alive.sum()))
+  pair = jnp.array([parent, child])
+  back = 0.0  # Share of the direction that the parent moves back.
   if factor is None:
     edit = _copy(mixture, parent, child)
     direction, offset = _direction(mixture, router, parent, rng, inputs)
+    if slip and inputs is not None and mixture.method.router != 'sigmoid':
+      back = 0.5
+      direction, offset, shift = _apart(
+        router, parent, direction, np.asarray(inputs, np.float64), slip
+      )
   else:
     first = np.zeros(mixture.size, bool)
     half = rng.permutation(mixture.size)[: mixture.size // 2]
@@ -116,12 +132,12 @@ def divide(
   def final(name: str, leaf: jax.Array) -> jax.Array:
     leaf = edit(name, leaf)
     if name == 'w':
-      w = leaf[child].astype(jnp.float32) + direction
-      return leaf.at[child].set(w.astype(leaf.dtype))
+      w = leaf[child].astype(jnp.float32)
+      both = jnp.stack([w - back * direction, w + (1 - back) * direction])
+      return leaf.at[pair].set(both.astype(leaf.dtype))
     if name == 'bias':
-      pair = jnp.array([parent, child])
-      leaf = leaf.at[pair].add(jnp.asarray(-shift, leaf.dtype))
-      return leaf.at[child].add(jnp.asarray(-offset, leaf.dtype))
+      parts = jnp.array([back * offset, (back - 1) * offset]) - shift
+      return leaf.at[pair].add(parts.astype(leaf.dtype))
     if factor is not None and name in (_moe.GATE, _moe.DOWN):
       return _anew(mixture, name, leaf, parent, child, first, factor, rng)
     return leaf
@@ -183,6 +199,8 @@ def similarity(
 ) -> np.ndarray:
   """Cosines between what experts put out for the same inputs, `[E, E]`.
 
+  Of two experts what counts is the inputs that one of them is chosen for.
+
   Args:
     params: The parameters.
     mixture: The layer.
@@ -192,24 +210,40 @@ def similarity(
   gate = layer[_moe.GATE]
   if _axis(mixture, gate) == 2:
     gate = jnp.swapaxes(gate, 1, 2)
+  x = jnp.asarray(x, jnp.float32)
+  # Routers of gates read the gates of all neurons.
+  read = x if mixture.method.router != 'gate' else x @ gate[0].T
+  choice = gx_nn.route(mixture.method, layer[_moe.ROUTER], read)
   return np.asarray(
     _cosines(
-      jnp.asarray(x, jnp.float32),
+      x,
       gate[:, mixture.shared :].astype(jnp.float32),
       layer[_moe.DOWN][mixture.shared :].astype(jnp.float32),
-      mixture.method.num_experts,
+      choice.gates() != 0,
     ),
     np.float64,
   )
 
 
-def _cosines(x, gate, down, count):
+@jax.jit
+def _cosines(x, gate, down, chosen):
+  count = chosen.shape[1]
   hidden = jax.nn.gelu(x @ gate[0].T) * (x @ gate[1].T)
   hidden = hidden.reshape(len(x), count, -1)
   down = down.reshape(count, -1, down.shape[-1])
-  out = jnp.einsum('neh,ehd->end', hidden, down).reshape(count, -1)
-  out /= jnp.maximum(jnp.linalg.norm(out, axis=1, keepdims=True), 1e-20)
-  return out @ out.T
+  out = jnp.einsum('neh,ehd->ned', hidden, down)
+
+  def add(total, each):
+    out, mine = each
+    products = out @ out.T
+    either = mine[:, None] | mine[None]
+    squares = jnp.broadcast_to(jnp.diag(products), products.shape)
+    new = jnp.stack([products, squares, squares.T])
+    return total + jnp.where(either, new, 0), None
+
+  start = jnp.zeros((3, count, count))
+  (products, one, other), _ = jax.lax.scan(add, start, (out, chosen))
+  return products / jnp.sqrt(jnp.maximum(one * other, 1e-30))
 
 
 def _rule(
@@ -265,6 +299,53 @@ def _direction(
   logit = mine @ np.asarray(router['w'], np.float64)[parent]
   score = special.expit(logit + mine @ direction) - special.expit(logit)
   return direction, float(np.median(score))
+
+
+def _apart(
+  router: Mapping[str, Any],
+  parent: int,
+  direction: np.ndarray,
+  x: np.ndarray,
+  slip: float,
+) -> tuple[np.ndarray, float, float]:
+  """A longer direction, where it is cut, and by how much both logits fall."""
+  w, bias = (np.asarray(router[n], np.float64) for n in ('w', 'bias'))
+  logits = x @ w.T + bias
+  mine = logits.argmax(axis=1) == parent
+  along = x @ direction
+  spread = along[mine].std() if mine.any() else 0.0
+  if mine.sum() < 2 or not spread:
+    return direction, 0.0, 0.0
+  cut = _gap(along[mine])
+  along = np.abs(along - cut) / spread
+  typical = np.median(along[mine])
+  rest = np.delete(logits, parent, axis=1).max(axis=1, initial=_moe.DEAD)
+  found = 0.0
+  for scale in np.geomspace(_TINY, _FAR, 24):
+    best = logits[:, parent] + scale / 2 * (along - typical)
+    if ((best > rest) != mine).mean() > slip:
+      break
+    found = scale
+  factor = found / spread
+  return factor * direction, factor * cut, found / 2 * typical
+
+
+def _gap(values: np.ndarray) -> float:
+  """The cut of numbers in two groups of least variance, a tenth or more each.
+
+  Reference: Otsu, "A threshold selection method from gray-level histograms",
+  IEEE Transactions on Systems, Man and Cybernetics 9, 1979.
+  """
+  values = np.sort(values)
+  total = len(values)
+  first = np.arange(1, total)
+  sums = np.cumsum(values)[:-1]
+  means = sums / first - (values.sum() - sums) / (total - first)
+  between = first * (total - first) * means**2
+  least = min(max(1, total // 10), total // 2)
+  part = slice(least - 1, total - least)
+  at = least - 1 + int(np.argmax(between[part]))
+  return float(values[at] + values[at + 1]) / 2
 
 
 def _copy(mixture: gx_nn.Mixture, parent: int, child: int) -> _Edit:

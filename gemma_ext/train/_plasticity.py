@@ -6,10 +6,21 @@ A layer has a fixed number of slots for experts, those that are empty never run,
 and every shape stays as it is. What is decided here is a pure function of what
 was observed; `_division` carries it out.
 
-All thresholds are relative: loads to their mean over the experts that are
-there, gradients to their own past. Each has to be crossed for some windows in a
+All thresholds are relative: loads to their mean over the experts that are in
+use, gradients to the layer's past. Each has to be crossed for some windows in a
 row, counts start again only below (above) a second level, and the young are
 left alone, so that none of them fires always, or at noise.
+
+The past is the lowest that the layer's gradient was, smoothed: what it is where
+the layer has learned what it can. Smoothed over more windows than `patience`,
+as the lowest of noisy numbers is below all of them, and with the norm of the
+whole layer, which does not fall because there are more experts.
+
+That gradient rises for a few windows when a task becomes another one: most of
+what is left of it is noise. So a rise opens a time of growth, in which who has
+more to bear than the others divides; else it takes an overload. A layer that
+has lost an expert had one to spare and grows again only after another rise, so
+that births and deaths do not take turns.
 """
 
 from __future__ import annotations
@@ -18,6 +29,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -31,8 +43,8 @@ from gemma_ext.train import _division
 from gemma_ext.train import _routing
 
 BIRTH, DEATH = 'birth', 'death'
-# Share of the past in the usual gradient after a window of less.
-_FALL = 0.5
+# Share of the past in the smoothed gradient, about nine windows of it.
+_SMOOTH = 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +52,17 @@ class Plasticity:
   """When experts divide and die. A window is what is observed at once.
 
   Attributes:
-    saturated: Pressure on an expert above which it is to divide. The pressure
-      is its load, relative to the mean of the layer, times the norm of its
-      gradient, relative to the mean of the layer as it was in the past. An
-      expert like all others on a task that stays has 1.
+    saturated: Pressure on an expert above which it is to divide in a time of
+      growth. The pressure is its load, relative to the mean of those in use,
+      times the norm of its gradient, relative to what theirs was in the past.
+      An expert like all others on a task that stays has 1.
+    overloaded: Pressure above which it is to divide at any other time, as long
+      as the layer had no expert to spare.
+    surge: Gradient of a layer, relative to the past, that opens a time of
+      growth.
+    growth: Windows that it lasts.
     relaxed: Pressure below which the count of its windows starts again.
-    unused: Load relative to the mean below which it is to die.
+    unused: Load relative to the mean of all below which it is to die.
     used: Load above which the count starts again.
     alike: Cosine between outputs of two experts above which the one with less
       load is to die.
@@ -54,15 +71,20 @@ class Plasticity:
     age: Windows that an expert lives before it divides or dies.
     adult: Windows that both of two live before they count as alike: those that
       were one differ by nothing at first.
-    pause: Windows between two births of a layer.
-    memory: Share of the past in the gradient that is usual, after a window of
-      more; after one of less, half.
+    pause: Windows between a birth or a death in a layer and the next birth.
+    memory: Share of the past in the gradient that is usual, in a window of
+      more; what is less, smoothed, is usual at once.
+    slip: Share of the tokens that may change hands at a birth, see
+      `divide_expert`; 0 keeps the function as it was.
     least: Experts that a layer keeps.
     most: Experts that a layer has at most; all its slots by default.
   """
 
-  saturated: float = 1.4
-  relaxed: float = 1.15
+  saturated: float = 1.25
+  overloaded: float = 4.0
+  surge: float = 2.0
+  growth: int = 30
+  relaxed: float = 1.1
   unused: float = 0.1
   used: float = 0.2
   alike: float = 0.98
@@ -70,14 +92,17 @@ class Plasticity:
   patience: int = 3
   age: int = 5
   adult: int = 20
-  pause: int = 1
-  memory: float = 0.97
+  pause: int = 2
+  memory: float = 0.99
+  slip: float = 0.005
   least: int = 1
   most: int | None = None
 
   def __post_init__(self):
     pairs = (
       ('relaxed', 'saturated', 1.0, np.inf),
+      ('saturated', 'overloaded', 1.0, np.inf),
+      ('relaxed', 'surge', 1.0, np.inf),
       ('unused', 'used', 0.0, 1.0),
       ('unlike', 'alike', -1.0, 1.0),
     )
@@ -88,7 +113,7 @@ class Plasticity:
           f'Plasticity needs {start} <= {low} <= {high} <= {stop}, got {a} and'
           f' {b}.'
         )
-    for name in ('patience', 'age', 'adult', 'pause', 'least'):
+    for name in ('growth', 'patience', 'age', 'adult', 'pause', 'least'):
       if type(value := getattr(self, name)) is not int or value < 1:
         raise errors.ConfigError(
           f'Plasticity.{name} must be an integer from 1, got {value!r}.'
@@ -96,6 +121,10 @@ class Plasticity:
     if not 0 <= self.memory < 1:
       raise errors.ConfigError(
         f'Plasticity.memory must be in [0, 1), got {self.memory!r}.'
+      )
+    if not 0 <= self.slip < 1:
+      raise errors.ConfigError(
+        f'Plasticity.slip must be in [0, 1), got {self.slip!r}.'
       )
     if self.most is not None and not self.least <= self.most:
       raise errors.ConfigError(
@@ -129,16 +158,23 @@ class History:
     busy: Windows in a row of too much pressure, `[E]`.
     idle: Windows in a row of too little load, `[E]`.
     twin: Windows in a row in which two were alike, `[E, E]`.
-    usual: The mean gradient of an expert in the past; `None` at the start.
-    since: Windows since the last birth.
+    level: Logarithm of the norm of the layer's gradient, smoothed; `None` at
+      the start.
+    usual: The lowest of it in the past, or a little more.
+    since: Windows since the last birth or death.
+    growth: Windows that are left of a time of growth.
+    spare: Whether an expert died, and there was no such time since.
   """
 
   age: np.ndarray
   busy: np.ndarray
   idle: np.ndarray
   twin: np.ndarray
-  usual: float | None = None
+  level: float | None = None
+  usual: float = 0.0
   since: int = 0
+  growth: int = 0
+  spare: bool = False
 
   @classmethod
   def start(cls, slots: int) -> History:
@@ -185,14 +221,27 @@ def decide(
   count = int(live.sum())
   load = np.where(live, seen.load, 0.0)
   load = load / max(load.sum() / max(count, 1), 1e-12)
+  # Those that are about to die have no part in what the others have to bear.
+  used = live & (load >= settings.unused)
+  share = used.sum() / max(count, 1)
   gradient = np.where(live, seen.gradient, 0.0)
-  mean = float(gradient.sum() / max(count, 1))
-  usual = mean if history.usual is None else history.usual
-  pressure = load * gradient / max(usual, 1e-30)
+  norm = math.log(max(np.linalg.norm(gradient), 1e-30))
+  level, usual = norm, norm
+  if history.level is not None:
+    level, usual = history.level, history.usual
+  each = math.exp(usual) / math.sqrt(max(used.sum(), 1))
+  gradient = gradient / each
+  pressure = load * share * gradient
   age = np.where(live, history.age + 1, 0)
+  growth, spare = max(history.growth - 1, 0), history.spare
+  if norm - usual > math.log(settings.surge):
+    growth, spare = settings.growth, False
+  limit = settings.saturated
+  if not growth:
+    limit = np.inf if spare else settings.overloaded
   busy = _count(
     history.busy,
-    live & (pressure > settings.saturated),
+    live & (pressure > limit),
     ~live | (pressure < settings.relaxed),
   )
   idle = _count(
@@ -201,8 +250,8 @@ def decide(
     ~live | (load > settings.used),
   )
   twin = np.zeros_like(history.twin)
+  adult = live & (age > settings.adult)
   if seen.similarity is not None:
-    adult = live & (age > settings.adult)
     both = adult[:, None] & adult[None] & ~np.eye(len(live), dtype=bool)
     twin = _count(
       history.twin,
@@ -234,12 +283,17 @@ def decide(
       similarity = float(np.asarray(seen.similarity)[a, b])
       values = {'similarity': similarity, 'load': float(load[less])}
       die(int(less), int(more), 'redundant', **values)
-  since = history.since + 1
+  level = _SMOOTH * level + (1 - _SMOOTH) * norm
+  usual = min(level, settings.memory * usual + (1 - settings.memory) * level)
+  if events:
+    spare = True
+    if adult[[e.expert for e in events]].any():
+      growth = 0
+  since = 0 if events else history.since + 1
   most = min(settings.most or len(live), len(live))
   ready = grown & (busy >= settings.patience)
-  dead = {e.expert for e in events}
-  free = [e for e in np.flatnonzero(~live) if e not in dead]
-  if ready.any() and count < most and free and since > settings.pause:
+  free = np.flatnonzero(~live)
+  if ready.any() and count < most and len(free) and since > settings.pause:
     parent = int(np.argmax(np.where(ready, pressure, -1)))
     child = int(free[0])
     events.append(
@@ -251,7 +305,7 @@ def decide(
         values={
           'pressure': float(pressure[parent]),
           'load': float(load[parent]),
-          'gradient': float(gradient[parent] / max(usual, 1e-30)),
+          'gradient': float(gradient[parent]),
         },
       )
     )
@@ -259,15 +313,16 @@ def decide(
     for e in (parent, child):
       age[e] = busy[e] = idle[e] = 0
       twin[e] = twin[:, e] = 0
-  # The start of a training is no measure: what is lower is believed at once.
-  keep = settings.memory if mean > usual else min(settings.memory, _FALL)
   after = History(
     age=age,
     busy=busy,
     idle=idle,
     twin=twin,
-    usual=keep * usual + (1 - keep) * mean,
+    level=level,
+    usual=usual,
     since=since,
+    growth=growth,
+    spare=spare,
   )
   return after, events
 
@@ -388,6 +443,7 @@ class Plastic:
             event.expert,
             rng=self._rng,
             inputs=x,
+            slip=self._settings.slip,
           )
         else:
           params, opt_state = _division.remove(
