@@ -20,6 +20,9 @@ from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 
+# Tokens of a text that are counted.
+COUNTED = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budgeted:
@@ -100,7 +103,10 @@ def check(args: Any) -> None:
 
 
 def statistics(
-  args: Any, checkpoint: ckpts.Checkpoint, tokens: Any
+  args: Any,
+  checkpoint: ckpts.Checkpoint,
+  tokens: Any,
+  counted: Any = None,
 ) -> gx_compress.Statistics:
   """Collects the statistics of a calibration text.
 
@@ -108,6 +114,7 @@ def statistics(
     args: Flags of the command.
     checkpoint: The dense checkpoint.
     tokens: The text `[batch, length]`; `None` if there is none.
+    counted: More of it, which is only counted.
 
   Raises:
     RecipeError: If there is none.
@@ -121,18 +128,22 @@ def statistics(
     checkpoint.model,
     checkpoint.params,
     tokens,
+    counted=counted,
     seed=args.seed,
     progress=True,
   )
 
 
-def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
+def allocate(
+  args: Any, checkpoint: ckpts.Checkpoint, tokens: Any, counted: Any
+) -> Budgeted:
   """Measures and chooses.
 
   Args:
     args: Flags of the command.
     checkpoint: The dense checkpoint.
     tokens: The calibration text `[batch, length]`.
+    counted: More of it, which is only counted.
 
   Raises:
     RecipeError: If the budget cannot be met.
@@ -143,7 +154,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, tokens: Any) -> Budgeted:
   if args.sensitivities and os.path.exists(args.sensitivities):
     known = gx_compress.read_sensitivities(args.sensitivities)
   tokens, unseen = gx_compress.held_out(tokens)
-  found_on = statistics(args, checkpoint, tokens)
+  found_on = statistics(args, checkpoint, tokens, counted)
 
   def keep(found: gx_compress.Sensitivities) -> None:
     if args.sensitivities:

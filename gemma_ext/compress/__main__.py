@@ -155,7 +155,11 @@ def _run(args: Any) -> None:
   budgeted: _budgeted.Budgeted | None = None
   if args.budget is not None:
     text, tokens = _calibration(args, checkpoint, required=True)
-    budgeted = _budgeted.allocate(args, checkpoint, tokens)
+    counted = None
+    if text is not None:
+      more = _windows(args, checkpoint, text['text'], _budgeted.COUNTED)
+      counted = more.tokens[len(tokens) :]
+    budgeted = _budgeted.allocate(args, checkpoint, tokens, counted)
     recipe, fitted_on = budgeted.recipe, budgeted.statistics
   else:
     recipe = recipe_lib.Recipe.of(
@@ -247,22 +251,24 @@ def _calibration(
       f'{args.checkpoint!r} has no tokenizer, so it cannot be calibrated on'
       ' text. Pass --calibration=none.'
     )
-  documents = tuple(data.load_documents(spec, text_field=args.text_field))
-  # Of the sample, the documents that evaluate measures on stay unseen.
-  if spec == 'sample':
-    documents = data.split(documents, seed=args.seed).calibration.documents
-  windows = data.windows(
-    checkpoint.tokenizer,
-    documents,
-    length=_WINDOW,
-    max_tokens=args.calibration_tokens,
-  )
+  windows = _windows(args, checkpoint, spec, args.calibration_tokens)
   record = {
     'text': spec,
     'tokens': int(windows.num_scored),
     'data_sha256': windows.data_sha256,
   }
   return record, windows.tokens
+
+
+def _windows(args, checkpoint, spec: str, count: int) -> data.Windows:
+  """The first tokens of a calibration text."""
+  documents = tuple(data.load_documents(spec, text_field=args.text_field))
+  # Of the sample, the documents that evaluate measures on stay unseen.
+  if spec == 'sample':
+    documents = data.split(documents, seed=args.seed).calibration.documents
+  return data.windows(
+    checkpoint.tokenizer, documents, length=_WINDOW, max_tokens=count
+  )
 
 
 def _below_8_bits(rule: recipe_lib.RuleLike) -> bool:

@@ -310,6 +310,7 @@ def allocate(
   budget: Budget | str,
   calibration: Any,
   *,
+  counted: Any = None,
   progress: bool = False,
 ) -> recipe_lib.Recipe:
   """Chooses the width of every weight under a budget.
@@ -329,6 +330,7 @@ def allocate(
     params: Its dense parameters.
     budget: A `Budget`, or what `Budget.parse` reads.
     calibration: Token ids `[batch, length]`, padded with 0.
+    counted: More text of the kind, see `gx.compress.statistics`.
     progress: Whether to show progress bars.
 
   Returns:
@@ -343,7 +345,7 @@ def allocate(
     budget = Budget.parse(budget)
   calibration, unseen = held_out(_calibrate.check_tokens(calibration))
   statistics = _statistics.statistics(
-    model, params, calibration, progress=progress
+    model, params, calibration, counted=counted, progress=progress
   )
   found = _sensitivity.sensitivities(
     model, params, statistics, progress=progress

@@ -41,6 +41,8 @@ _TABLE = 'input_embedding'
 # near by.
 _ELSEWHERE = 0.1
 _NEARBY = 0.2
+# Share that counts of more text have in how often a token is expected.
+_COUNTED = 0.5
 _NEAR = 2048
 
 
@@ -131,6 +133,7 @@ def statistics(
   params: Mapping[str, Any],
   tokens: Any,
   *,
+  counted: Any = None,
   seed: int = 0,
   progress: bool = False,
 ) -> Statistics:
@@ -143,6 +146,8 @@ def statistics(
     model: The official model.
     params: Its dense parameters.
     tokens: Token ids `[batch, length]`, padded with 0.
+    counted: More text of the kind, as `tokens`, which is only counted: it takes
+      many tokens to tell how often one comes.
     seed: Seed of the labels.
     progress: Whether to show a progress bar.
 
@@ -177,13 +182,27 @@ def statistics(
     for path, pair in means.items()
     if path in sites and np.any(pair['inputs'])
   }
-  counts = np.asarray(frequency / count, np.float32)
+  frequency = np.asarray(frequency, np.float64)
+  if counted is not None and np.size(counted):
+    more = _calibrate.check_tokens(counted)
+    more = more[(more != _calibrate.PAD) & (more != _calibrate.BOS)]
+    if more.size and not 0 <= more.min() <= more.max() < len(frequency):
+      raise errors.ShapeError(
+        f'counted holds tokens {more.min()} to {more.max()}; the model has'
+        f' {len(frequency)}.'
+      )
+    frequency = frequency + np.bincount(more, minlength=len(frequency))
+  counts = np.asarray(frequency / frequency.sum(), np.float32)
   outputs = {path: pair['outputs'] for path, pair in seen.items()}
   inputs = {path: pair['inputs'] for path, pair in seen.items()}
   encoded, decoded = means[_ENCODED]['inputs'], means[_DECODED]['inputs']
   for path, site in sites.items():
     if path.rpartition('/')[2] == _TABLE and site.layout.cols == len(decoded):
       outputs[path] = np.asarray(fisher / count, np.float32)
+      if counted is not None and np.size(counted):
+        # A token is expected about as often as it comes.
+        known = counts * outputs[path].sum()
+        outputs[path] += _COUNTED * (known - outputs[path])
       inputs[path] = outputs[path].sum() * decoded + counts.sum() * encoded
   return Statistics(
     inputs=inputs,

@@ -125,3 +125,29 @@ def test_bad_input_is_an_error():
   found = gx.compress.statistics(model, params, _tokens())
   with pytest.raises(errors.ShapeError, match="'layer_9/x'"):
     found.loss('layer_9/x', jnp.zeros((1, 1)))
+
+
+def test_more_text_is_counted():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  tokens = np.array([[2, 7, 7, 9]])
+  alone = gx.compress.statistics(model, params, tokens)
+  more = np.array([[2, 9, 9, 9, 11, 0]])
+  both = gx.compress.statistics(model, params, tokens, counted=more)
+  counts = np.zeros(tiny.VOCAB_SIZE)
+  counts[[7, 9, 11]] = 2 / 7, 4 / 7, 1 / 7
+  np.testing.assert_allclose(both.counts, counts, rtol=1e-6)
+  np.testing.assert_allclose(alone.counts[[7, 9]], [2 / 3, 1 / 3], rtol=1e-6)
+  # Of the expectation of a token it is a half; what all expect stays.
+  table = 'embedder/input_embedding'
+  was, now = alone.outputs[table], both.outputs[table]
+  np.testing.assert_allclose(now.sum(), was.sum(), rtol=1e-5)
+  np.testing.assert_allclose(
+    now, 0.5 * was + 0.5 * counts * was.sum(), rtol=1e-4, atol=1e-9
+  )
+  for path in set(alone.outputs) - {table}:
+    np.testing.assert_array_equal(alone.outputs[path], both.outputs[path])
+  with pytest.raises(errors.ShapeError, match='counted holds tokens'):
+    gx.compress.statistics(
+      model, params, tokens, counted=np.array([[3, tiny.VOCAB_SIZE]])
+    )

@@ -246,13 +246,18 @@ def _bench(args: Any) -> _Bench:
   documents = data.split(tuple(data.load_documents(args.text)))
   cut = functools.partial(data.windows, dense.tokenizer, length=_WINDOW)
   windows = cut(documents.test.documents, max_tokens=args.max_tokens)
-  tokens = cut(documents.calibration.documents, max_tokens=args.tokens).tokens
-  tokens, unseen = gx_compress.held_out(tokens)
+  text = cut(documents.calibration.documents, max_tokens=_budgeted.COUNTED)
+  few = cut(documents.calibration.documents, max_tokens=args.tokens).tokens
+  tokens, unseen = gx_compress.held_out(few)
   return _Bench(
     args=args,
     dense=dense,
     statistics=gx_compress.statistics(
-      dense.model, dense.params, tokens, progress=True
+      dense.model,
+      dense.params,
+      tokens,
+      counted=text.tokens[len(few) :],
+      progress=True,
     ),
     unseen=unseen,
     windows=windows,
