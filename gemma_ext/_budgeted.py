@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
 from gemma_ext import _cli
 from gemma_ext import ckpts
@@ -20,8 +21,9 @@ from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 
-# Tokens of a text that are counted.
+# Tokens of a text that are counted, and the part of it to measure on.
 COUNTED = 1_000_000
+_UNSEEN = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,45 @@ class Budgeted:
       ' gemma_ext.evaluate`.'
     )
     return {'measured_loss': measured}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+  """A calibration text in windows `[batch, length]`.
+
+  Attributes:
+    fitted: To compute statistics of.
+    unseen: To measure on.
+    counted: The others that come before the first of `unseen`.
+  """
+
+  fitted: np.ndarray
+  unseen: np.ndarray
+  counted: np.ndarray
+
+  @classmethod
+  def of(cls, windows: np.ndarray, count: int) -> Text:
+    """Takes windows evenly from all of the text, from its end to measure on.
+
+    Args:
+      windows: All of it.
+      count: Windows to compute with, a third of them to measure on.
+    """
+    first = len(windows) - round(_UNSEEN * len(windows))
+    measured = count // 3
+    if first >= len(windows) or not measured:
+      return cls(fitted=windows, unseen=windows, counted=windows[:0])
+    fitted = spread(first, count - measured)
+    return cls(
+      fitted=windows[fitted],
+      unseen=windows[first:][spread(len(windows) - first, measured)],
+      counted=np.delete(windows[:first], fitted, axis=0),
+    )
+
+
+def spread(size: int, count: int) -> np.ndarray:
+  """At most `count` of so many numbers from 0 on, evenly."""
+  return np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))
 
 
 def reserve(found: gx_compress.Sensitivities, params: Mapping[str, Any]) -> int:
@@ -134,16 +175,13 @@ def statistics(
   )
 
 
-def allocate(
-  args: Any, checkpoint: ckpts.Checkpoint, tokens: Any, counted: Any
-) -> Budgeted:
+def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
   """Measures and chooses.
 
   Args:
     args: Flags of the command.
     checkpoint: The dense checkpoint.
-    tokens: The calibration text `[batch, length]`.
-    counted: More of it, which is only counted.
+    text: The calibration text.
 
   Raises:
     RecipeError: If the budget cannot be met.
@@ -153,8 +191,7 @@ def allocate(
   known = None
   if args.sensitivities and os.path.exists(args.sensitivities):
     known = gx_compress.read_sensitivities(args.sensitivities)
-  tokens, unseen = gx_compress.held_out(tokens)
-  found_on = statistics(args, checkpoint, tokens, counted)
+  found_on = statistics(args, checkpoint, text.fitted, text.counted)
 
   def keep(found: gx_compress.Sensitivities) -> None:
     if args.sensitivities:
@@ -171,7 +208,7 @@ def allocate(
       model,
       params,
       found_on,
-      unseen,
+      text.unseen,
       progress=True,
     )
     keep(found)
@@ -181,7 +218,7 @@ def allocate(
     allocation=allocation,
     statistics=found_on,
     checkpoint=checkpoint,
-    unseen=unseen,
+    unseen=text.unseen,
   )
 
 

@@ -154,12 +154,9 @@ def _run(args: Any) -> None:
     )
   budgeted: _budgeted.Budgeted | None = None
   if args.budget is not None:
-    text, tokens = _calibration(args, checkpoint, required=True)
-    counted = None
-    if text is not None:
-      more = _windows(args, checkpoint, text['text'], _budgeted.COUNTED)
-      counted = more.tokens[len(tokens) :]
-    budgeted = _budgeted.allocate(args, checkpoint, tokens, counted)
+    text, tokens = _calibration(args, checkpoint, required=True, whole=True)
+    parts = _budgeted.Text.of(tokens, _count(args))
+    budgeted = _budgeted.allocate(args, checkpoint, parts)
     recipe, fitted_on = budgeted.recipe, budgeted.statistics
   else:
     recipe = recipe_lib.Recipe.of(
@@ -230,9 +227,12 @@ def _compress(
 
 
 def _calibration(
-  args, checkpoint, *, required: bool
+  args, checkpoint, *, required: bool, whole: bool = False
 ) -> tuple[dict[str, Any] | None, Any]:
-  """Returns what to record of the calibration text, and its tokens."""
+  """Returns what to record of the calibration text, and its tokens.
+
+  Those to calibrate on, evenly from all of it, or all.
+  """
   spec = args.calibration
   if spec == 'auto':
     spec = 'none'
@@ -251,24 +251,28 @@ def _calibration(
       f'{args.checkpoint!r} has no tokenizer, so it cannot be calibrated on'
       ' text. Pass --calibration=none.'
     )
-  windows = _windows(args, checkpoint, spec, args.calibration_tokens)
-  record = {
-    'text': spec,
-    'tokens': int(windows.num_scored),
-    'data_sha256': windows.data_sha256,
-  }
-  return record, windows.tokens
-
-
-def _windows(args, checkpoint, spec: str, count: int) -> data.Windows:
-  """The first tokens of a calibration text."""
   documents = tuple(data.load_documents(spec, text_field=args.text_field))
   # Of the sample, the documents that evaluate measures on stay unseen.
   if spec == 'sample':
     documents = data.split(documents, seed=args.seed).calibration.documents
-  return data.windows(
-    checkpoint.tokenizer, documents, length=_WINDOW, max_tokens=count
+  windows = data.windows(
+    checkpoint.tokenizer,
+    documents,
+    length=_WINDOW,
+    max_tokens=max(args.calibration_tokens, _budgeted.COUNTED),
   )
+  chosen = _budgeted.spread(len(windows.tokens), _count(args))
+  record = {
+    'text': spec,
+    'tokens': int(windows.score_mask[chosen].sum()),
+    'data_sha256': windows.data_sha256,
+  }
+  return record, windows.tokens if whole else windows.tokens[chosen]
+
+
+def _count(args) -> int:
+  """Windows to calibrate on."""
+  return -(-args.calibration_tokens // (_WINDOW - 1))
 
 
 def _below_8_bits(rule: recipe_lib.RuleLike) -> bool:

@@ -246,20 +246,21 @@ def _bench(args: Any) -> _Bench:
   documents = data.split(tuple(data.load_documents(args.text)))
   cut = functools.partial(data.windows, dense.tokenizer, length=_WINDOW)
   windows = cut(documents.test.documents, max_tokens=args.max_tokens)
-  text = cut(documents.calibration.documents, max_tokens=_budgeted.COUNTED)
-  few = cut(documents.calibration.documents, max_tokens=args.tokens).tokens
-  tokens, unseen = gx_compress.held_out(few)
+  text = _budgeted.Text.of(
+    cut(documents.calibration.documents, max_tokens=_budgeted.COUNTED).tokens,
+    -(-args.tokens // (_WINDOW - 1)),
+  )
   return _Bench(
     args=args,
     dense=dense,
     statistics=gx_compress.statistics(
       dense.model,
       dense.params,
-      tokens,
-      counted=text.tokens[len(few) :],
+      text.fitted,
+      counted=text.counted,
       progress=True,
     ),
-    unseen=unseen,
+    unseen=text.unseen,
     windows=windows,
     baseline=evals.perplexity(
       dense.model, dense.params, windows, progress=True
