@@ -126,7 +126,7 @@ def reserve(found: gx_compress.Sensitivities, params: Mapping[str, Any]) -> int:
     for path in found.candidates
   }
   others = len(jax.tree.leaves(params)) - len(wholes)
-  return ckpts.overhead_bytes(others + 2 * len(found.candidates) + 1)
+  return ckpts.overhead_bytes(others + 2 * len(found.candidates) + 2)
 
 
 def check(args: Any) -> None:

@@ -172,32 +172,37 @@ class Rows(Method):
   so that bands of rows are bands of frequency, about.
 
   Attributes:
-    bands: `(end, method)` pairs, 2 to 64: a band goes from the end of the one
+    bands: `(end, method)` pairs, 1 to 64: a band goes from the end of the one
       before up to `end`; the last one has `None` and takes the rest.
     ordered: Whether rows are in the order of what an error in them costs, the
       dearest first, in place of that of the vocabulary. The place of every row
       is a parameter then, int32, and `gx.compress` needs text to find it.
+    centered: Whether the mean of all rows is stored beside them, and the rows
+      without it. What all rows have in common takes the range of their codes:
+      a few columns of Gemma's tables are large in every row.
   """
 
   NAME: ClassVar[str] = 'rows'
 
   bands: tuple[tuple[int | None, Method], ...]
   ordered: bool = False
+  centered: bool = False
 
   def __post_init__(self):
     bands = self.bands
-    if not isinstance(self.ordered, bool):
-      raise errors.RecipeError(
-        'Rows.ordered must be true or false, got'
-        f' {_patterns.brief(self.ordered)}.'
-      )
+    for name in ('ordered', 'centered'):
+      value = getattr(self, name)
+      if not isinstance(value, bool):
+        raise errors.RecipeError(
+          f'Rows.{name} must be true or false, got {_patterns.brief(value)}.'
+        )
     if (
       not isinstance(bands, (list, tuple))
-      or not 2 <= len(bands) <= _MAX_BANDS
+      or not 1 <= len(bands) <= _MAX_BANDS
       or not all(isinstance(b, (list, tuple)) and len(b) == 2 for b in bands)
     ):
       raise errors.RecipeError(
-        f'Rows.bands must be 2 to {_MAX_BANDS} pairs (end, method), got'
+        f'Rows.bands must be 1 to {_MAX_BANDS} pairs (end, method), got'
         f' {_patterns.brief(bands)}.'
       )
     ends = [end for end, _ in bands]
@@ -224,25 +229,33 @@ class Rows(Method):
     bands: Sequence[tuple[int | None, Method]],
     *,
     ordered: bool = False,
+    centered: bool = False,
   ) -> Method:
     """Returns the method of bands up to the end of the table.
 
     Args:
       bands: As the attribute, the last end being that of the table.
       ordered: As the attribute.
+      centered: As the attribute.
 
     Returns:
-      `Rows`, or the method itself of a single band.
+      `Rows`, or the method itself of a single band that is not centered.
     """
     last = bands[-1][1]
-    if len(bands) == 1:
+    if len(bands) == 1 and not centered:
       return last
-    return cls(bands=(*bands[:-1], (None, last)), ordered=ordered)
+    bands = (*bands[:-1], (None, last))
+    return cls(bands=bands, ordered=ordered, centered=centered)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the method's name and its bands as plain JSON values."""
     bands = [{'end': end, **method.to_json()} for end, method in self.bands]
-    return {'method': self.NAME, 'bands': bands, 'ordered': self.ordered}
+    return {
+      'method': self.NAME,
+      'bands': bands,
+      'ordered': self.ordered,
+      'centered': self.centered,
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

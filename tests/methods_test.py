@@ -28,14 +28,14 @@ def test_rows_round_trip_and_are_hashable():
   'bands, message',
   [
     ((), '2 to 64 pairs'),
-    (((None, gx.Int()),), '2 to 64 pairs'),
+    ((), '1 to 64 pairs'),
     (((5, gx.Int()), (9, gx.Int())), 'ascend from 1'),
     (((5, gx.Int()), (5, gx.Int()), (None, gx.Int())), 'ascend from 1'),
     (((0, gx.Int()), (None, gx.Int())), 'ascend from 1'),
     (((True, gx.Int()), (None, gx.Int())), 'ascend from 1'),
     (((None, gx.Int()), (None, gx.Int())), 'ascend from 1'),
     (((5, gx.Keep()), (None, gx.Int())), 'A band of Rows'),
-    (((5,), (None, gx.Int())), '2 to 64 pairs'),
+    (((5,), (None, gx.Int())), '1 to 64 pairs'),
   ],
 )
 def test_rows_that_are_wrong(bands, message):

@@ -317,7 +317,7 @@ def _cast_dense(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
       packed = set(value) == _PACKED
       out[key] = dict(value) if packed else _cast_dense(value, dtype)
-    elif jnp.issubdtype(value.dtype, jnp.floating):
+    elif jnp.issubdtype(value.dtype, jnp.floating) and 'rows_0' not in params:
       out[key] = value.astype(dtype)
     else:
       out[key] = value

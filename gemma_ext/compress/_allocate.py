@@ -137,7 +137,7 @@ class Allocation:
       found.append((self.sensitivities.rows[path][1], candidate.method))
       methods[whole] = candidate.method
     methods |= {
-      path: recipe_lib.Rows.of(found, ordered=True)
+      path: recipe_lib.Rows.of(found, ordered=True, centered=True)
       for path, found in bands.items()
     }
     rules = tuple((re.escape(path), m) for path, m in methods.items())

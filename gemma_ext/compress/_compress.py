@@ -87,6 +87,11 @@ def compress(
       model, params, calibration, progress=progress
     )
   orders = {path: calibration.order(path) for path in ordered}
+  means = {
+    site.whole: mean_of(flat[site.whole])
+    for site, _ in methods.values()
+    if site.centered
+  }
   curvatures: dict[str, jax.Array] = {}
   hessians: Mapping[str, Any] = {}
   if isinstance(calibration, _statistics.Statistics):
@@ -98,8 +103,11 @@ def compress(
 
   def pack(found: tuple[gx_nn.Site, recipe_lib.Method]) -> dict[str, Any]:
     site, method = found
+    w = site.part(flat[site.whole], orders.get(site.whole))
+    if site.centered:
+      w = w.astype(jnp.float32) - means[site.whole]
     return compress_weight(
-      site.part(flat[site.whole], orders.get(site.whole)),
+      w,
       site,
       method,
       curvature=curvatures.get(site.whole),
@@ -114,8 +122,16 @@ def compress(
     del flat[path]
   for path, order in orders.items():
     flat[gx_nn.rank_path(path)] = jnp.asarray(np.argsort(order), jnp.int32)
+  for path, mean in means.items():
+    flat[gx_nn.mean_path(path)] = mean
   flat |= kernels.side_by_side({path: flat[path] for path in methods})
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+@jax.jit
+def mean_of(table: jax.Array) -> jax.Array:
+  """Mean of the rows of a table `[V, D]`, float32 `[D]`."""
+  return jnp.mean(table, axis=0, dtype=jnp.float32)
 
 
 def compress_weight(

@@ -181,6 +181,9 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
     if any(site.ordered for site, _ in methods.get(whole, ())):
       count = leaf.shape[0]
       rows.append(_added(gx_nn.rank_path(whole), count, 4 * count))
+    if any(site.centered for site, _ in methods.get(whole, ())):
+      count = leaf.shape[1]
+      rows.append(_added(gx_nn.mean_path(whole), count, 4 * count))
   rows += [
     _added(
       f'{path}/router',

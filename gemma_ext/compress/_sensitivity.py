@@ -28,7 +28,7 @@ from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
 from gemma_ext.compress import _threads
 
-_JSON_VERSION = 2
+_JSON_VERSION = 3
 _MAX_JSON_BYTES = 1 << 26
 # Of a table of embeddings, and the rows that their ends are multiples of.
 BANDS = 24
@@ -245,7 +245,7 @@ def sensitivities(
     candidates=found,
     weights=sum(map(size, abstract)),
     other_bytes=sum(nbytes(p) for p in abstract if p not in wholes)
-    + sum(4 * abstract[p].shape[0] for p in ordered),
+    + sum(4 * sum(abstract[p].shape) for p in ordered),
     corrections=dict(known.corrections) if known else {},
     fingerprint=mark,
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
@@ -308,7 +308,10 @@ def _candidates(
   """The candidates of one weight, fitted on a sample of its rows."""
   cols = site.layout.cols
   order = statistics.order(site.whole) if site.ordered else None
-  matrix = site.layout.to_rows(jnp.asarray(site.part(w, order)))
+  part = jnp.asarray(site.part(w, order))
+  if site.centered:
+    part = part.astype(jnp.float32) - _compress.mean_of(w)
+  matrix = site.layout.to_rows(part)
   matrix = matrix.reshape(-1, cols)
   importance = statistics.importance(site.whole)
   numbers = site.part(np.arange(len(importance)), order)
@@ -372,7 +375,9 @@ def _parts(
     return (site,)
   any_method = recipe_lib.Int()
   method = recipe_lib.Rows(
-    bands=tuple((e, any_method) for e in (*ends, None)), ordered=True
+    bands=tuple((e, any_method) for e in (*ends, None)),
+    ordered=True,
+    centered=True,
   )
   return tuple(part for part, _ in gx_nn.split(site, method))
 

@@ -65,8 +65,8 @@ def _count(tree: Mapping[str, Any], prefix: str, packed: list[str]) -> int:
   total = 0
   for key, value in tree.items():
     path = f'{prefix}/{key}' if prefix else key
-    if key == 'rank' and 'rows_0' in tree:
-      continue  # Places of the rows of a table, no weights.
+    if key in ('rank', 'mean') and 'rows_0' in tree:
+      continue  # Places of the rows of a table and their mean, no weights.
     if not isinstance(value, Mapping):
       total += math.prod(value.shape)
     elif {'codes', 'scale'} <= set(value):

@@ -30,6 +30,7 @@ from gemma_ext.nn._sharded import Sharded
 from gemma_ext.nn._sites import join
 from gemma_ext.nn._sites import Kind
 from gemma_ext.nn._sites import Layout
+from gemma_ext.nn._sites import mean_path
 from gemma_ext.nn._sites import rank_path
 from gemma_ext.nn._sites import Site
 from gemma_ext.nn._sites import sites

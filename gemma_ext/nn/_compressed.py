@@ -388,7 +388,12 @@ class _Interceptor:
       if not bands:
         return None
       return _packed.rows_param(
-        module, name, bands=bands, ordered=site.ordered, dtype=self.dtype
+        module,
+        name,
+        bands=bands,
+        ordered=site.ordered,
+        centered=site.centered,
+        dtype=self.dtype,
       )
     site, method = self.methods[path]
     return _packed.param(

@@ -11,6 +11,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_ext import errors
 from gemma_ext import kernels
@@ -48,6 +49,8 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
 
 # Leaf of a table in bands: the places of its rows.
 _RANK = 'rank'
+# And their mean.
+_MEAN = 'mean'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,10 +148,12 @@ class PackedRows:
     bands: The bands, in order, each of shape `[rows, D]`.
     rank: Place of every row among those of the bands, int32 `[V]`; `None`
       where they are in the order of the table.
+    mean: What the rows of the bands lack, float32 `[D]`; `None` if nothing.
   """
 
   bands: tuple[PackedWeight, ...]
   rank: jax.Array | None = None
+  mean: jax.Array | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -162,7 +167,8 @@ class PackedRows:
   def dequantize(self) -> jax.Array:
     """Returns the dense table."""
     table = jnp.concatenate([band.dequantize() for band in self.bands])
-    return table if self.rank is None else table[self.rank]
+    table = table if self.rank is None else table[self.rank]
+    return self._moved(table)
 
   def __jax_array__(self) -> jax.Array:
     return self.dequantize()
@@ -184,7 +190,13 @@ class PackedRows:
       own = jnp.clip(index - start, 0, band.shape[0] - 1)
       found = jnp.where((index >= start)[..., None], band[own], found)
       start += band.shape[0]
-    return found
+    return self._moved(found)
+
+  def _moved(self, rows: jax.Array) -> jax.Array:
+    """Rows of bands as rows of the table."""
+    if self.mean is None:
+      return rows
+    return (rows.astype(jnp.float32) + self.mean).astype(rows.dtype)
 
   def part(self, leaf: dict[str, Any], rows: int) -> PackedRows:
     """Returns the table of the first rows, `leaf` those of its bands.
@@ -192,6 +204,7 @@ class PackedRows:
     Not of a table that has an order of its own.
     """
     assert self.rank is None
+    mean = self.mean
     bands = []
     for i, band in enumerate(self.bands):
       if rows <= 0:
@@ -199,14 +212,21 @@ class PackedRows:
       own = min(rows, band.shape[0])
       bands.append(band.part(leaf[f'rows_{i}'], own))
       rows -= own
-    return PackedRows(bands=tuple(bands))
+    return PackedRows(bands=tuple(bands), mean=mean)
 
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
     """Computes `jnp.einsum(eqn, x, table)`, the rows last in the outputs."""
-    weights, outputs = _sites.split_equation(eqn)[1:]
+    inputs, weights, outputs = _sites.split_equation(eqn)
     if not outputs.endswith(weights[0]):
       return jnp.einsum(eqn, x, self.dequantize().astype(x.dtype))
     y = jnp.concatenate([band.einsum(eqn, x) for band in self.bands], axis=-1)
+    if self.mean is not None:
+      common = jnp.einsum(
+        f'{inputs},{weights[1:]}->{outputs[:-1]}',
+        x.astype(jnp.float32),
+        self.mean,
+      )
+      y = (y.astype(jnp.float32) + common[..., None]).astype(y.dtype)
     return y if self.rank is None else kernels.pick(y, self.rank)
 
 
@@ -264,6 +284,7 @@ def rows_param(
   *,
   bands: Sequence[tuple[_sites.Layout, recipe_lib.Method]],
   ordered: bool,
+  centered: bool,
   dtype: Any,
 ) -> PackedRows:
   """Declares a table in bands as a parameter of `module` and returns it.
@@ -273,6 +294,7 @@ def rows_param(
     name: Name of the parameter.
     bands: Layout and method of each.
     ordered: Whether rows have an order of their own.
+    centered: Whether their mean is apart.
     dtype: Type of the dense table.
 
   Raises:
@@ -281,8 +303,13 @@ def rows_param(
   formats = [format_of(method, layout.cols) for layout, method in bands]
   path = '/'.join(module.path + (name,))
   names = [f'rows_{i}' for i in range(len(bands))]
-  expected = {*names, *([_RANK] if ordered else [])}
   count = sum(layout.shape[0] for layout, _ in bands)
+  beside: dict[str, np.ndarray] = {}
+  if ordered:
+    beside[_RANK] = np.arange(count, dtype=np.int32)
+  if centered:
+    beside[_MEAN] = np.zeros(bands[0][0].cols, np.float32)
+  expected = {*names, *beside}
   if module.has_variable('params', name):
     leaf = module.get_variable('params', name)
     if not isinstance(leaf, dict) or set(leaf) != expected:
@@ -294,21 +321,20 @@ def rows_param(
       )
     for part, fmt, (layout, _) in zip(names, formats, bands, strict=True):
       _check(leaf[part], fmt, layout, f'{path}/{part}')
-    if ordered and (leaf[_RANK].shape, leaf[_RANK].dtype) != (
-      (count,),
-      'int32',
-    ):
-      raise errors.ParamsMismatchError(
-        f'{path}/{_RANK} is {leaf[_RANK].dtype}{list(leaf[_RANK].shape)};'
-        f' expected int32[{count}].'
-      )
+    for beside_name, like in beside.items():
+      got = leaf[beside_name]
+      if (got.shape, got.dtype) != (like.shape, like.dtype):
+        raise errors.ParamsMismatchError(
+          f'{path}/{beside_name} is {got.dtype}{list(got.shape)}; expected'
+          f' {like.dtype}{list(like.shape)}.'
+        )
   else:
 
     def init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = None):
       return {
         part: _initializer(fmt, layout)(rng, shape, dtype)
         for part, fmt, (layout, _) in zip(names, formats, bands, strict=True)
-      } | ({_RANK: jnp.arange(count, dtype=jnp.int32)} if ordered else {})
+      } | {name: jnp.asarray(like) for name, like in beside.items()}
 
     shape = (count, bands[0][0].cols)
     leaf = nn.Module.param(module, name, init, shape)
@@ -323,7 +349,8 @@ def rows_param(
       )
       for part, fmt, (layout, method) in zip(names, formats, bands, strict=True)
     ),
-    rank=leaf[_RANK] if ordered else None,
+    rank=leaf.get(_RANK),
+    mean=leaf.get(_MEAN),
   )
 
 

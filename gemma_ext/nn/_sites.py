@@ -118,6 +118,7 @@ class Site:
     kind: How the model reads it.
     rows: Of a band of a table, `[start, stop)` of its rows.
     ordered: Whether these are places in an order of their own, see `rank_path`.
+    centered: Whether the mean of the table is elsewhere, see `mean_path`.
   """
 
   path: str
@@ -125,6 +126,7 @@ class Site:
   kind: Kind
   rows: tuple[int, int] | None = None
   ordered: bool = False
+  centered: bool = False
 
   @property
   def whole(self) -> str:
@@ -156,6 +158,14 @@ def rank_path(path: str) -> str:
   the rows of all bands.
   """
   return f'{path}/rank'
+
+
+def mean_path(path: str) -> str:
+  """Path of the mean of all rows of a centered table at `path`: float32 `[D]`.
+
+  The rows of the bands are those of the table without it.
+  """
+  return f'{path}/mean'
 
 
 def split(
@@ -196,6 +206,7 @@ def split(
       ),
       rows=(starts[i], stops[i]),
       ordered=method.ordered,
+      centered=method.centered,
     )
     parts.append((part, each))
   return tuple(parts)
@@ -211,17 +222,19 @@ def join(
   """
   found: dict[str, recipe_lib.Method] = {}
   bands: dict[str, list[tuple[int | None, recipe_lib.Method]]] = {}
-  ordered: dict[str, bool] = {}
+  first: dict[str, Site] = {}
   for path, (site, method) in methods.items():
     if site.rows is None:
       found[path] = method
       continue
     of = bands.setdefault(site.whole, [])
     of.append((site.rows[1], method))
-    ordered[site.whole] = site.ordered
+    first[site.whole] = site
     found[site.whole] = method
   return found | {
-    path: recipe_lib.Rows.of(of, ordered=ordered[path])
+    path: recipe_lib.Rows.of(
+      of, ordered=first[path].ordered, centered=first[path].centered
+    )
     for path, of in bands.items()
   }
 

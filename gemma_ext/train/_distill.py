@@ -252,7 +252,11 @@ def unpack(
   for path, parts in bands.items():
     table = jnp.concatenate(parts)
     rank = out.pop(gx_nn.rank_path(path), None)
-    out[path] = table if rank is None else table[rank]
+    table = table if rank is None else table[rank]
+    mean = out.pop(gx_nn.mean_path(path), None)
+    if mean is not None:
+      table = (table.astype(jnp.float32) + mean).astype(table.dtype)
+    out[path] = table
   return out
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The gemma_ext Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of tables whose rows are in the order of what they cost."""
+"""Tests of tables in the order of what their rows cost, and centered."""
 
 from flax import traverse_util
 import jax
@@ -21,6 +21,7 @@ _ROWS = gx.recipe.Rows(
     (None, gx.Ternary(group=64)),
   ),
   ordered=True,
+  centered=True,
 )
 
 
@@ -129,3 +130,39 @@ def test_parts_and_recipes_keep_the_order(case):
   assert gx.Recipe.from_json(model.recipe.to_json()) == model.recipe
   with pytest.raises(errors.RecipeError, match='ordered must be'):
     gx.recipe.Rows(bands=_ROWS.bands, ordered=1)
+  with pytest.raises(errors.RecipeError, match='centered must be'):
+    gx.recipe.Rows(bands=_ROWS.bands, centered=1)
+
+
+def test_what_all_rows_share_takes_no_range():
+  model = tiny.model('gemma3')
+  dense = tiny.params(model)
+  table = dense['embedder']['input_embedding']
+  common = jnp.zeros(table.shape[1]).at[jnp.array([3, 40])].set(0.5)
+  dense = {**dense, 'embedder': {'input_embedding': table + common}}
+  int4 = gx.Int(bits=4, group=32)
+
+  def error(**kwargs):
+    rows = gx.recipe.Rows(bands=((None, int4),), **kwargs)
+    recipe = gx.Recipe.of({_TABLE: rows})
+    params = gx.compress(model, dense, recipe)
+    unpacked = _distill.unpack(
+      traverse_util.flatten_dict(params, sep='/'),
+      model=gx.nn.Compressed(model=model, recipe=recipe),
+    )
+    return float(jnp.mean((unpacked[_TABLE] - table - common) ** 2))
+
+  assert error(centered=True) < 0.3 * error()
+
+
+def test_the_mean_keeps_its_type_when_others_are_cast(case, tmp_path):
+  model, params, _, _ = case
+  gx.ckpts.save(tmp_path / 'c', model=model, params=params)
+  loaded = gx.ckpts.load(tmp_path / 'c', dtype=jnp.bfloat16)
+  mean = loaded.params['embedder']['input_embedding']['mean']
+  assert mean.dtype == jnp.float32
+  assert loaded.params['final_norm']['scale'].dtype == jnp.bfloat16
+  logits = loaded.model.apply(
+    {'params': loaded.params}, jnp.array([[2, 5]])
+  ).logits
+  assert jnp.isfinite(logits).all()
