@@ -27,7 +27,7 @@ def test_rows_round_trip_and_are_hashable():
 @pytest.mark.parametrize(
   'bands, message',
   [
-    ((), '2 to 64 pairs'),
+    ((), '1 to 64 pairs'),
     ((), '1 to 64 pairs'),
     (((5, gx.Int()), (9, gx.Int())), 'ascend from 1'),
     (((5, gx.Int()), (5, gx.Int()), (None, gx.Int())), 'ascend from 1'),
@@ -47,7 +47,7 @@ def test_rows_that_are_wrong(bands, message):
   'fields, message',
   [
     ({}, "needs its 'bands'"),
-    ({'bands': 3}, '2 to 64 pairs'),
+    ({'bands': 3}, '1 to 64 pairs'),
     (
       {'bands': [{'method': 'int'}, {'end': None, 'method': 'int'}]},
       "key 'end'",
