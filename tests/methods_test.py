@@ -28,7 +28,6 @@ def test_rows_round_trip_and_are_hashable():
   'bands, message',
   [
     ((), '1 to 64 pairs'),
-    ((), '1 to 64 pairs'),
     (((5, gx.Int()), (9, gx.Int())), 'ascend from 1'),
     (((5, gx.Int()), (5, gx.Int()), (None, gx.Int())), 'ascend from 1'),
     (((0, gx.Int()), (None, gx.Int())), 'ascend from 1'),
