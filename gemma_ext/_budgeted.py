@@ -143,6 +143,13 @@ def check(args: Any) -> None:
       gx_compress.read_sensitivities(args.sensitivities)
 
 
+def no_text() -> errors.RecipeError:
+  """The error of a command that has no text to calibrate on."""
+  return errors.RecipeError(
+    'This needs a text: install gemma_ext[samples], or give --calibration=PATH.'
+  )
+
+
 def statistics(
   args: Any,
   checkpoint: ckpts.Checkpoint,
@@ -161,10 +168,7 @@ def statistics(
     RecipeError: If there is none.
   """
   if tokens is None:
-    raise errors.RecipeError(
-      'This needs a text: install gemma_ext[samples], or give'
-      ' --calibration=PATH.'
-    )
+    raise no_text()
   return gx_compress.statistics(
     checkpoint.model,
     checkpoint.params,

@@ -155,7 +155,9 @@ def _run(args: Any) -> None:
   budgeted: _budgeted.Budgeted | None = None
   if args.budget is not None:
     text, tokens = _calibration(args, checkpoint, required=True, whole=True)
-    parts = _budgeted.Text.of(tokens, _count(args))
+    if text is None:
+      raise _budgeted.no_text()
+    parts = _budgeted.Text.of(tokens, text['windows'])
     budgeted = _budgeted.allocate(args, checkpoint, parts)
     recipe, fitted_on = budgeted.recipe, budgeted.statistics
   else:
@@ -261,18 +263,18 @@ def _calibration(
     length=_WINDOW,
     max_tokens=max(args.calibration_tokens, _budgeted.COUNTED),
   )
-  chosen = _budgeted.spread(len(windows.tokens), _count(args))
+  # Documents may be shorter than a window.
+  count = round(
+    len(windows.tokens) * args.calibration_tokens / windows.num_scored
+  )
+  chosen = _budgeted.spread(len(windows.tokens), max(1, count))
   record = {
     'text': spec,
     'tokens': int(windows.score_mask[chosen].sum()),
+    'windows': len(chosen),
     'data_sha256': windows.data_sha256,
   }
   return record, windows.tokens if whole else windows.tokens[chosen]
-
-
-def _count(args) -> int:
-  """Windows to calibrate on."""
-  return -(-args.calibration_tokens // (_WINDOW - 1))
 
 
 def _below_8_bits(rule: recipe_lib.RuleLike) -> bool:

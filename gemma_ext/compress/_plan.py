@@ -252,7 +252,7 @@ def _cells(name, count, rows, stored) -> tuple[str, ...]:
     str(count),
     f'{size:,}',
     stored,
-    f'{8 * nbytes / size:.3f}',
+    f'{8 * nbytes / size:.3f}' if size else '',
     _size(nbytes),
   )
 

@@ -31,7 +31,7 @@ FORMATS = [
     128,
   ),
   (
-    kernels.IntFormat(bits=5, group=32, scale='ue5m3'),
+    kernels.IntFormat(bits=5, group=32),
     kernels.IntFormat(bits=5, group=8),
     24,
   ),

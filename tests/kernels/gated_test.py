@@ -23,7 +23,7 @@ FORMATS = [
     kernels.IntFormat(bits=4, group=32),
   ),
   (
-    kernels.IntFormat(bits=6, group=32, scale='ue5m3'),
+    kernels.IntFormat(bits=6, group=32),
     kernels.IntFormat(bits=8),
   ),
   (
