@@ -34,6 +34,7 @@ from gemma_ext.ckpts import _manifest
 _PACKAGES = ('gemma_ext', 'gemma', 'jax', 'flax', 'orbax-checkpoint')
 # Of an array: its name, shape and place, as orbax writes them; 650 to 760.
 _LEAF_BYTES = 800
+_FOLDER_BYTES = 16_384
 
 
 def save(
@@ -163,12 +164,13 @@ def directory_bytes(path: os.PathLike | str) -> dict[str, int]:
 def overhead_bytes(leaves: int) -> int:
   """Bytes of DIR/params beside the numbers of so many arrays, at most.
 
-  Orbax writes 650 to 760 bytes an array: its name, shape and place.
+  Orbax writes 650 to 760 bytes an array, its name, shape and place, and some
+  thousands for all of them.
 
   Args:
     leaves: Number of arrays.
   """
-  return _LEAF_BYTES * leaves
+  return _FOLDER_BYTES + _LEAF_BYTES * leaves
 
 
 def check_target(
