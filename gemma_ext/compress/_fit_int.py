@@ -120,8 +120,9 @@ def fit_chunk(
   if kind == 'bf16':
     ratios = np.geomspace(low, 1.0, count)
   else:
-    # All that can be stored: neighbours are a sixteenth apart at least.
-    most = 1.1 * half / (half - 1)
+    # All that can be stored, neighbours being a sixteenth to an eighth apart:
+    # some above what clips nothing, which may happen to fit, and more below.
+    low, most = 0.8 * low, 1.5 * half / (half - 1)
     count = math.ceil(math.log(most / low) / math.log(1.06)) + 1
     ratios = np.geomspace(low, most, count)
   # The other sign can only pay where clipping does.
