@@ -4,6 +4,7 @@
 
 from gemma_ext.data._documents import Document
 from gemma_ext.data._documents import load_documents
+from gemma_ext.data._documents import rows
 from gemma_ext.data._splits import documents_sha256
 from gemma_ext.data._splits import NAMES as SPLIT_NAMES
 from gemma_ext.data._splits import Split

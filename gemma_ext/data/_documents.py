@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+from typing import Any
 
 from gemma_ext import errors
 from gemma_ext.data import _hashing
@@ -76,6 +77,22 @@ def load_documents(
   if not out:
     raise errors.DataError(f'{spec!r} holds no text, every document is blank.')
   return out
+
+
+def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields the rows of a data set and where each is from.
+
+  Args:
+    path: A `.jsonl` file, gzipped or not, `'tfds:NAME'` or `'tfds:NAME:SPLIT'`.
+
+  Raises:
+    DataError: If it cannot be read.
+    OptionalDependencyError: If TFDS is missing.
+  """
+  spec = os.fspath(path)
+  if spec.startswith('tfds:'):
+    return _sources.tfds_rows(spec)
+  return _sources.json_rows(pathlib.Path(spec).expanduser())
 
 
 def _texts(spec: str, text_field: str) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,9 @@ import gzip
 import json
 import pathlib
 import re
-from typing import cast, IO
+from typing import Any, cast, IO
+
+import numpy as np
 
 from gemma_ext import errors
 from gemma_ext.data import _wikitext
@@ -81,41 +83,7 @@ def json_lines(
   path: pathlib.Path, text_field: str
 ) -> Iterator[tuple[str, str]]:
   """Yields a field of every line of a `.jsonl` or `.jsonl.gz` file."""
-  try:
-    with _open_binary(path) as file:
-      yield from _json_lines(file, str(path), text_field)
-  except (OSError, EOFError) as e:  # gzip raises either for a damaged file.
-    raise errors.DataError(f'Cannot read {str(path)!r}: {e}.') from e
-
-
-def _open_binary(path: pathlib.Path) -> IO[bytes]:
-  if path.name.endswith('.gz'):
-    return cast(IO[bytes], gzip.open(path, 'rb'))
-  return path.open('rb')
-
-
-def _json_lines(
-  file: IO[bytes], name: str, text_field: str
-) -> Iterator[tuple[str, str]]:
-  number = 0
-  while line := file.readline(MAX_LINE_BYTES + 1):
-    number += 1
-    at = f'{name}:{number}'
-    if len(line) > MAX_LINE_BYTES:
-      raise errors.DataError(
-        f'{at}: the line is over {MAX_LINE_BYTES >> 20} MiB. JSON lines hold'
-        ' one document a line.'
-      )
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-      raise errors.DataError(f'{at}: not JSON: {e}.') from e
-    if not isinstance(record, dict):
-      raise errors.DataError(
-        f'{at}: expected a JSON object, got {type(record).__name__}.'
-      )
+  for at, record in json_rows(path):
     if text_field not in record:
       raise errors.DataError(
         f'{at}: no field {text_field!r}, the fields are {sorted(record)}.'
@@ -130,10 +98,69 @@ def _json_lines(
     yield at, text
 
 
+def json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields every line of a `.jsonl` or `.jsonl.gz` file, and where it is."""
+  try:
+    with _open_binary(path) as file:
+      yield from _json_rows(file, str(path))
+  except (OSError, EOFError) as e:  # gzip raises either for a damaged file.
+    raise errors.DataError(f'Cannot read {str(path)!r}: {e}.') from e
+
+
+def _open_binary(path: pathlib.Path) -> IO[bytes]:
+  if path.name.endswith('.gz'):
+    return cast(IO[bytes], gzip.open(path, 'rb'))
+  return path.open('rb')
+
+
+def _json_rows(
+  file: IO[bytes], name: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  number = 0
+  while line := file.readline(MAX_LINE_BYTES + 1):
+    number += 1
+    at = f'{name}:{number}'
+    if len(line) > MAX_LINE_BYTES:
+      raise errors.DataError(
+        f'{at}: the line is over {MAX_LINE_BYTES >> 20} MiB. JSON lines hold'
+        ' one document or item a line.'
+      )
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+      raise errors.DataError(f'{at}: not JSON: {e}.') from e
+    if not isinstance(record, dict):
+      raise errors.DataError(
+        f'{at}: expected a JSON object, got {type(record).__name__}.'
+      )
+    yield at, record
+
+
 def tfds(spec: str, text_field: str) -> Iterator[tuple[str, str]]:
   """Yields a field of a TensorFlow data set, `tfds:NAME` or `tfds:NAME:SPLIT`.
 
   TFDS downloads and prepares what is not in `TFDS_DATA_DIR` yet.
+  """
+  for at, example in tfds_rows(spec, text_field):
+    value = example[text_field]
+    if not isinstance(value, str):
+      raise errors.DataError(
+        f'TFDS data set {spec!r}: field {text_field!r} is not text but'
+        f' {type(value).__name__}.'
+      )
+    yield at, value
+
+
+def tfds_rows(
+  spec: str, field: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields examples of `tfds:NAME` or `tfds:NAME:SPLIT`, as plain values.
+
+  Args:
+    spec: Name, and the split; else 'test' if there is one, or 'train'.
+    field: One that they must have.
   """
   match = _TFDS_SPEC.fullmatch(spec)
   if not match:
@@ -165,9 +192,9 @@ def tfds(spec: str, text_field: str) -> Iterator[tuple[str, str]]:
         f'TFDS data set {name!r} has no split {split!r}, only {splits}.'
       )
     features = builder.info.features
-    if text_field not in features:
+    if field is not None and field not in features:
       raise errors.DataError(
-        f'TFDS data set {name!r} has no field {text_field!r}, the fields are'
+        f'TFDS data set {name!r} has no field {field!r}, the fields are'
         f' {sorted(features)}. Choose one with --text_field (text_field=).'
       )
     examples = tensorflow_datasets.as_numpy(builder.as_dataset(split=split))
@@ -180,15 +207,18 @@ def tfds(spec: str, text_field: str) -> Iterator[tuple[str, str]]:
       f' {type(e).__name__}: {_first_line(e)}'
     ) from e
   for i, example in enumerate(examples):
-    value = example[text_field]
-    if not isinstance(value, (bytes, str)):
-      raise errors.DataError(
-        f'TFDS data set {name!r}: field {text_field!r} is not text but'
-        f' {type(value).__name__}.'
-      )
-    if isinstance(value, bytes):
-      value = value.decode('utf-8', 'replace')
-    yield f'{name}:{split}:{i}', value
+    yield f'{name}:{split}:{i}', _plain(example)
+
+
+def _plain(value: Any) -> Any:
+  """Texts, numbers, lists and dicts instead of what TFDS gives."""
+  if isinstance(value, bytes):
+    return value.decode('utf-8', 'replace')
+  if isinstance(value, dict):
+    return {key: _plain(v) for key, v in value.items()}
+  if isinstance(value, np.ndarray):
+    return [_plain(v) for v in value.tolist()]
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def _first_line(error: Exception) -> str:

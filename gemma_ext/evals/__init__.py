@@ -10,14 +10,16 @@ from gemma_ext.evals._comparisons import holm
 from gemma_ext.evals._comparisons import Mean
 from gemma_ext.evals._comparisons import mean
 from gemma_ext.evals._comparisons import wilson
+from gemma_ext.evals._formats import Format
+from gemma_ext.evals._formats import FORMATS
 from gemma_ext.evals._generation import CODE_STOPS
 from gemma_ext.evals._generation import generate
 from gemma_ext.evals._generation import score
 from gemma_ext.evals._items import Choice
 from gemma_ext.evals._items import items_sha256
-from gemma_ext.evals._items import load_items
 from gemma_ext.evals._items import Program
 from gemma_ext.evals._items import Question
+from gemma_ext.evals._loading import load_items
 from gemma_ext.evals._perplexity import perplexity
 from gemma_ext.evals._results import finite
 from gemma_ext.evals._results import package_versions

@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma_ext import errors
 from gemma_ext import text
+from gemma_ext.evals import _formats
 from gemma_ext.evals import _items
 from gemma_ext.evals import _progress
 from gemma_ext.evals import _sandbox
@@ -121,6 +122,7 @@ def passes(
 
 
 CHECKS: dict[str, Callable[[str, str], float]] = {
+  'boxed': _formats.same_math,
   'exact_match': exact_match,
   'last_number': last_number,
 }
@@ -134,7 +136,7 @@ def score(
   Args:
     items: `Question`s, or `Program`s for the check 'code'.
     written: The continuations.
-    check: 'exact_match', 'last_number' or 'code'.
+    check: 'exact_match', 'last_number', 'boxed' or 'code'.
 
   Returns:
     float64 [N].

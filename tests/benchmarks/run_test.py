@@ -13,6 +13,7 @@ from gemma_ext import ckpts
 from gemma_ext import errors
 from tests import tiny
 from tools.benchmarks import _measure
+from tools.benchmarks import _speed
 from tools.benchmarks import _suite
 from tools.benchmarks import _summary
 from tools.benchmarks import run
@@ -77,10 +78,14 @@ def made(tmp_path_factory):
         'temperature': 1.0,
         'seeds': [0, 1],
       },
+      'speed': {'kind': 'speed', 'rounds': 6, 'tokens': 2, 'prompt_tokens': 4},
     },
   }
   (folder / 'suite.json').write_text(json.dumps(suite))
-  assert run.main(_argv(folder)) == 0
+  with pytest.MonkeyPatch.context() as patch:
+    # Random weights of a 1B are for people with time.
+    patch.setattr(_speed, '_free_bytes', lambda: 1e8)
+    assert run.main(_argv(folder)) == 0
   return folder
 
 
@@ -95,7 +100,7 @@ def _records(folder):
 
 def test_every_pair_is_a_line(made):
   records = _records(made)
-  assert len(records) == 12
+  assert len(records) == 16
   found = {(r['model'], r['task']): r for r in records}
   dense, int8 = found['dense', 'texts'], found['int8', 'texts']
   assert len(dense['nll']) == len(dense['tokens']) == 12
@@ -106,7 +111,20 @@ def test_every_pair_is_a_line(made):
   assert np.shape(found['int8', 'words']['scores']) == (2, 3)
   assert found['1b', 'texts']['skipped']
   assert 0.5e9 < found['1b', 'texts']['bytes'] < 0.7e9
-  for key in ('machine', 'versions', 'code', 'data_sha256', 'seconds'):
+  assert found['1b', 'speed']['skipped']
+  speed = found['int8', 'speed']
+  for key in ('token', 'first', 'baseline_token', 'baseline_first'):
+    assert len(speed[f'{key}_seconds']) == 6
+    assert min(speed[f'{key}_seconds']) > 0
+  assert 'baseline_token_seconds' not in found['dense', 'speed']
+  for key in (
+    'machine',
+    'device',
+    'versions',
+    'code',
+    'data_sha256',
+    'seconds',
+  ):
     assert key in dense
 
 
@@ -121,8 +139,13 @@ def test_reports(made):
   bench = json.loads((out / 'benchmark.json').read_text())
   assert all({'name', 'unit', 'value'} <= set(row) for row in bench)
   assert any(row['name'] == 'int8: texts' and 'range' in row for row in bench)
+  units = {row['name']: row['unit'] for row in bench}
+  assert units['int8: speed'] == 's/token'
+  assert units['int8: speed.first'] == 's'
+  for what in ('bytes', 'speed'):
+    assert f'texts: quality against {what}' in page
   junit = ElementTree.parse(out / 'junit.xml').getroot()
-  assert junit.get('failures') == '0' and len(junit) == 9
+  assert junit.get('failures') == '0' and len(junit) == 15
 
 
 def test_gates(made, capsys):
@@ -135,6 +158,8 @@ def test_gates(made, capsys):
   assert 'texts_ratio' in junit.find('testcase/failure').get('message')
   assert run.main(_argv(made, '--gate=int8:texts_ratio<=1.05')) == 0
   assert run.main(_argv(made, '--gate=quiz_difference>=-1')) == 0
+  assert run.main(_argv(made, '--gate=speed_times>=1000')) == 1
+  assert run.main(_argv(made, '--gate=other:speed.first_times<=1000')) == 0
 
 
 def test_what_is_there_is_not_measured_again(made, monkeypatch):
@@ -156,11 +181,43 @@ def test_what_is_there_is_not_measured_again(made, monkeypatch):
   path.write_text(''.join(moved))
   assert run.main(_argv(made)) == 0
   assert measured == ['quiz']
-  assert len(_records(made)) == 12
+  assert len(_records(made)) == 16
   # In the middle it is no accident.
   path.write_text('{"key"\n' + whole)
   assert run.main(_argv(made)) == 2
   path.write_text(whole)
+
+
+def test_speed_of_a_shape_without_weights():
+  model = tiny.model('gemma3')
+  loaded = _measure.Loaded(nbytes=1, dense_bytes=1, shape=model)
+  options = {'rounds': 1, 'tokens': 2, 'prompt_tokens': 3}
+  found = _speed.measure(loaded, loaded, options)
+  assert set(found) == {
+    f'{whose}{what}_seconds'
+    for whose in ('', 'baseline_')
+    for what in ('first', 'token')
+  }
+
+
+def test_speed_is_compared_round_by_round():
+  record = {
+    'model': 'a',
+    'task': 's',
+    'token_seconds': [0.1, 0.2] * 5,
+    'baseline_token_seconds': [0.2, 0.4] * 5,
+    'first_seconds': [1.0] * 10,
+    'baseline_first_seconds': [0.5] * 10,
+    'data_sha256': '',
+  }
+  token, first = _summary.summarise([record], 'base')
+  assert (token.metric, token.effect, token.change) == ('tokens/s', 'times', 2)
+  assert token.verdict == 'better' and token.value == pytest.approx(7.5)
+  assert (first.task, first.change, first.verdict) == ('s.first', 0.5, 'worse')
+  few = record | {'token_seconds': [0.1] * 3, 'first_seconds': [1.0] * 3}
+  few |= {f'baseline_{k}_seconds': [1.0] * 3 for k in ('token', 'first')}
+  # Of three rounds nothing is said.
+  assert _summary.summarise([few], 'base')[0].verdict == 'tied'
 
 
 def test_an_interval_decides():
@@ -215,6 +272,12 @@ def test_an_interval_decides():
     ({'tasks': {'t': {'kind': 'x'}}}, "'kind' must be one of"),
     ({'tasks': {'t': {'kind': 'choices'}}}, "'items' is missing"),
     (
+      {'tasks': {'t': {'kind': 'choices', 'items': 'a', 'format': 'gsm8k'}}},
+      r"one of \['arc', 'truthful_qa', 'fever'\], got 'gsm8k'",
+    ),
+    ({'tasks': {'t': {'kind': 'speed', 'rounds': 0}}}, 'must be 1 or more'),
+    ({'tasks': {'t': {'kind': 'speed', 'rounds': -1}}}, 'must be 0 or more'),
+    (
       {'tasks': {'t': {'kind': 'choices', 'items': 'a', 'n': 1}}},
       r"no fields \['n'\]",
     ),
@@ -236,6 +299,21 @@ def test_suites_that_are_wrong(tmp_path, change, message):
   path.write_text(json.dumps(good | change))
   with pytest.raises(errors.ConfigError, match=message):
     _suite.read(path)
+
+
+def test_a_format_says_how_answers_are_judged(tmp_path):
+  path = tmp_path / 's.json'
+  task = {'kind': 'generate', 'items': 'tfds:gsm8k', 'format': 'gsm8k'}
+  suite = {
+    'baseline': 'd',
+    'models': {'d': {'checkpoint': 'gemma3-270m'}},
+    'tasks': {'t': task},
+  }
+  path.write_text(json.dumps(suite))
+  options = _suite.read(path).tasks['t'].options
+  assert options['check'] == 'last_number'
+  assert options['stops'] == ['\nQuestion:']
+  assert options['items'] == 'tfds:gsm8k'
 
 
 def test_the_suites_in_the_repo_are_valid():

@@ -112,3 +112,12 @@ def test_without_tfds(monkeypatch):
   monkeypatch.setattr(builtins, '__import__', fake)
   with pytest.raises(errors.OptionalDependencyError, match=r'gemma_ext\[tfds'):
     data.load_documents('tfds:anything')
+
+
+def test_rows_are_plain_values():
+  found = list(data.rows('tfds:tiny_passages'))
+  assert found[0] == (
+    'tiny_passages:test:0',
+    {'passage': 'Passage 3 ä.', 'label': 3},
+  )
+  assert type(found[0][1]['label']) is int and len(found) == 2

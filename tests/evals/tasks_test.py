@@ -53,7 +53,7 @@ def test_items_are_read(tmp_path):
 @pytest.mark.parametrize(
   'row, kind, message',
   [
-    ([1], evals.Choice, 'line 1: expected an object'),
+    ([1], evals.Choice, ':1: expected a JSON object'),
     ({'prompt': 'a'}, evals.Choice, "no 'choices' for a choice"),
     ({**_CHOICES[0], 'choices': ['a']}, evals.Choice, '2 or more texts'),
     ({**_CHOICES[0], 'answer': 2}, evals.Choice, 'from 0 to 1, got 2'),
@@ -72,7 +72,7 @@ def test_files_that_hold_none(tmp_path):
   with pytest.raises(errors.DataError, match='Cannot read'):
     evals.load_items(tmp_path / 'missing', evals.Choice)
   (tmp_path / 'bad').write_text('{')
-  with pytest.raises(errors.DataError, match='line 1: not JSON'):
+  with pytest.raises(errors.DataError, match=':1: not JSON'):
     evals.load_items(tmp_path / 'bad', evals.Choice)
   with pytest.raises(errors.DataError, match='holds no items'):
     _items(tmp_path, [], evals.Choice)

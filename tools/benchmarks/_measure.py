@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import ctypes
 import dataclasses
 import gc
@@ -24,6 +25,8 @@ from gemma_ext import errors
 from gemma_ext import evals
 from gemma_ext import nn as gx_nn
 from gemma_ext.ckpts import _sample
+from tools.benchmarks import _shapes
+from tools.benchmarks import _speed
 from tools.benchmarks import _suite
 from tools.benchmarks.peers import _jax_peers
 from tools.benchmarks.peers import _llama_cpp
@@ -42,6 +45,7 @@ class Loaded:
     model: The model; `None` of a peer.
     params: Its parameters.
     peer: llama.cpp's, or `None`.
+    shape: The model of a shape, which has no weights; `None` of others.
   """
 
   nbytes: int
@@ -49,6 +53,7 @@ class Loaded:
   model: Any = None
   params: Any = None
   peer: Any = None
+  shape: Any = None
 
 
 def load(spec: _suite.Model, tokenizer: Any) -> tuple[Loaded, Any]:
@@ -102,8 +107,13 @@ def _shape(spec: _suite.Model) -> Loaded:
     raise errors.ConfigError(
       f'Model {spec.name!r}: the official library has no {spec.source!r}.'
     )
-  plan = gx_compress.plan(cls(), spec.recipe or {})
-  return Loaded(nbytes=plan.nbytes, dense_bytes=2 * plan.num_weights)
+  model = _shapes.dense(cls)
+  plan = gx_compress.plan(model, spec.recipe or {})
+  if spec.recipe:
+    model = gx_nn.Compressed(model=model, recipe=spec.recipe)
+  return Loaded(
+    nbytes=plan.nbytes, dense_bytes=2 * plan.num_weights, shape=model
+  )
 
 
 def _load_gguf(spec: _suite.Model) -> Loaded:
@@ -139,6 +149,8 @@ def data_of(task: _suite.Task, tokenizer: Any) -> tuple[Any, str]:
     tokenizer: The baseline's.
   """
   options = task.options
+  if task.kind == 'speed':
+    return None, ''
   if task.kind == 'perplexity':
     documents = data.load_documents(
       options['text'], text_field=options['text_field']
@@ -157,13 +169,21 @@ def data_of(task: _suite.Task, tokenizer: Any) -> tuple[Any, str]:
     return (windows, [len(d.text.encode()) for d in documents]), windows.sha256
   kind = _KINDS.get(options.get('check', task.kind), evals.Question)
   items = evals.load_items(
-    options['items'], kind, max_items=options['max_items'] or None
+    options['items'],
+    kind,
+    max_items=options['max_items'] or None,
+    format=options['format'],
+    shots=options['shots'],
   )
   return items, evals.items_sha256(items)
 
 
 def run(
-  task: _suite.Task, loaded: Loaded, tokenizer: Any, found: Any
+  task: _suite.Task,
+  loaded: Loaded,
+  tokenizer: Any,
+  found: Any,
+  baseline: Callable[[], Loaded | None],
 ) -> dict[str, Any] | None:
   """Returns scores by item; `None` if the model cannot do such a task.
 
@@ -172,9 +192,12 @@ def run(
     loaded: The model.
     tokenizer: Its tokenizer.
     found: Data of `data_of`.
+    baseline: The model to time it beside; `None` for the baseline itself.
   """
   begun = time.monotonic()
-  if task.kind == 'perplexity':
+  if task.kind == 'speed':
+    scores = _speed.measure(loaded, baseline(), task.options)
+  elif task.kind == 'perplexity':
     scores = _perplexity(loaded, *found)
   elif loaded.model is None:
     return None

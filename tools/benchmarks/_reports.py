@@ -77,7 +77,9 @@ def _row(line: _summary.Line, size: Mapping[str, int]) -> tuple[str, ...]:
     line.task,
     *_size(size),
     f'{line.metric} {line.value:.4g}',
-    _cli.human_interval((line.low, line.high), 3),
+    _cli.human_interval(
+      (line.low, line.high), 1 if line.metric == 'tokens/s' else 3
+    ),
     *change,
   )
 
@@ -146,38 +148,77 @@ def page(
 def pictures(
   lines: Sequence[_summary.Line], sizes: Mapping[str, Mapping[str, int]]
 ) -> dict[str, bytes]:
-  """Quality against bytes, with its Pareto front: a PNG for every task."""
+  """Quality against bytes, and speed, with Pareto fronts: PNGs by task."""
+  out = {}
+  speeds = [n for n in lines if n.metric == 'tokens/s']
+  axes: list[tuple[str, str, Mapping[str, float], bool]] = [
+    (
+      'bytes',
+      'weights, MB',
+      {model: size['bytes'] / 1e6 for model, size in sizes.items()},
+      True,
+    )
+  ]
+  for task in dict.fromkeys(n.task for n in speeds):
+    of = {n.model: n.value for n in speeds if n.task == task}
+    axes.append((task, 'tokens a second', of, False))
+  tasks = dict.fromkeys(
+    n.task for n in lines if n.metric in ('perplexity', 'accuracy')
+  )
+  for task in tasks:
+    for name, label, x_of, less in axes:
+      own = [
+        (x_of[n.model], n)
+        for n in lines
+        if n.task == task and not math.isnan(n.low) and n.model in x_of
+      ]
+      if own:
+        out[f'{task}: quality against {name}'] = _picture(own, label, less)
+  return out
+
+
+def _picture(
+  points: Sequence[tuple[float, _summary.Line]], label: str, less: bool
+) -> bytes:
+  """A PNG.
+
+  Args:
+    points: Where each line is along the axis.
+    label: Of the axis.
+    less: Whether less of it is better.
+  """
   import matplotlib.figure  # pylint: disable=g-import-not-at-top
 
-  out = {}
-  for task in dict.fromkeys(line.task for line in lines):
-    own = [n for n in lines if n.task == task and not math.isnan(n.low)]
-    if not own:
-      continue
-    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
-    axes = figure.subplots()
-    points = []
-    for n in own:
-      x = sizes[n.model]['bytes'] / 1e6
-      spread = [[n.value - n.low], [n.high - n.value]]
-      axes.errorbar([x], [n.value], yerr=spread, fmt='o', capsize=3)
-      axes.annotate(
-        n.model, (x, n.value), textcoords='offset points', xytext=(6, 4)
-      )
-      points.append((x, n.value))
-    less = own[0].metric == 'perplexity'
-    front = []
-    for x, y in sorted(points):
-      if not front or (y < front[-1][1] if less else y > front[-1][1]):
-        front.append((x, y))
-    axes.step(*zip(*front, strict=True), where='post', color='#767676', lw=1)
-    axes.set_xlabel('weights, MB')
-    axes.set_ylabel(f'{own[0].metric}, 95% interval')
-    axes.grid(True, color='#e5e5e5')
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=130)
-    out[f'{task}: quality against bytes'] = buffer.getvalue()
-  return out
+  figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
+  axes = figure.subplots()
+  for x, n in points:
+    spread = [[n.value - n.low], [n.high - n.value]]
+    axes.errorbar([x], [n.value], yerr=spread, fmt='o', capsize=3)
+    axes.annotate(
+      n.model, (x, n.value), textcoords='offset points', xytext=(6, 4)
+    )
+  metric = points[0][1].metric
+  sign = 1 if metric == 'perplexity' else -1
+  front: list[tuple[float, float]] = []
+  for x, y in sorted(
+    ((x, n.value) for x, n in points), key=lambda p: p if less else -p[0]
+  ):
+    if not front or sign * y < sign * front[-1][1]:
+      front.append((x, y))
+  axes.step(
+    *zip(*front, strict=True),
+    where='post',
+    color='#767676',
+    lw=1,
+  )
+  if metric == 'perplexity':
+    axes.set_yscale('log')
+  axes.set_xlabel(label)
+  axes.set_ylabel(f'{metric}, 95% interval')
+  axes.grid(True, which='both', color='#e5e5e5')
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=130)
+  return buffer.getvalue()
 
 
 def benchmark_json(
@@ -189,7 +230,9 @@ def benchmark_json(
     out.append({'name': f'{model}: bytes', 'unit': 'B', 'value': size['bytes']})
   for n in lines:
     value, low, high, unit = n.value, n.low, n.high, n.metric
-    if n.change is not None:
+    if unit == 'tokens/s':  # Actions read that less is better.
+      value, low, high, unit = 1 / value, 1 / high, 1 / low, 's/token'
+    elif n.change is not None and n.effect != 'times':
       value, low, high = n.change, n.change_low, n.change_high
       unit = f'{n.metric} {n.effect}'
     out.append(

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models of real shapes with random weights, and their decoding loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
@@ -32,9 +32,10 @@ MODELS = {
 }
 
 
-def dense(name: str) -> nn.Module:
-  """Returns the text model of a shape, in bfloat16."""
-  model = MODELS[name](dtype=jnp.bfloat16)
+def dense(name: str | Callable[..., nn.Module]) -> nn.Module:
+  """Returns the text model of a shape or class, in bfloat16."""
+  cls = MODELS[name] if isinstance(name, str) else name
+  model = cls(dtype=jnp.bfloat16)
   config = dataclasses.replace(model.config, vision_encoder=None)
   return model.clone(config=config)
 

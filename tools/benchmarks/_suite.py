@@ -16,12 +16,15 @@
         "wiki": {"kind": "perplexity", "text": "sample", "max_tokens": 20440},
         "quiz": {"kind": "choices", "items": "quiz.jsonl"},
         "sums": {"kind": "generate", "items": "sums.jsonl",
-                 "check": "last_number", "max_new_tokens": 64}
+                 "check": "last_number", "max_new_tokens": 64},
+        "gsm8k": {"kind": "generate", "items": "tfds:gsm8k:test",
+                  "format": "gsm8k", "shots": 4, "max_new_tokens": 256},
+        "speed": {"kind": "speed", "rounds": 15}
       }
     }
 
 Paths are relative to the file. A model of a `shape` has no weights: its size is
-what is said of it.
+what is said of it, and its speed with random ones where these fit.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import pathlib
 from typing import Any
 
 from gemma_ext import errors
+from gemma_ext import evals
 from gemma_ext import recipe as recipe_lib
 from tools.benchmarks.peers import _jax_peers
 from tools.benchmarks.peers import _requantize
@@ -47,15 +51,27 @@ _TASKS: dict[str, dict[str, tuple[type, Any]]] = {
     'max_tokens': (int, 0),
     'window': (int, 512),
   },
-  'choices': {'items': (str, None), 'max_items': (int, 0)},
+  'choices': {
+    'items': (str, None),
+    'max_items': (int, 0),
+    'format': (str, ''),
+    'shots': (int, 0),
+  },
   'generate': {
     'items': (str, None),
     'max_items': (int, 0),
+    'format': (str, ''),
+    'shots': (int, 0),
     'check': (str, None),
     'max_new_tokens': (int, 128),
     'temperature': (float, 0.0),
     'seeds': (list, [0]),
     'stops': (list, []),
+  },
+  'speed': {
+    'rounds': (int, 11),
+    'tokens': (int, 16),
+    'prompt_tokens': (int, 128),
   },
 }
 
@@ -95,7 +111,7 @@ class Task:
 
   Attributes:
     name: Its name there.
-    kind: 'perplexity', 'choices' or 'generate'.
+    kind: 'perplexity', 'choices', 'generate' or 'speed'.
     options: All fields, defaults among them.
   """
 
@@ -215,8 +231,9 @@ def _task(name: str, spec: Any, path: pathlib.Path) -> Task:
       f' {sorted(fields)}.'
     )
   options = {}
+  known = _format(given.get('format', ''), kind, where)
   for key, (of, default) in fields.items():
-    value = given.get(key, default)
+    value = given.get(key, known.get(key, default))
     if value is None:
       raise errors.ConfigError(f'{where}: {key!r} is missing.')
     if of is float and type(value) is int:
@@ -226,7 +243,31 @@ def _task(name: str, spec: Any, path: pathlib.Path) -> Task:
         f'{where}: {key!r} must be a {of.__name__}, got {json.dumps(value)}.'
       )
     options[key] = value
+    if of is int and value < 0:
+      raise errors.ConfigError(f'{where}: {key!r} must be 0 or more.')
+  if kind == 'speed' and not all(options.values()):
+    raise errors.ConfigError(f'{where}: {options} must be 1 or more each.')
   for key in ('items', 'text'):
     if key in options and (path.parent / options[key]).exists():
       options[key] = str(path.parent / options[key])
   return Task(name=name, kind=kind, options=options)
+
+
+def _format(name: Any, kind: str, where: str) -> dict[str, Any]:
+  """What a known set says of its own task: how it is judged, where it ends."""
+  if name == '':
+    return {}
+  wanted = 'choices' if kind == 'choices' else 'generate'
+  names = [
+    key
+    for key, value in evals.FORMATS.items()
+    if ('generate' if value.check else 'choices') == wanted
+  ]
+  if name not in names:
+    raise errors.ConfigError(
+      f"{where}: 'format' of {kind!r} must be one of {names}, got {name!r}."
+    )
+  found = evals.FORMATS[name]
+  if not found.check:
+    return {}
+  return {'check': found.check, 'stops': [*found.stops]}

@@ -14,7 +14,10 @@ import numpy as np
 
 from gemma_ext import errors
 from gemma_ext import evals
+from tools.benchmarks import _timing
 
+# Behind the name of a task of speed: its time to the first token.
+FIRST = '.first'
 _GATE = re.compile(
   r'(?:(?P<model>[^:]+):)?(?P<metric>[\w.-]+)\s*(?P<op><=|>=)\s*'
   r'(?P<bound>-?\d+(?:\.\d+)?)'
@@ -28,11 +31,12 @@ class Line:
   Attributes:
     model: Its name.
     task: The task's.
-    metric: What `value` is: 'perplexity' or 'accuracy'.
+    metric: What `value` is: 'perplexity', 'accuracy', 'tokens/s', or 's' to the
+      first token.
     value: Of the model alone.
     low: Of the 95% interval.
     high: Of it.
-    effect: 'ratio' or 'difference': what `change` is.
+    effect: 'ratio', 'difference' or 'times' as fast: what `change` is.
     change: Against the baseline; `None` of the baseline itself.
     change_low: Of its 95% interval.
     change_high: Of it.
@@ -77,16 +81,24 @@ def summarise(
       raise errors.DataError(
         f'{model!r} and {baseline!r} did {task!r} on different data.'
       )
+    if 'token_seconds' in record:
+      lines += _speed(record)
+      continue
     summary = _perplexity if 'nll' in record else _accuracy
     lines.append(summary(record, base))
   # Every model is a family of tests, one a task.
   adjusted = {}
   for model in {line.model for line in lines}:
-    own = {n.task: n.p_value for n in lines if n.model == model}
+    own = {
+      n.task: n.p_value
+      for n in lines
+      if n.model == model and n.effect != 'times'
+    }
     for task, p in evals.holm(own).items():
       adjusted[model, task] = p
   return [
-    dataclasses.replace(n, p_value=adjusted[n.model, n.task]) for n in lines
+    dataclasses.replace(n, p_value=adjusted.get((n.model, n.task), math.nan))
+    for n in lines
   ]
 
 
@@ -172,9 +184,46 @@ def _accuracy(
   )
 
 
+def _speed(record: Mapping[str, Any]) -> list[Line]:
+  """Two lines: tokens a second, and seconds to the first."""
+  lines = []
+  for what, task, metric, of in (
+    ('token', '', 'tokens/s', lambda seconds: 1 / seconds),
+    ('first', FIRST, 's', lambda seconds: seconds),
+  ):
+    taken = record[f'{what}_seconds']
+    own = _timing.summary([of(t) for t in taken])
+    low, high = (math.nan if x is None else x for x in own['ci95'])
+    line = Line(
+      model=record['model'],
+      task=record['task'] + task,
+      metric=metric,
+      value=own['median'],
+      low=low,
+      high=high,
+      units=own['n'],
+    )
+    if base := record.get(f'baseline_{what}_seconds'):
+      times = _timing.ratio(base, taken)
+      low, high = (math.nan if x is None else x for x in times['ci95'])
+      verdict = 'tied'
+      if low > 1 or high < 1:
+        verdict = 'better' if low > 1 else 'worse'
+      line = dataclasses.replace(
+        line,
+        effect='times',
+        change=times['median'],
+        change_low=low,
+        change_high=high,
+        verdict=verdict,
+      )
+    lines.append(line)
+  return lines
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gate:
-  """A bound: `[MODEL:]TASK_ratio<=1.02` or `TASK_difference>=-0.01`.
+  """A bound: `[MODEL:]TASK_ratio<=1.02`, `TASK_times>=2` and so on.
 
   Attributes:
     text: As it was given.
@@ -202,7 +251,10 @@ class Gate:
       ConfigError: If it is none, or of no task.
     """
     found = _GATE.fullmatch(text.strip())
-    names = [f'{t}_{e}' for t in tasks for e in ('ratio', 'difference')]
+    names = [
+      f'{t}_{e}' for t in tasks for e in ('ratio', 'difference', 'times')
+    ]
+    names += [f'{t}{FIRST}_times' for t in tasks]
     if not found or found['metric'] not in names:
       raise errors.ConfigError(
         f'--gate: {text!r}; expected [MODEL:]METRIC<=NUMBER or >=, METRIC one'

@@ -20,6 +20,7 @@ a whole interval is beyond a bound.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ import sys
 from typing import Any
 
 from absl import flags
+import jax
 
 from gemma_ext import _cli
 from gemma_ext import errors
@@ -75,12 +77,17 @@ def _run(args: Any) -> list[str]:
   about = {
     'code': _code(),
     'machine': _timing.machine(),
+    'device': jax.devices()[0].device_kind,
     'versions': evals.package_versions(),
   }
   records: list[dict[str, Any]] = []
   sizes: dict[str, dict[str, int]] = {}
   tokenizer: Any = None
   data: dict[str, tuple[Any, str]] = {}
+  # What others are timed beside; in memory from the first of them on.
+  baseline = functools.cache(
+    lambda: _measure.load(suite.models[suite.baseline], None)[0]
+  )
   for name, model in suite.models.items():
     wanted = {
       task: _key(model, suite.tasks[task], about) for task in suite.tasks
@@ -94,7 +101,11 @@ def _run(args: Any) -> list[str]:
           data[task] = _measure.data_of(suite.tasks[task], tokenizer)
         _cli.note(f'{name}: {task} ...')
         found = _measure.run(
-          suite.tasks[task], loaded, tokenizer, data[task][0]
+          suite.tasks[task],
+          loaded,
+          tokenizer,
+          data[task][0],
+          (lambda: None) if name == suite.baseline else baseline,
         )
         known[wanted[task]] = _append(
           results,
@@ -136,7 +147,13 @@ def _key(
   model: _suite.Model, task: _suite.Task, about: Mapping[str, Any]
 ) -> str:
   """What a result depends on, hashed."""
-  spec = [model.to_json(), task.to_json(), about['versions'], _stamp(model)]
+  spec = [
+    model.to_json(),
+    task.to_json(),
+    about['versions'],
+    about['device'],
+    _stamp(model),
+  ]
   return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 from absl import flags
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_ext import _cli
 from gemma_ext import errors
 from gemma_ext.ckpts import _sample
 from gemma_ext.kernels import _cpu
 from tools.benchmarks import _shapes
+from tools.benchmarks import _speed
 from tools.benchmarks import _timing
 from tools.benchmarks import decode
 from tools.benchmarks.peers import _llama_cpp
@@ -52,27 +52,6 @@ def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
 
 
-class _Peer:
-  """llama.cpp, decoding on and on within its window."""
-
-  def __init__(self, path: pathlib.Path):
-    self._llama = _llama_cpp.LlamaCpp(path)
-    self._tokens = np.random.default_rng(0).integers(1000, 20_000, _CACHE)
-    self._llama.extend(self._tokens[:_CONTEXT], 0)
-    self._at = _CONTEXT
-
-  def seconds(self, count: int) -> float:
-    """Seconds a token, of so many more."""
-
-    def run() -> None:
-      for _ in range(count):
-        token = self._tokens[self._at : self._at + 1]
-        self._llama.extend(token, self._at)
-        self._at += 1
-
-    return _timing.seconds(run) / count
-
-
 def _shape(name: str, args: Any) -> dict[str, Any]:
   config = _shapes.dense(name).config
   if args.tokens * (args.rounds + 1) + _CONTEXT > _CACHE:
@@ -94,7 +73,9 @@ def _shape(name: str, args: Any) -> dict[str, Any]:
     path = pathlib.Path(folder) / f'{name}.gguf'
     _cli.note(f'writing {path} ...')
     _random_gguf.write(path, config, _sample.sample_path())
-    contenders['llama.cpp Q4_0'] = _Peer(path)
+    contenders['llama.cpp Q4_0'] = _speed.Peer(
+      _llama_cpp.LlamaCpp(path), _CONTEXT
+    )
     sizes['llama.cpp Q4_0'] = path.stat().st_size
     gc.collect()
     _cli.note(f'{name}: compiling ...')
