@@ -17,7 +17,7 @@ _MAX_BANDS = 64
 _MAX_EXPERTS = 1 << 17
 _ROUTERS = ('norm', 'gate', 'softmax', 'sigmoid', 'expert_choice')
 _PACKINGS = ('2bit', '5trit', '3of4')
-_SCALES = ('bf16', 'ue5m3')
+_SCALES = ('bf16', 'ue5m3', 'e4m3')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class Ternary(Method):
           f' got density={self.density!r}, pattern={self.pattern!r},'
           f' tied={self.tied!r}.'
         )
-    _check_scale('Ternary', self.scale)
+    _check_scale('Ternary', self.scale, _SCALES[:2])
     if not isinstance(self.tied, bool):
       raise errors.RecipeError(
         f'Ternary.tied must be a bool, got {self.tied!r}.'
@@ -145,7 +145,8 @@ class Int(Method):
     group: Input weights that share one scale; `None` for one scale per output
       channel. Where it does not divide the input axis of a weight, the largest
       divisor below it is used instead.
-    scale: As for `Ternary`.
+    scale: As for `Ternary`; or 'e4m3', one byte with a sign: the code that has
+      no twin is then on the side of the largest weight, as in 'bf16'.
     x_bits: As for `Ternary`.
   """
 
@@ -383,10 +384,12 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
     )
 
 
-def _check_scale(name: str, scale: Any) -> None:
-  if scale not in _SCALES:
+def _check_scale(
+  name: str, scale: Any, known: tuple[str, ...] = _SCALES
+) -> None:
+  if scale not in known:
     raise errors.RecipeError(
-      f'{name}.scale must be one of {_SCALES}, got {_patterns.brief(scale)}.'
+      f'{name}.scale must be one of {known}, got {_patterns.brief(scale)}.'
     )
 
 

@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test set-up: CPU only, eight virtual devices, quick compiles."""
 
+import atexit
 import gc
 import os
 import pathlib
+import shutil
+import tempfile
 
 # JAX and TensorFlow read these once, at import.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -12,6 +15,15 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 _DEVICES = '--xla_force_host_platform_device_count=8'
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'
+
+# What one process has compiled, the other workers and the programs that tests
+# start need not: a quarter of the time.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _CACHE = tempfile.mkdtemp(prefix='gemma_ext_tests_')
+  atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 # After the lines above, on purpose.
 import jax  # noqa: E402

@@ -196,6 +196,7 @@ _INTS = st.builds(
   gx.Int,
   bits=st.integers(2, 8),
   group=st.none() | st.integers(1, 1 << 20),
+  scale=st.sampled_from(['bf16', 'ue5m3', 'e4m3']),
 )
 _METHODS = st.just(gx.Keep()) | _TERNARIES | _TIED | _PATTERNED | _INTS
 _PATTERNS = st.from_regex(r'\A[a-z_]{1,9}(/[a-z_]{1,9})?\Z') | st.sampled_from(

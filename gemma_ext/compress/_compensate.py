@@ -24,6 +24,9 @@ from gemma_ext.compress import _registry
 
 # Numbers that a refit of scales holds at a time: 64 MiB of float32.
 _REFIT = 1 << 24
+# Times that whole numbers are rounded anew: three take nine tenths of what there
+# is to be had.
+_SWEEPS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,9 @@ def compensate(
 
   Scales of a group are fitted to the weights as compensation has left them;
   its columns are then rounded one after the other, each one's error moved to
-  the columns that are still to come.
+  the columns that are still to come. Integers are then rounded again, each where
+  it is best given all others: columns that came first had not seen what became
+  of the later ones.
 
   Args:
     w: Weights `[N, I]`.
@@ -80,7 +85,9 @@ def compensate(
     Codes and scales as `fit_ternary` and `fit_int` return them.
 
   Reference: Frantar et al., "GPTQ: Accurate Post-Training Quantization for
-  Generative Pre-trained Transformers", arXiv 2210.17323.
+  Generative Pre-trained Transformers", arXiv 2210.17323; Behdin et al.,
+  "QuantEase: Optimization-based Quantization for Language Models", arXiv
+  2309.01885, for the coordinate descent.
 
   Raises:
     ShapeError: If `hessian` is not [I, I].
@@ -113,7 +120,14 @@ def compensate(
   tries = [(codes, scale)]
   # Scales of one byte are too far from each other to be moved alone.
   if method.scale == 'bf16' and not getattr(method, 'tied', False):
-    tries.append((codes, _refit_rows(w, codes, scale, hessian)))
+    scale = _refit_rows(w, codes, scale, hessian)
+    tries.append((codes, scale))
+  if not ternary:
+    for _ in range(_SWEEPS):
+      codes = _descend(w, codes[0], scale[0], hessian, bits=method.bits)[None]
+      if method.scale == 'bf16':
+        scale = _refit_rows(w, codes, scale, hessian)
+    tries.append((codes, scale))
   for found in tries:
     won = _error(w, *found, hessian) < _error(w, *best, hessian)
     won = won[:, None]
@@ -180,6 +194,40 @@ def _refit(w, codes, scale, hessian):
   step = step.reshape(rows, planes, groups)
   found = scale.astype(jnp.float32) + jnp.moveaxis(step, 0, 1)
   return kernels.round_scale(found, 'bf16').astype(scale.dtype)
+
+
+@functools.partial(jax.jit, static_argnames='bits')
+def _descend(w, codes, scale, hessian, *, bits):
+  """Rounds every column anew, given all others: codes int8 [N, I]."""
+  rows, cols = w.shape
+  groups = scale.shape[-1]
+  size = cols // groups
+  ridge = 1e-4 * jnp.mean(jnp.diagonal(hessian)) + 1e-20
+  hessian = hessian + ridge * jnp.eye(cols)
+  scale, codes = scale.astype(jnp.float32), codes.astype(jnp.float32)
+  pull = (w - codes * jnp.repeat(scale, size, axis=-1)) @ hessian
+  half = float(1 << (bits - 1))
+
+  def body(pull, k):
+    a = k * size
+    beyond = jax.lax.dynamic_slice(hessian, (a, 0), (size, cols))
+    h = jax.lax.dynamic_slice(beyond, (0, a), (size, size))
+    old = jax.lax.dynamic_slice(codes, (0, a), (rows, size))
+    s = jax.lax.dynamic_slice(scale, (0, k), (rows, 1))[:, 0]
+    inverse = jnp.where(s == 0, 0.0, 1 / jnp.where(s == 0, 1.0, s))
+
+    def column(own, i):
+      best = old[:, i] + own[:, i] / h[i, i] * inverse
+      new = jnp.clip(jnp.round(best), -half, half - 1)
+      moved = (old[:, i] - new) * s
+      return own + moved[:, None] * h[i], (new, moved)
+
+    own = jax.lax.dynamic_slice(pull, (0, a), (rows, size))
+    _, (new, moved) = jax.lax.scan(column, own, jnp.arange(size))
+    return pull + moved.T @ beyond, new.T.astype(jnp.int8)
+
+  _, found = jax.lax.scan(body, pull, jnp.arange(groups))
+  return jnp.moveaxis(found, 0, 1).reshape(rows, cols)
 
 
 @functools.partial(jax.jit, static_argnames=('method', 'group'))

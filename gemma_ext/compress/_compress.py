@@ -30,6 +30,8 @@ from gemma_ext.compress import _threads
 # intermediates of the fit stay small beside the model.
 _BLOCK = 1 << 24
 _COMPENSATED_ROWS = 2048
+# Shares of a product that rows are not fitted again for.
+_NEAR_ONE = 2e-3
 
 
 def compress(
@@ -93,9 +95,9 @@ def compress(
     if site.centered
   }
   curvatures: dict[str, jax.Array] = {}
-  hessians: Mapping[str, Any] = {}
+  known = None
   if isinstance(calibration, _statistics.Statistics):
-    hessians = calibration.inputs
+    known = calibration
   elif calibration is not None and methods:
     curvatures = _calibrate.second_moments(
       model, params, calibration, progress=progress
@@ -111,7 +113,7 @@ def compress(
       site,
       method,
       curvature=curvatures.get(site.whole),
-      hessian=hessians.get(site.whole),
+      **(fitting(site, known) if known is not None else {}),
     )
 
   for path, leaf in _threads.each(
@@ -128,6 +130,31 @@ def compress(
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
+def fitting(
+  site: gx_nn.Site,
+  statistics: _statistics.Statistics,
+  order: np.ndarray | None = None,
+) -> dict[str, Any]:
+  """Returns what `compress_weight` is to know of a weight.
+
+  Args:
+    site: The weight, or some rows of a table.
+    statistics: Statistics of the model.
+    order: Of the rows of the table; by default those of `statistics`.
+  """
+  if site.whole not in statistics.inputs:
+    return {}
+  rows = None
+  if statistics.is_table(site.whole):
+    if order is None and site.ordered:
+      order = statistics.order(site.whole)
+    rows = site.part(np.arange(len(statistics.outputs[site.whole])), order)
+  return {
+    'hessian': statistics.hessian(site.whole, rows),
+    'slopes': statistics.slopes(site.whole),
+  }
+
+
 @jax.jit
 def mean_of(table: jax.Array) -> jax.Array:
   """Mean of the rows of a table `[V, D]`, float32 `[D]`."""
@@ -141,6 +168,7 @@ def compress_weight(
   *,
   curvature: jax.Array | None = None,
   hessian: Any = None,
+  slopes: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
   """Fits and packs one weight.
 
@@ -151,6 +179,8 @@ def compress_weight(
     curvature: Weights of the squared error along the input axis, `[cols]`.
     hessian: Second moments of the inputs, `[cols, cols]`, or `Factored`, to
       compensate errors with, where the method leaves its codes free.
+    slopes: `[cols, cols]`: rows w are fitted so that, on average, their product
+      with `slopes @ w` stays what it is, see `Statistics.slopes`.
 
   Returns:
     `{'codes', 'scale'}`, see `gemma_ext.kernels`.
@@ -187,6 +217,10 @@ def compress_weight(
       many = step if start else min(step, 1 << (count - 1).bit_length())
       block = jnp.pad(block, ((0, many - count), (0, 0)))
     code, scale = fit(block, method, fmt, curvature)
+    if slopes is not None:
+      kept = float(_kept(block, code, scale, slopes))
+      if abs(kept - 1) > _NEAR_ONE:
+        code, scale = fit(block / kept, method, fmt, curvature)
     codes.append(fmt.pack(code[..., :count, :]))
     scales.append(fmt.pack_scale(scale[..., :count, :]))
   # Codes and scales end in [rows, bytes]; planes come before the rows.
@@ -198,6 +232,21 @@ def compress_weight(
     'codes': code.reshape(fmt.codes_shape(rows, cols)),
     'scale': scale.reshape(fmt.scale_shape(rows, cols)),
   }
+
+
+@jax.jit
+def _kept(w, codes, scale, slopes):
+  """Q S w over w S w, of all rows [N, I] together."""
+  wide = jnp.repeat(
+    scale.astype(jnp.float32), w.shape[1] // scale.shape[-1], -1
+  )
+  q = codes * wide
+  q = q if q.ndim == 2 else jnp.sum(q, axis=0)
+  along = w @ slopes
+  whole = jnp.sum(w * along)
+  # A share that no fit comes near is that of nothing.
+  share = jnp.sum(q * along) / jnp.where(whole > 0, whole, 1)
+  return jnp.where((whole > 0) & (share > 0.5), share, 1.0)
 
 
 def _compensated(block, method, fmt, curvature, *, hessian):

@@ -40,15 +40,15 @@ def fit_int(
 
   Searches the clip ratio that minimises the curvature-weighted squared error,
   on a grid refined by least squares, with the scale already rounded to what is
-  stored. In bfloat16 it may be negative: the largest weight then takes the code
-  -2^(bits-1), which has no positive twin. Never worse than rounding to the
+  stored. But in 'ue5m3' it may be negative: the largest weight then takes the
+  code -2^(bits-1), which has no positive twin. Never worse than rounding to the
   stored scale nearest to `max |w| / (2^(bits-1) - 1)`.
 
   Args:
     w: Weights `[..., I]`, the input axis last.
     bits: 2 to 8.
     group: Weights that share one scale, a divisor of I; `None` for all I.
-    scale: How scales are stored, 'bf16' or 'ue5m3'.
+    scale: How scales are stored, 'bf16', 'ue5m3' or 'e4m3'.
     curvature: Diagonal Hessian of the layer's inputs, `[I]` (or a shape that
       broadcasts to `w`), >= 0. `None` weighs all alike.
 
@@ -102,7 +102,7 @@ def fit_chunk(
   peak = jnp.maximum(top, -bottom)
   # Positive scales give the code -2^(bits-1) to negative weights.
   sign = jnp.where(top > -bottom, -1.0, 1.0)
-  if kind != 'bf16':
+  if kind == 'ue5m3':
     sign = jnp.ones_like(sign)  # There are no others.
 
   def error(scale):
@@ -126,7 +126,7 @@ def fit_chunk(
     count = math.ceil(math.log(most / low) / math.log(1.06)) + 1
     ratios = np.geomspace(low, most, count)
   # The other sign can only pay where clipping does.
-  signs = (1.0, -1.0) if bits <= 5 and kind == 'bf16' else (1.0,)
+  signs = (1.0, -1.0) if bits <= 5 and kind != 'ue5m3' else (1.0,)
   grid = jnp.array([s * r / half for s in signs for r in ratios], jnp.float32)
   best = jax.lax.fori_loop(
     0, len(grid), lambda i, b: better(b, sign * peak * grid[i]), best

@@ -28,7 +28,7 @@ from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
 from gemma_ext.compress import _threads
 
-_JSON_VERSION = 3
+_JSON_VERSION = 4
 _MAX_JSON_BYTES = 1 << 26
 # Of a table of embeddings, and the rows that their ends are multiples of.
 BANDS = 24
@@ -38,9 +38,10 @@ _BIN_GROWTH = 1.04
 # Rows that are fitted of a weight, to tell what all of them cost.
 _SAMPLE = 1024
 
-_BYTE = 'ue5m3'
+# How scales of one byte are stored.
+_BYTE = 'e4m3'
 CANDIDATES: tuple[recipe_lib.Method, ...] = (
-  recipe_lib.Ternary(group=16, packing='5trit', scale=_BYTE),
+  recipe_lib.Ternary(group=16, packing='5trit', scale='ue5m3'),
   *(
     recipe_lib.Int(bits=bits, group=group, scale=scale)
     for bits, group, scale in (
@@ -321,14 +322,15 @@ def _candidates(
     site,
     layout=gx_nn.Layout(shape=(len(rows), cols), in_axes=(1,)),
   )
-  hessian = _compensate.Factored.of(statistics.inputs[site.whole])
+  known = _compress.fitting(site, statistics, order)
+  known['hessian'] = _compensate.Factored.of(known['hessian'])
   found = []
   for method in methods:
     try:
       fmt = gx_nn.format_of(method, cols)
     except errors.GroupSizeError:
       continue
-    leaf = _compress.compress_weight(matrix, sampled, method, hessian=hessian)
+    leaf = _compress.compress_weight(matrix, sampled, method, **known)
     got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
     error = matrix.astype(jnp.float32) - got.reshape(matrix.shape)
     loss = np.asarray(statistics.loss(site.whole, error, numbers), np.float64)

@@ -90,9 +90,9 @@ def _check_positive(name: str, value: int) -> None:
     raise errors.GroupSizeError(f'{name}={value!r}; expected an int >= 1.')
 
 
-def _check_scale(scale: str) -> None:
-  if scale not in _scales.SCALES:
-    raise errors.RecipeError(f'{scale=}; expected one of {_scales.SCALES}.')
+def _check_scale(scale: str, known: tuple[str, ...] = _scales.SCALES) -> None:
+  if scale not in known:
+    raise errors.RecipeError(f'{scale=}; expected one of {known}.')
 
 
 class _Sizes:
@@ -113,17 +113,17 @@ class _Sizes:
   @property
   def scale_dtype(self) -> np.dtype:
     """Type of the stored scales."""
-    return np.dtype(np.uint8 if self.scale == 'ue5m3' else jnp.bfloat16)
+    return _scales.dtype(self.scale)
 
   def pack_scale(self, scale: jax.Array) -> jax.Array:
     """Rounds scales to how they are stored."""
-    if self.scale == 'ue5m3':
-      return _scales.encode(scale)
+    if self.scale != 'bf16':
+      return _scales.encode(scale, self.scale)
     return _scales.round_scale(scale, 'bf16').astype(jnp.bfloat16)
 
   def open_scale(self, scale: jax.Array) -> jax.Array:
     """Returns stored scales in float32, of the same shape, for an optimiser."""
-    if scale.dtype == jnp.uint8:
+    if _scales.is_byte(scale):
       return _scales.decode(scale)
     return scale.astype(jnp.float32)
 
@@ -133,8 +133,8 @@ class _Sizes:
     Those that move are rounded to what can be stored in one byte, with a
     gradient that passes straight through.
     """
-    if self.scale == 'ue5m3' and scale.dtype != jnp.uint8:
-      scale = _scales.round_through(scale)
+    if self.scale != 'bf16' and not _scales.is_byte(scale):
+      scale = _scales.round_through(scale, self.scale)
     return self.open_scale(scale)
 
   def round(self, codes: jax.Array) -> jax.Array:
@@ -187,7 +187,7 @@ class TernaryFormat(_Sizes):
       raise errors.RecipeError(
         f'packing={self.packing!r}; expected one of {PACKINGS}.'
       )
-    _check_scale(self.scale)
+    _check_scale(self.scale, ('bf16', 'ue5m3'))  # Signs make no difference.
     if not isinstance(self.tied, bool):
       raise errors.RecipeError(f'tied={self.tied!r}; expected a bool.')
     if self.tied and self.packing == '3of4':
@@ -296,8 +296,8 @@ class IntFormat(_Sizes):
   Attributes:
     bits: 2 to 8. Codes take the full range [-2^(bits-1), 2^(bits-1) - 1].
     group: Weights that share one scale; `None` for one scale per row.
-    scale: How scales are stored: 'bf16' or 'ue5m3', in one byte and never
-      below 0.
+    scale: How scales are stored: 'bf16'; or in one byte, 'ue5m3' without and
+      'e4m3' with a sign.
   """
 
   bits: int = 8

@@ -47,7 +47,7 @@ def to_latent(
     params,
     lambda codes, scale, fmt, layout: (
       fmt.unpack(codes, layout.cols).astype(dtype),
-      fmt.open_scale(scale) if scale.dtype == jnp.uint8 else scale,
+      fmt.open_scale(scale) if fmt.scale != 'bf16' else scale,
     ),
   )
 
@@ -71,7 +71,7 @@ def from_latent(
   def pack(codes, scale, fmt, layout):
     del layout
     codes = fmt.round(codes)
-    if scale.dtype != fmt.scale_dtype and fmt.scale_dtype == jnp.uint8:
+    if scale.dtype != fmt.scale_dtype and fmt.scale != 'bf16':
       scale = fmt.pack_scale(scale)
     return fmt.pack(codes.astype(jnp.int8)), scale
 

@@ -46,3 +46,25 @@ def test_hessian_shape():
     _compensate.compensate(
       jnp.ones((2, 64)), method=m, fmt=m, hessian=jnp.eye(32)
     )
+
+
+def test_rounding_anew_lowers_the_error_and_ends_at_a_minimum():
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64))
+  h = jnp.asarray(x.T @ x / 500, jnp.float32)
+  w = jnp.asarray(rng.normal(size=(40, 64)), jnp.float32)
+  m = gx.Int(bits=3, group=32)
+  upper = _compensate.Factored.of(h).upper
+  codes, scale = _compensate._compensated(w, upper, method=m, group=32)
+  first = _compensate._error(w, codes, scale, h)
+  found = codes[0]
+  for _ in range(30):
+    found = _compensate._descend(w, found, scale[0], h, bits=3)
+  last = np.asarray(_compensate._error(w, found[None], scale, h))
+  assert last.sum() < 0.9 * first.sum()
+  # No single step of a code makes any row better.
+  for i in range(64):
+    for step in (-1, 1):
+      moved = jnp.clip(found.at[:, i].add(step), -4, 3)
+      error = _compensate._error(w, moved[None], scale, h)
+      assert (error >= last * 0.999).all()

@@ -12,6 +12,7 @@ import pytest
 
 import gemma_ext as gx
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext.compress import _compress
 from tests import tiny
 
@@ -71,7 +72,7 @@ def _weight(site, seed=0):
 def test_relative_error(method, low, high):
   site = _site(tiny.model('gemma3'))
   w = _weight(site)
-  leaf = gx.compress.compress_weight(w, site, method)
+  leaf = _compress.compress_weight(w, site, method)
   rows = np.asarray(site.layout.to_rows(w))
   error = np.linalg.norm(_dense(leaf, site, method) - rows)
   assert low < error / np.linalg.norm(rows) < high
@@ -84,7 +85,7 @@ def test_more_bits_less_error():
   norms = []
   for bits in (2, 4, 6, 8):
     method = gx.Int(bits=bits)
-    leaf = gx.compress.compress_weight(w, site, method)
+    leaf = _compress.compress_weight(w, site, method)
     norms.append(np.linalg.norm(_dense(leaf, site, method) - rows))
   for more, less in zip(norms, norms[1:]):
     assert less < 0.4 * more
@@ -94,7 +95,7 @@ def test_more_bits_less_error():
 def test_density(density):
   site = _site(tiny.model('gemma3'))
   method = gx.Ternary(group=64, density=density)
-  leaf = gx.compress.compress_weight(_weight(site), site, method)
+  leaf = _compress.compress_weight(_weight(site), site, method)
   codes = _codes(leaf, site, method).reshape(-1, 64)
   assert set(np.unique(codes)) == {-1, 0, 1}
   assert set((codes != 0).sum(-1)) == {int(64 * density)}
@@ -105,7 +106,7 @@ def test_pattern(pattern):
   n, m = pattern
   site = _site(tiny.model('gemma3'))
   method = gx.Ternary(group=64, pattern=pattern)
-  leaf = gx.compress.compress_weight(_weight(site), site, method)
+  leaf = _compress.compress_weight(_weight(site), site, method)
   codes = _codes(leaf, site, method).reshape(-1, m)
   assert set((codes != 0).sum(-1)) == {n}
 
@@ -118,7 +119,7 @@ def test_curvature_lowers_the_weighted_error():
   rows = np.asarray(site.layout.to_rows(w))
   weighted = []
   for c in (None, jnp.asarray(curvature)):
-    leaf = gx.compress.compress_weight(w, site, method, curvature=c)
+    leaf = _compress.compress_weight(w, site, method, curvature=c)
     error = _dense(leaf, site, method) - rows
     weighted.append((curvature * error**2).sum())
   assert weighted[1] < 0.8 * weighted[0]
@@ -319,3 +320,26 @@ def test_method_without_a_fit(monkeypatch):
 def test_model_that_is_none_of_gemma():
   with pytest.raises(errors.ParamsMismatchError, match='official Gemma model'):
     gx.compress(None, {}, 'int8')
+
+
+def test_rows_keep_what_the_head_sees_of_them():
+  rng = np.random.default_rng(0)
+  w = jnp.asarray(rng.standard_normal((256, 128)), jnp.float32)
+  mix = rng.standard_normal((128, 128)) * rng.uniform(0.2, 2, 128)
+  slopes = jnp.asarray(mix @ mix.T, jnp.float32)
+  site = gx.nn.Site(
+    path='embedder/input_embedding',
+    kind=gx.nn.Kind.EMBEDDING,
+    layout=gx.nn.Layout(shape=(256, 128), in_axes=(1,)),
+  )
+  method = gx.Int(bits=3, group=32, scale='e4m3')
+  fmt = gx.nn.format_of(method, 128)
+  kept = {}
+  for name, given in (('plain', None), ('kept', slopes)):
+    leaf = _compress.compress_weight(
+      w, site, method, hessian=slopes + jnp.eye(128), slopes=given
+    )
+    q = kernels.dequantize(leaf, fmt, 128, dtype=jnp.float32)
+    kept[name] = float(jnp.sum(q * (w @ slopes)) / jnp.sum(w * (w @ slopes)))
+  assert kept['plain'] < 0.99
+  assert abs(kept['kept'] - 1) < 0.3 * (1 - kept['plain'])

@@ -11,6 +11,7 @@ import scipy.stats
 
 import gemma_ext as gx
 from gemma_ext import errors
+from gemma_ext.compress import _statistics
 from tests import tiny
 
 _TABLE = 'embedder/input_embedding'
@@ -151,3 +152,53 @@ def test_more_text_is_counted():
     gx.compress.statistics(
       model, params, tokens, counted=np.array([[3, tiny.VOCAB_SIZE]])
     )
+
+
+def test_looked_up_rows_are_as_steep_as_those_of_like_tokens():
+  rng = np.random.default_rng(0)
+  counts = 1.0 / np.arange(1, 4001)
+  seen = rng.poisson(3000 * counts / counts.sum()).astype(float)
+  truth = counts**-0.3
+  squares = np.array(
+    [truth[v] * rng.exponential(1.0, int(n)).sum() for v, n in enumerate(seen)]
+  )
+  got = _statistics._steepness(squares, seen, counts / counts.sum())
+  want = truth * seen.sum() / squares.sum()
+  # Where tokens were seen; beyond, as the rarest of those.
+  known = seen > 2
+  assert np.abs(np.log(got[known] / want[known])).mean() < 0.25
+  assert got[-500:].std() / got[-500:].mean() < 0.1
+  assert got[0] < 0.3 * got[-1]
+  # The mean over what was seen is one.
+  assert (got * seen).sum() / seen.sum() == pytest.approx(1, abs=0.2)
+  few = _statistics._steepness(squares[:3], np.ones(3), np.ones(3))
+  np.testing.assert_array_equal(few, 1)
+
+
+def test_gradients_of_looked_up_rows_are_those_of_their_tokens():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  tokens = np.array([[7, 9, 7, 11]])
+  found = gx.compress.statistics(model, params, tokens)
+  assert found.steepness.shape == found.counts.shape
+  # With so few there is nothing to tell them apart by.
+  np.testing.assert_array_equal(found.steepness, 1)
+  hidden = found.decoded - np.outer(found.center, found.center)
+  assert np.linalg.eigvalsh(hidden).min() > -1e-3 * np.trace(hidden)
+  np.testing.assert_allclose(found.slopes(_TABLE), hidden)
+  assert found.slopes('layer_0/mlp/linear') is None
+
+
+def test_rows_of_a_table_have_an_input_of_their_own():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  found = gx.compress.statistics(model, params, _tokens(8))
+  rows = np.array([5, 6, 40])
+  some = found.hessian(_TABLE, rows)
+  error = jnp.asarray(np.random.default_rng(0).standard_normal(128))
+  # Of as many rows alike: half of its form is what they lose in all.
+  loss = found.loss(_TABLE, jnp.tile(error, (3, 1)), rows)
+  assert float(loss.sum()) == pytest.approx(
+    0.5 * float(error @ some @ error), rel=1e-3
+  )
+  np.testing.assert_array_equal(found.hessian(_TABLE), found.inputs[_TABLE])

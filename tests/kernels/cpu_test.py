@@ -37,6 +37,8 @@ FORMATS = packed_weights.FORMATS + [
   kernels.IntFormat(bits=7, group=64),
   kernels.IntFormat(bits=6, group=32, scale='ue5m3'),
   kernels.IntFormat(bits=4, group=32, scale='ue5m3'),
+  kernels.IntFormat(bits=4, group=32, scale='e4m3'),
+  kernels.IntFormat(bits=5, group=128, scale='e4m3'),
   kernels.IntFormat(bits=4, group=192),
   kernels.IntFormat(bits=3, group=1024),
   kernels.IntFormat(bits=5, group=7),

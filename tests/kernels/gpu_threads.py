@@ -189,10 +189,14 @@ class Threads:
     return [d + v for d, v in zip(out, c)]
 
   def scale(self, bits, kind, factor):
-    word = (bits + (107 << 3)) << 20 if kind == 'ue5m3' else bits << 16
+    size = bits & 127 if kind == 'e4m3' else bits
+    offset = (112 if kind == 'e4m3' else 107) << 3
+    word = bits << 16 if kind == 'bf16' else (size + offset) << 20
+    if kind == 'e4m3':
+      word = word | ((bits & 128) << 24)
     value = word.value.view(np.float32)
-    if kind == 'ue5m3':
-      value = np.where(bits.value == 0, 0, value)
+    if kind != 'bf16':
+      value = np.where(size.value == 0, 0, value)
     return value * np.float32(factor)
 
   def mma8(self, a, b, c, *, signed):

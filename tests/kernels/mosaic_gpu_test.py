@@ -33,6 +33,7 @@ FORMATS = (
   Ternary(planes=3, group=256, tied=True),
   Int(bits=2, group=128),
   Int(bits=4, group=32),
+  Int(bits=4, group=128, scale='e4m3'),
   Int(bits=4, group=128),
   Int(bits=8, group=128),
   Int(bits=8),

@@ -24,6 +24,7 @@ FORMATS = [
   kernels.TernaryFormat(group=32, planes=3, tied=True),
   kernels.IntFormat(bits=8),
   kernels.IntFormat(bits=8, group=16, scale='ue5m3'),
+  kernels.IntFormat(bits=3, group=32, scale='e4m3'),
   kernels.IntFormat(bits=5, group=32),
   kernels.IntFormat(bits=4, group=32),
   kernels.IntFormat(bits=3),
@@ -60,6 +61,10 @@ def scales(p, fmt):
   if scale.dtype == np.uint8:
     u = scale.astype(np.int64)
     scale = np.where(u, 2.0 ** ((u >> 3) - 20) * (1 + (u & 7) / 8), 0)
+  elif scale.dtype == np.int8:
+    u = scale.view(np.uint8).astype(np.int64)
+    size = 2.0 ** ((u >> 3 & 15) - 15) * (1 + (u & 7) / 8)
+    scale = np.where(u & 127, np.where(u > 127, -size, size), 0)
   scale = scale.astype(np.float64)
   if getattr(fmt, 'tied', False):
     scale = scale * 3.0 ** np.arange(fmt.planes)[::-1].reshape(

@@ -12,33 +12,46 @@ import gemma_ext.kernels as kernels
 from gemma_ext.kernels import _scales
 
 _BYTES = np.arange(256, dtype=np.uint8)
+_KINDS = {'ue5m3': np.uint8, 'e4m3': np.int8}
 
 
-def _values():
+def _values(kind):
   """All of them, as docs/formats.md says it."""
   u = _BYTES.astype(np.int64)
-  return np.where(u, 2.0 ** ((u >> 3) - 20) * (1 + (u & 7) / 8), 0)
+  if kind == 'ue5m3':
+    return np.where(u, 2.0 ** ((u >> 3) - 20) * (1 + (u & 7) / 8), 0)
+  size = 2.0 ** ((u >> 3 & 15) - 15) * (1 + (u & 7) / 8)
+  return np.where(u & 127, np.where(u > 127, -size, size), 0)
 
 
-def test_every_byte_is_its_documented_value_and_comes_back():
-  values = np.asarray(_scales.decode(jnp.asarray(_BYTES)), np.float64)
-  np.testing.assert_array_equal(values, _values())
-  assert (np.diff(values) > 0).all()
-  np.testing.assert_array_equal(jax.jit(_scales.encode)(values), _BYTES)
+@pytest.mark.parametrize('kind', _KINDS)
+def test_every_byte_is_its_documented_value_and_comes_back(kind):
+  stored = _BYTES.view(_KINDS[kind])
+  values = np.asarray(_scales.decode(jnp.asarray(stored)), np.float64)
+  np.testing.assert_array_equal(values, _values(kind))
+  half = values if kind == 'ue5m3' else values[:128]
+  assert (np.diff(half) > 0).all()
+  got = jax.jit(_scales.encode, static_argnums=1)(values, kind)
+  assert got.dtype == _KINDS[kind] == _scales.dtype(kind)
+  # -0 comes back as 0.
+  np.testing.assert_array_equal(got, np.where(values == 0, 0, stored))
   # All of them are bfloat16, too.
   rounded = kernels.round_scale(jnp.asarray(values), 'bf16')
   np.testing.assert_array_equal(rounded, values)
 
 
-def test_rounds_to_the_nearest():
+@pytest.mark.parametrize(
+  'kind, most, least', [('ue5m3', 3840, 0), ('e4m3', 1.875, -1.875)]
+)
+def test_rounds_to_the_nearest(kind, most, least):
   rng = np.random.default_rng(0)
-  x = np.concatenate([np.exp(rng.uniform(-16, 10, 4000)), [0, 1e-9, 1e9, -3]])
-  got = np.asarray(kernels.round_scale(jnp.asarray(x), 'ue5m3'), np.float64)
-  values = _values()
-  best = np.abs(values[None] - x[:, None]).min(axis=1)
+  x = np.exp(rng.uniform(-16, 10, 4000)) * rng.choice([-1, 1], 4000)
+  x = np.concatenate([x, [0, 1e-9, 1e9, -3]])
+  got = np.asarray(kernels.round_scale(jnp.asarray(x), kind), np.float64)
+  best = np.abs(_values(kind)[None] - x[:, None]).min(axis=1)
   np.testing.assert_allclose(np.abs(got - x), best, rtol=1e-4, atol=1e-9)
-  assert got[-4:].tolist() == [0, 0, 3840, 0]
-  np.testing.assert_array_equal(_scales.decode(_scales.encode(x)), got)
+  assert got[-4:].tolist() == [0, 0, most, least]
+  np.testing.assert_array_equal(_scales.decode(_scales.encode(x, kind)), got)
 
 
 def test_gradient_goes_straight_through():

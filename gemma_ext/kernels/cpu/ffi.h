@@ -127,9 +127,10 @@ inline ffi::Error MakeWeight(ffi::AnyBuffer codes, ffi::AnyBuffer scale,
   // Sums of tied codes fit in a byte.
   GX_CHECK(!w->tied || d.planes <= 5, "more than 5 tied planes");
   const ffi::DataType type = scale.element_type();
-  w->byte_scale = type == ffi::DataType::U8;
+  w->signed_scale = type == ffi::DataType::S8;
+  w->byte_scale = w->signed_scale || type == ffi::DataType::U8;
   GX_CHECK(w->byte_scale || type == ffi::DataType::BF16,
-           "scales are neither bfloat16 nor uint8");
+           "scales are neither bfloat16 nor of one byte");
   const ffi::DataType code_type = codes.element_type();
   GX_CHECK(code_type == (w->layout == Layout::kBytes
                                        ? ffi::DataType::S8

@@ -34,7 +34,7 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Weight {
   const uint8_t* codes = nullptr;
-  const void* scale = nullptr;  // bfloat16, or ue5m3 in one byte
+  const void* scale = nullptr;  // bfloat16, or ue5m3 or e4m3 in one byte
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t group = 0;
@@ -44,6 +44,7 @@ struct Weight {
   bool ternary = false;
   bool tied = false;
   bool byte_scale = false;
+  bool signed_scale = false;  // e4m3
   // From one row or plane to the next: bytes of codes, numbers of scales.
   int64_t row_stride = 0;
   int64_t plane_stride = 0;
@@ -290,9 +291,12 @@ inline uint16_t ToBf16(float v) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline float FromUe5m3(uint8_t u) {
-  if (u == 0) return 0.0f;
-  uint32_t bits = (static_cast<uint32_t>(u) + ((127 - 20) << 3)) << 20;
+// A scale of one byte: ue5m3, or e4m3 with a sign.
+inline float FromByte(uint8_t u, bool has_sign) {
+  const uint32_t size = has_sign ? u & 0x7f : u;
+  if (size == 0) return 0.0f;
+  uint32_t bits = (size + ((127 - (has_sign ? 15 : 20)) << 3)) << 20;
+  if (has_sign) bits |= static_cast<uint32_t>(u & 0x80) << 24;
   float out;
   std::memcpy(&out, &bits, sizeof(out));
   return out;

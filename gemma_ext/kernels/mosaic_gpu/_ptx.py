@@ -213,13 +213,16 @@ class Ptx:
 
   def scale(self, bits: Int, kind: str, factor: float) -> ir.Value:
     """A stored scale, times a constant."""
-    if kind == 'ue5m3':
-      word = (bits + (107 << 3)) << 20
-    else:
+    size = bits & 127 if kind == 'e4m3' else bits
+    if kind == 'bf16':
       word = bits << 16
+    else:
+      word = (size + ((112 if kind == 'e4m3' else 107) << 3)) << 20
+    if kind == 'e4m3':
+      word = word | ((bits & 128) << 24)
     value = arith.bitcast(_f32(), word.value)
-    if kind == 'ue5m3':
-      zero = bits.equals(0).value
+    if kind != 'bf16':
+      zero = size.equals(0).value
       value = arith.select(zero, self.zero(), value)
     if factor == 1.0:
       return value
