@@ -24,8 +24,8 @@ from gemma_ext.compress import _registry
 
 # Numbers that a refit of scales holds at a time: 64 MiB of float32.
 _REFIT = 1 << 24
-# Times that whole numbers are rounded anew: three take nine tenths of what there
-# is to be had.
+# Times that whole numbers are rounded anew: three take nine tenths of what
+# there is to be had.
 _SWEEPS = 3
 
 
@@ -70,9 +70,9 @@ def compensate(
 
   Scales of a group are fitted to the weights as compensation has left them;
   its columns are then rounded one after the other, each one's error moved to
-  the columns that are still to come. Integers are then rounded again, each where
-  it is best given all others: columns that came first had not seen what became
-  of the later ones.
+  the columns that are still to come. Integers are then rounded again, each
+  where it is best given all others: columns that came first had not seen what
+  became of the later ones.
 
   Args:
     w: Weights `[N, I]`.
@@ -122,7 +122,7 @@ def compensate(
   if method.scale == 'bf16' and not getattr(method, 'tied', False):
     scale = _refit_rows(w, codes, scale, hessian)
     tries.append((codes, scale))
-  if not ternary:
+  if isinstance(method, recipe_lib.Int):
     for _ in range(_SWEEPS):
       codes = _descend(w, codes[0], scale[0], hessian, bits=method.bits)[None]
       if method.scale == 'bf16':

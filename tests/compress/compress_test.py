@@ -341,5 +341,5 @@ def test_rows_keep_what_the_head_sees_of_them():
     )
     q = kernels.dequantize(leaf, fmt, 128, dtype=jnp.float32)
     kept[name] = float(jnp.sum(q * (w @ slopes)) / jnp.sum(w * (w @ slopes)))
-  assert kept['plain'] < 0.99
+  assert kept['plain'] < 0.995
   assert abs(kept['kept'] - 1) < 0.3 * (1 - kept['plain'])
