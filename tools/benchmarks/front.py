@@ -318,12 +318,26 @@ def _run(args: Any) -> None:
     row = bench.point(text, allocation.recipe)
     rows.append(row | {'predicted_loss': allocation.loss})
     _report(rows)
+    _keep(bench, found, rows)
   for name in args.uniform:
     recipe = recipe_lib.Recipe(rules=(('.*', UNIFORM[name]),))
     rows.append(bench.point(name, recipe))
     _against(rows, bench.baseline)
     _report(rows)
+    _keep(bench, found, rows)
+
+
+def _keep(
+  bench: _Bench,
+  found: gx_compress.Sensitivities,
+  rows: Sequence[Mapping[str, Any]],
+) -> None:
+  """Writes what there is by now, for those who look while it goes on."""
+  args = bench.args
   if args.json:
+    points = [
+      {k: v for k, v in row.items() if k != 'window_nll'} for row in rows
+    ]
     _cli.write_json(
       args.json,
       {
@@ -333,9 +347,7 @@ def _run(args: Any) -> None:
         'text': args.text,
         'tokens': int(bench.windows.num_scored),
         'corrections': found.corrections,
-        'points': [
-          {k: v for k, v in row.items() if k != 'window_nll'} for row in rows
-        ],
+        'points': points,
       },
     )
   if args.plot:
