@@ -14,6 +14,7 @@ from tests import tiny
 from tools.benchmarks import _shapes
 from tools.benchmarks import front
 from tools.benchmarks import long_context
+from tools.benchmarks import low_rank
 
 _WORDS = 'the capital of a group is one river that flows'.split()
 
@@ -53,6 +54,16 @@ def test_front(tmp_path, monkeypatch, capsys):
   for point in (budget, uniform):
     assert point['ci95'][0] < point['ratio'] < point['ci95'][1]
   assert (tmp_path / 'front.png').read_bytes().startswith(b'\x89PNG')
+  monkeypatch.setattr(low_rank, '_BASES', few[:1])
+  monkeypatch.setattr(low_rank, '_RANKS', (8, 64))
+  sensitivities = f'{tmp_path}/out/sensitivities.json'
+  more = ['--budgets=40%', f'--json={tmp_path}/low_rank.json']
+  assert (
+    low_rank.main([*argv[:2], f'--sensitivities={sensitivities}', *more]) == 0
+  )
+  (low,) = json.loads((tmp_path / 'low_rank.json').read_text())['budgets']
+  assert 0 < low['loss_with_low_rank'] <= low['loss'] * 1.001
+  assert low['weights'] == len(gx.nn.sites(model)) - 1
   # Given once more, nothing is fitted.
   refuse = lambda *args, **kwargs: pytest.fail('fits again')
   monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)
