@@ -183,9 +183,7 @@ _TERNARIES = st.builds(
   packing=st.sampled_from(['2bit', '5trit']),
 )
 _TIED = st.builds(
-  gx.Ternary,
-  scale=st.sampled_from(['bf16', 'ue5m3']),
-  tied=st.booleans(),
+  gx.Ternary, scale=st.sampled_from(['bf16', 'ue5m3']), tied=st.booleans()
 )
 _PATTERNED = st.builds(
   lambda n, more: gx.Ternary(pattern=(n, n + more)),
