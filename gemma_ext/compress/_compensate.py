@@ -125,8 +125,6 @@ def compensate(
   if isinstance(method, recipe_lib.Int):
     for _ in range(_SWEEPS):
       codes = _descend(w, codes[0], scale[0], hessian, bits=method.bits)[None]
-      if method.scale == 'bf16':
-        scale = _refit_rows(w, codes, scale, hessian)
     tries.append((codes, scale))
   for found in tries:
     won = _error(w, *found, hessian) < _error(w, *best, hessian)
