@@ -48,8 +48,6 @@ def divergence(
     ShapeError: If `tokens` is not a non-empty integer matrix.
   """
   tokens = _calibrate.check_tokens(tokens)
-  model, params = _wide(model, params)
-  other, other_params = _wide(other, other_params)
   total = count = 0.0
   for window in tqdm.tqdm(
     tokens, desc='divergence', unit='window', disable=not progress
@@ -87,6 +85,8 @@ def _wide(
 
 @functools.partial(jax.jit, static_argnames='model')
 def _logits(model, params, tokens):
+  # Here, so that no second copy of all weights is in memory.
+  model, params = _wide(model, params)
   return model.apply({'params': params}, tokens).logits[0]
 
 

@@ -117,6 +117,30 @@ def test_divergence_of_a_model_from_itself_is_zero():
   assert abs(got) < 1e-6
 
 
+def test_divergence_is_that_of_float32():
+  model = tiny.model('gemma3', dtype=jnp.bfloat16)
+  params = jax.tree.map(
+    lambda x: x.astype(jnp.bfloat16), tiny.params(tiny.model('gemma3'))
+  )
+  recipe = gx.Recipe.of({'.*': gx.Int(bits=8, group=32)})
+  packed = gx.compress(model, params, recipe)
+  other = gx.nn.Compressed(model=model, recipe=recipe)
+  tokens = _tokens(2)
+  got = gx.compress.divergence(model, params, other, packed, tokens)
+  # The same numbers in a model that computes in float32.
+  wide = tiny.model('gemma3')
+  dense = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  again = gx.nn.Compressed(model=wide, recipe=recipe)
+  want = 0.0
+  for row in tokens:
+    p, q = (
+      jax.nn.log_softmax(m.apply({'params': v}, row[None]).logits[0])
+      for m, v in ((wide, dense), (again, packed))
+    )
+    want += float(jnp.sum((jnp.exp(p) * (p - q))[1:])) / 94
+  assert got == pytest.approx(want, rel=0.05)
+
+
 def test_bad_input_is_an_error():
   model = tiny.model('gemma3')
   params = tiny.params(model)
