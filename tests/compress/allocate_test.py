@@ -162,7 +162,8 @@ def test_better_than_uniform_and_as_predicted(case):
   measured = _measure(case, got.recipe)
   # A random model of 128 columns leaves little to choose.
   assert measured < 0.9 * _measure(case, uniform)
-  assert 0.5 < measured / got.loss < 2
+  # Without corrections: errors of a layer meet those of others.
+  assert 0.5 < measured / got.loss < 2.5
 
 
 def test_corrections_are_measured(case):
