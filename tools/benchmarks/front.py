@@ -415,6 +415,8 @@ def _plot(rows: Sequence[Mapping[str, Any]], path: str) -> None:
   axes.set_xlabel('bytes on disk, % of bfloat16')
   axes.set_ylabel('perplexity ratio to dense')
   axes.set_yscale('log')
+  axes.yaxis.set_major_formatter('{x:.3g}')
+  axes.yaxis.set_minor_formatter('{x:.3g}')
   axes.grid(True, which='both', color='#e5e5e5')
   axes.legend(frameon=False)
   figure.savefig(path, dpi=150)
