@@ -150,7 +150,7 @@ def fitting(
       order = statistics.order(site.whole)
     rows = site.part(np.arange(len(statistics.outputs[site.whole])), order)
   return {
-    'hessian': statistics.hessian(site.whole, rows),
+    'hessian': _compensate.Factored.of(statistics.hessian(site.whole, rows)),
     'slopes': statistics.slopes(site.whole),
   }
 

@@ -22,7 +22,6 @@ from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
-from gemma_ext.compress import _compensate
 from gemma_ext.compress import _compress
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
@@ -323,7 +322,6 @@ def _candidates(
     layout=gx_nn.Layout(shape=(len(rows), cols), in_axes=(1,)),
   )
   known = _compress.fitting(site, statistics, order)
-  known['hessian'] = _compensate.Factored.of(known['hessian'])
   found = []
   for method in methods:
     try:

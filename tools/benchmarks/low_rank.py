@@ -68,7 +68,8 @@ def _define_flags(values: flags.FlagValues) -> None:
 def _corrected(
   w: Any, site: gx_nn.Site, statistics: gx_compress.Statistics
 ) -> list[gx_compress.Candidate]:
-  """Candidates with a correction, and those without that they are made of."""
+  """Candidates with a correction."""
+  known = _compress.fitting(site, statistics)
   hessian = np.asarray(statistics.hessian(site.path), np.float64)
   ridge = 1e-6 * np.mean(np.diag(hessian)) + 1e-30
   root = np.linalg.cholesky(hessian + ridge * np.eye(len(hessian)))
@@ -81,9 +82,7 @@ def _corrected(
       fmt = gx_nn.format_of(method, cols)
     except errors.GroupSizeError:
       continue
-    leaf = _compress.compress_weight(
-      w, site, method, **_compress.fitting(site, statistics)
-    )
+    leaf = _compress.compress_weight(w, site, method, **known)
     got = np.asarray(kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32))
     error = fisher[:, None] * ((dense - got.reshape(dense.shape)) @ root)
     squares = np.linalg.svd(error, compute_uv=False) ** 2
