@@ -33,13 +33,14 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # Else it says so.
 
 DTYPES = ('bfloat16', 'float32')
+EXIT_FAILED = 1
 EXIT_ERROR = 2
 
 
 def run(
   doc: str | None,
   define: Callable[[flags.FlagValues], None],
-  command: Callable[[flags.FlagValues], None],
+  command: Callable[[flags.FlagValues], object],
   argv: Sequence[str] | None = None,
 ) -> int:
   """Parses flags and runs a command.
@@ -47,12 +48,13 @@ def run(
   Args:
     doc: Shown by --help.
     define: Defines the command's flags on the values it is given.
-    command: What to run.
+    command: What to run. It may return what failed, a list.
     argv: Arguments without the program's name; `None` takes the process's.
 
   Returns:
-    Exit status: 0, 2 for a `GemmaExtError` or wrong flags (one line on stderr,
-    the traceback with --debug), 130 if interrupted.
+    Exit status: 0, 1 if the command returned something true, 2 for a
+    `GemmaExtError` or wrong flags (one line on stderr, the traceback with
+    --debug), 130 if interrupted.
   """
   argv = sys.argv[1:] if argv is None else list(argv)
   values = flags.FlagValues()
@@ -77,7 +79,8 @@ def run(
     _complain(f'{e} See --help.')
     return EXIT_ERROR
   try:
-    command(values)
+    if command(values):
+      return EXIT_FAILED
   except errors.GemmaExtError as e:
     if values['debug'].value:
       traceback.print_exc()

@@ -40,10 +40,10 @@ from gemma_ext import evals
 from gemma_ext import recipe as recipe_lib
 from gemma_ext import text as gx_text
 from gemma_ext.compress import _heatmap
+from tools.benchmarks import _texts
 from tools.benchmarks import _timing
 
 _SAMPLE = 'sample'
-_WINDOW = 512
 _PROMPT = 'The history of the lighthouse begins'
 # Tokens of a text whose time is subtracted, and of one that is timed.
 _FEW, _MANY = 16, 80
@@ -243,13 +243,10 @@ def _seconds_a_token(loaded: ckpts.Checkpoint) -> float:
 def _bench(args: Any) -> _Bench:
   """Loads, measures the dense model, and collects statistics."""
   dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
-  documents = data.split(tuple(data.load_documents(args.text)))
-  cut = functools.partial(data.windows, dense.tokenizer, length=_WINDOW)
-  windows = cut(documents.test.documents, max_tokens=args.max_tokens)
-  text = _budgeted.Text.of(
-    cut(documents.calibration.documents, max_tokens=_budgeted.COUNTED).tokens,
-    -(-args.tokens // (_WINDOW - 1)),
+  texts = _texts.Texts.of(
+    dense, args.text, tokens=args.tokens, max_tokens=args.max_tokens
   )
+  text = texts.calibration
   return _Bench(
     args=args,
     dense=dense,
@@ -261,9 +258,9 @@ def _bench(args: Any) -> _Bench:
       progress=True,
     ),
     unseen=text.unseen,
-    windows=windows,
+    windows=texts.test,
     baseline=evals.perplexity(
-      dense.model, dense.params, windows, progress=True
+      dense.model, dense.params, texts.test, progress=True
     ),
   )
 

@@ -17,7 +17,6 @@ same checkpoint.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import pathlib
 import sys
 from typing import Any
@@ -32,15 +31,14 @@ from gemma_ext import _budgeted
 from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
-from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _compress
+from tools.benchmarks import _texts
 from tools.benchmarks import _timing
 
-_WINDOW = 512
 _RANKS = (8, 16, 32, 64)
 _BASES = tuple(
   recipe_lib.Int(bits=bits, group=group, scale='e4m3')
@@ -106,14 +104,9 @@ def _run(args: Any) -> None:
   budgets = {text: gx_compress.Budget.parse(text) for text in args.budgets}
   found = gx_compress.read_sensitivities(pathlib.Path(args.sensitivities))
   dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
-  documents = data.split(tuple(data.load_documents(args.text)))
-  cut = functools.partial(data.windows, dense.tokenizer, length=_WINDOW)
-  text = _budgeted.Text.of(
-    cut(documents.calibration.documents, max_tokens=_budgeted.COUNTED).tokens,
-    -(-args.tokens // (_WINDOW - 1)),
-  )
+  texts = _texts.Texts.of(dense, args.text, tokens=args.tokens)
   statistics = gx_compress.statistics(
-    dense.model, dense.params, text.fitted, progress=True
+    dense.model, dense.params, texts.calibration.fitted, progress=True
   )
   flat = traverse_util.flatten_dict(dense.params, sep='/')
   sites = [s for s in gx_nn.sites(dense.model) if s.path in found.candidates]

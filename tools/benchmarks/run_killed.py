@@ -32,11 +32,7 @@ from tools.benchmarks import _suite
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the benchmark; returns its exit status."""
-  failed: list[str] = []
-  status = _cli.run(
-    __doc__, _define_flags, lambda args: failed.extend(_run(args)), argv
-  )
-  return status or int(bool(failed))
+  return _cli.run(__doc__, _define_flags, _run, argv)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
