@@ -27,7 +27,7 @@ from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
 from gemma_ext.compress import _threads
 
-_JSON_VERSION = 4
+_JSON_VERSION = 5
 _MAX_JSON_BYTES = 1 << 26
 # Of a table of embeddings, and the rows that their ends are multiples of.
 BANDS = 24

@@ -30,26 +30,21 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.ndimage
 import tqdm
 
 from gemma_ext import errors
 from gemma_ext.compress import _calibrate
+from gemma_ext.compress import _expected
 from gemma_ext.nn import _config
 from gemma_ext.nn import _sites
 
 _TABLE = 'input_embedding'
-# Share of tokens that could be any, and of those that could be any of numbers
-# near by.
-_ELSEWHERE = 0.1
-_NEARBY = 0.2
 # Tokens of like frequency that are taken together, as many of each kind and at
 # most so many kinds, to tell how steep the loss is in their rows.
 _ALIKE = 64
 _KINDS = 12
-# Share that counts of more text have in how often a token is expected.
-_COUNTED = 0.5
-_NEAR = 2048
+# Share that how often tokens are expected has in what the head's rows cost.
+_EXPECTED = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +57,8 @@ class Statistics:
       cost.
     outputs: By path, F of the rows of the weight, float32 `[rows]`. Of the
       table: the Fisher information of each logit.
-    counts: Of the table: how often each token comes, float32 `[V]`.
+    expected: Of the table: how often each token is expected to come in other
+      texts, of all tokens, float32 `[V]`.
     encoded: Of the table: second moments of gradients with respect to a looked
       up row, float32 `[D, D]`.
     decoded: Of the table: second moments of the inputs of the output head.
@@ -74,7 +70,7 @@ class Statistics:
 
   inputs: dict[str, np.ndarray]
   outputs: dict[str, np.ndarray]
-  counts: np.ndarray
+  expected: np.ndarray
   encoded: np.ndarray
   decoded: np.ndarray
   center: np.ndarray
@@ -102,8 +98,13 @@ class Statistics:
     fisher = self.outputs[path]
     if not self.is_table(path):
       return _loss(error, fisher[part], self.inputs[path])
-    fisher, counts = _smooth(fisher)[part], self._lookups()[part]
-    return _table_loss(error, fisher, counts, self.encoded, self.decoded)
+    return _table_loss(
+      error,
+      self._heads(path)[part],
+      self._lookups()[part],
+      self.encoded,
+      self.decoded,
+    )
 
   def hessian(self, path: str, rows: np.ndarray | None = None) -> np.ndarray:
     """Returns H of the inputs of a weight, float32 `[cols, cols]`.
@@ -115,7 +116,7 @@ class Statistics:
     """
     if rows is None or not self.is_table(path):
       return self.inputs[path]
-    fisher = float(_smooth(self.outputs[path])[rows].sum())
+    fisher = float(self._heads(path)[rows].sum())
     return fisher * self.decoded + float(self._lookups()[rows].sum()) * (
       self.encoded
     )
@@ -138,8 +139,15 @@ class Statistics:
       return None
     return self.decoded - np.outer(self.center, self.center)
 
+  def _heads(self, path: str) -> np.ndarray:
+    """Fisher information of each logit, also of what other texts hold."""
+    fisher = self.outputs[path]
+    # A token is expected about as often as it comes.
+    known = self.expected * fisher.sum()
+    return fisher + _EXPECTED * (known - fisher)
+
   def _lookups(self) -> np.ndarray:
-    return _smooth(self.counts) * self.steepness
+    return self.expected * self.steepness
 
   def importance(self, path: str) -> np.ndarray:
     """Returns what an error of one in every column costs, about, by row.
@@ -150,7 +158,7 @@ class Statistics:
     fisher = self.outputs[path].astype(np.float64)
     if not self.is_table(path):
       return fisher
-    return _smooth(fisher) * np.trace(
+    return self._heads(path) * np.trace(
       self.decoded
     ) + self._lookups() * np.trace(self.encoded)
 
@@ -239,24 +247,21 @@ def statistics(
         f' {len(frequency)}.'
       )
     frequency = frequency + np.bincount(more, minlength=len(frequency))
-  counts = np.asarray(frequency / frequency.sum(), np.float32)
+  table = params['embedder'][_TABLE]
+  expected = np.asarray(_expected.expected(frequency, table), np.float32)
+  steepness = _steepness(sums[_ENCODED]['tokens'], seen_here, expected)
   outputs = {path: pair['outputs'] for path, pair in seen.items()}
   inputs = {path: pair['inputs'] for path, pair in seen.items()}
   encoded, decoded = means[_ENCODED]['inputs'], means[_DECODED]['inputs']
-  steepness = _steepness(sums[_ENCODED]['tokens'], seen_here, counts)
   for path, site in sites.items():
     if path.rpartition('/')[2] == _TABLE and site.layout.cols == len(decoded):
       outputs[path] = np.asarray(fisher / count, np.float32)
-      if counted is not None and np.size(counted):
-        # A token is expected about as often as it comes.
-        known = counts * outputs[path].sum()
-        outputs[path] += _COUNTED * (known - outputs[path])
-      looked_up = float((counts * steepness).sum())
+      looked_up = float((expected * steepness).sum())
       inputs[path] = outputs[path].sum() * decoded + looked_up * encoded
   return Statistics(
     inputs=inputs,
     outputs=outputs,
-    counts=counts,
+    expected=expected,
     encoded=encoded,
     decoded=decoded,
     center=means[_DECODED]['mean'],
@@ -436,26 +441,26 @@ class _Taps:
 
 
 def _steepness(
-  squares: np.ndarray, seen: np.ndarray, counts: np.ndarray
+  squares: np.ndarray, seen: np.ndarray, expected: np.ndarray
 ) -> np.ndarray:
   """Squared gradients that are expected of every token, over their mean.
 
   Args:
     squares: Their sums by token, `[V]`.
     seen: How often each token came there.
-    counts: How often each comes, of more text.
+    expected: How often each is expected to come.
 
   Returns:
     float32 `[V]`: of kinds of tokens that come about as often, in between and
     beyond in proportion to the logarithm.
   """
   squares = np.asarray(squares, np.float64)
-  level = np.log(np.maximum(_smooth(counts.astype(np.float64)), 1e-30))
+  level = np.log(np.maximum(np.asarray(expected, np.float64), 1e-30))
   order = np.argsort(level, kind='stable')
   order = order[seen[order] > 0]
   kinds = min(_KINDS, int(seen.sum()) // _ALIKE)
   if kinds < 2 or not squares.sum() > 0:
-    return np.ones(len(counts), np.float32)
+    return np.ones(len(expected), np.float32)
   # As many tokens of the text in each.
   kind = np.cumsum(seen[order]) / seen.sum() * kinds
   kind = np.minimum(kind.astype(int), kinds - 1)
@@ -465,18 +470,6 @@ def _steepness(
   at = total(seen * level)[held] / total(seen)[held]
   values = np.interp(level, at, np.log(np.maximum(mean, 1e-30)))
   return np.asarray(np.exp(values) * seen.sum() / squares.sum(), np.float32)
-
-
-def _smooth(x: np.ndarray) -> np.ndarray:
-  """Shares some of what tokens of one text have among all tokens.
-
-  Other texts have other tokens, and more of those that the tokenizer numbers
-  alike, as it numbers frequent ones first.
-  """
-  near = scipy.ndimage.uniform_filter1d(x, min(_NEAR, len(x)), mode='reflect')
-  return (
-    (1 - _NEARBY - _ELSEWHERE) * x + _NEARBY * near + _ELSEWHERE * np.mean(x)
-  )
 
 
 @jax.jit
