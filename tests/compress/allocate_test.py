@@ -154,7 +154,7 @@ def _measure(case, recipe):
   )
 
 
-def test_better_than_uniform_and_as_predicted(case):
+def test_better_than_uniform(case):
   model, _, _, found = case
   uniform = gx.Recipe.of({'.*': gx.Int(bits=4, group=64)})
   nbytes = gx.plan(model, uniform).nbytes
@@ -162,16 +162,19 @@ def test_better_than_uniform_and_as_predicted(case):
   measured = _measure(case, got.recipe)
   # A random model of 128 columns leaves little to choose.
   assert measured < 0.9 * _measure(case, uniform)
-  # Without corrections: errors of a layer meet those of others.
-  assert 0.5 < measured / got.loss < 2.5
 
 
 def test_corrections_are_measured(case):
   model, params, statistics, found = case
   got = gx.compress.solve(found, gx.Budget(share=0.25))
-  better = gx.compress.corrected(got, model, params, statistics, _tokens())
+  unseen = _tokens(seed=8)
+  better = gx.compress.corrected(got, model, params, statistics, unseen)
   assert set(better.corrections) == {'attn', 'mlp', 'embedder'}
-  assert all(0.3 < x < 3 for x in better.corrections.values())
+  assert all(0.3 < x < 4 for x in better.corrections.values())
+  # Errors of a layer meet those of others, and are fitted to few tokens here;
+  # that is corrected.
+  again = gx.compress.solve(better, gx.Budget(share=0.25))
+  assert 0.6 < _measure(case, again.recipe) / again.loss < 1.6
   kind = got.of_kind('mlp')
   assert all('/mlp/' in path for path in kind.choice)
   assert 0 < kind.loss < got.loss
