@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -35,16 +34,19 @@ import tqdm
 from gemma_ext import errors
 from gemma_ext.compress import _calibrate
 from gemma_ext.compress import _expected
+from gemma_ext.compress import _taps
 from gemma_ext.nn import _config
 from gemma_ext.nn import _sites
 
-_TABLE = 'input_embedding'
 # Tokens of like frequency that are taken together, as many of each kind and at
 # most so many kinds, to tell how steep the loss is in their rows.
 _ALIKE = 64
 _KINDS = 12
 # Share that how often tokens are expected has in what the head's rows cost.
 _EXPECTED = 0.5
+# Share of random tokens in H; so many windows of so many tokens, in batches.
+RANDOM_SHARE = 0.1
+_BATCHES, _WINDOWS, _LENGTH = 4, 30, 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class Statistics:
     encoded: Of the table: second moments of gradients with respect to a looked
       up row, float32 `[D, D]`.
     decoded: Of the table: second moments of the inputs of the output head.
-    center: Of the table: mean of the inputs of the output head, `[D]`.
+    varied: Of the table: covariance of the inputs of the output head on the
+      text alone, float32 `[D, D]`.
     steepness: Of the table: squared gradients with respect to looked up rows,
       over their mean, expected of each token, float32 `[V]`.
     tokens: Tokens that were seen.
@@ -73,7 +76,7 @@ class Statistics:
   expected: np.ndarray
   encoded: np.ndarray
   decoded: np.ndarray
-  center: np.ndarray
+  varied: np.ndarray
   steepness: np.ndarray
   tokens: int
 
@@ -137,7 +140,7 @@ class Statistics:
     """
     if not self.is_table(path):
       return None
-    return self.decoded - np.outer(self.center, self.center)
+    return self.varied
 
   def _heads(self, path: str) -> np.ndarray:
     """Fisher information of each logit, also of what other texts hold."""
@@ -179,7 +182,7 @@ class Statistics:
 
   def is_table(self, path: str) -> bool:
     """Whether the path is that of the table of embeddings."""
-    return path.rpartition('/')[2] == _TABLE
+    return path.rpartition('/')[2] == _taps.TABLE
 
 
 def statistics(
@@ -188,6 +191,7 @@ def statistics(
   tokens: Any,
   *,
   counted: Any = None,
+  random_share: float = RANDOM_SHARE,
   seed: int = 0,
   progress: bool = False,
 ) -> Statistics:
@@ -202,6 +206,10 @@ def statistics(
     tokens: Token ids `[batch, length]`, padded with 0.
     counted: More text of the kind, as `tokens`, which is only counted: it takes
       many tokens to tell how often one comes.
+    random_share: Share of H that is of random tokens of the whole vocabulary,
+      in [0, 1). They lead to what no text of a few languages leads to, and
+      other texts do: a coordinate that is 10 for the head in English may be
+      -714 in Hindi. 0 is what the text alone says.
     seed: Seed of the labels.
     progress: Whether to show a progress bar.
 
@@ -216,20 +224,36 @@ def statistics(
   tokens = _calibrate.check_tokens(tokens)
   sites = {site.path: site for site in _sites.sites(model)}
   probe = _config.probe(model)
-  total: Any = None
-  for i, window in enumerate(
-    tqdm.tqdm(tokens, desc='statistics', unit='window', disable=not progress)
+  table = params['embedder'][_taps.TABLE]
+  if not 0 <= random_share < 1:
+    raise errors.ShapeError(f'random_share={random_share}: expected [0, 1).')
+  batches = [(window[None], False) for window in tokens]
+  if random_share:
+    batches += [(batch, True) for batch in _random(len(table), seed)]
+  totals: dict[bool, Any] = {}
+  for i, (batch, drawn) in enumerate(
+    tqdm.tqdm(batches, desc='statistics', unit='window', disable=not progress)
   ):
-    zeros = _zeros(sites)
-    found = _window(
-      probe, params, zeros, jnp.asarray(window[None]), jax.random.key(seed + i)
+    zeros = _taps.zeros(sites)
+    found = _taps.window(
+      probe, params, zeros, jnp.asarray(batch), jax.random.key(seed + i)
     )
     found = jax.device_get(found)
-    total = found if total is None else jax.tree.map(np.add, total, found)
-  sums, count, frequency, fisher = total
+    totals[drawn] = (
+      jax.tree.map(np.add, totals[drawn], found) if drawn in totals else found
+    )
+  sums, count, frequency, fisher = totals[False]
   if not count:
     raise errors.ShapeError('Calibration tokens hold nothing but padding.')
   means = jax.tree.map(lambda x: np.asarray(x / count, np.float32), sums)
+  # Of the text alone: where a token is likely, random ones do not lead to.
+  head = means[_taps.DECODED]
+  varied = head['inputs'] - np.outer(head['mean'], head['mean'])
+  if random_share:
+    for path, pair in means.items():
+      pair['inputs'] = _mixed(
+        pair['inputs'], totals[True][0][path]['inputs'], random_share
+      )
   # A weight that no einsum reads, or not as the sites say, has no inputs.
   seen = {
     path: pair
@@ -247,14 +271,18 @@ def statistics(
         f' {len(frequency)}.'
       )
     frequency = frequency + np.bincount(more, minlength=len(frequency))
-  table = params['embedder'][_TABLE]
   expected = np.asarray(_expected.expected(frequency, table), np.float32)
-  steepness = _steepness(sums[_ENCODED]['tokens'], seen_here, expected)
+  steepness = _steepness(sums[_taps.ENCODED]['tokens'], seen_here, expected)
   outputs = {path: pair['outputs'] for path, pair in seen.items()}
   inputs = {path: pair['inputs'] for path, pair in seen.items()}
-  encoded, decoded = means[_ENCODED]['inputs'], means[_DECODED]['inputs']
+  encoded, decoded = (
+    means[_taps.ENCODED]['inputs'],
+    means[_taps.DECODED]['inputs'],
+  )
   for path, site in sites.items():
-    if path.rpartition('/')[2] == _TABLE and site.layout.cols == len(decoded):
+    if path.rpartition('/')[2] == _taps.TABLE and site.layout.cols == len(
+      decoded
+    ):
       outputs[path] = np.asarray(fisher / count, np.float32)
       looked_up = float((expected * steepness).sum())
       inputs[path] = outputs[path].sum() * decoded + looked_up * encoded
@@ -264,180 +292,26 @@ def statistics(
     expected=expected,
     encoded=encoded,
     decoded=decoded,
-    center=means[_DECODED]['mean'],
+    varied=varied,
     steepness=steepness,
     tokens=int(count),
   )
 
 
-# Names of the two uses of the table among the sums.
-_ENCODED, _DECODED = 'encoded', 'decoded'
+def _random(size: int, seed: int) -> list[np.ndarray]:
+  """Windows of random tokens of a vocabulary, int32 `[n, length]`, by batch."""
+  rng = np.random.default_rng(seed)
+  shape = _BATCHES, _WINDOWS, 1 + _LENGTH
+  tokens = rng.integers(_calibrate.BOS + 1, size, shape, np.int32)
+  tokens[..., 0] = _calibrate.BOS
+  return [*tokens]
 
 
-def _zeros(sites: Mapping[str, _sites.Site]) -> dict[str, Any]:
-  """Sums to be, by path."""
-  sums: dict[str, Any] = {}
-  width = count = 0
-  for path, site in sites.items():
-    layout = site.layout
-    if site.kind == _sites.Kind.EINSUM:
-      sums[path] = {
-        'inputs': jnp.zeros((layout.cols, layout.cols), jnp.float32),
-        'outputs': jnp.zeros(layout.size // layout.cols, jnp.float32),
-      }
-    elif path.rpartition('/')[2] == _TABLE:
-      width = layout.cols
-      count = layout.size // layout.cols
-  for name, vector, size in (
-    (_ENCODED, 'tokens', count),
-    (_DECODED, 'mean', width),
-  ):
-    sums[name] = {
-      'inputs': jnp.zeros((width, width), jnp.float32),
-      vector: jnp.zeros(size, jnp.float32),
-    }
-  return sums
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _window(model, params, zeros, tokens, key):
-  """Sums over one window: of `zeros`, of tokens, by token, and of p (1 - p)."""
-  mask = (tokens != _calibrate.PAD) & (tokens != _calibrate.BOS)
-
-  def loss(sums):
-    with nn.intercept_methods(_Taps(sums, mask, tokens)):
-      logits = model.apply({'params': params}, tokens).logits
-    logits = logits.astype(jnp.float32)
-    labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-    log_p = jax.nn.log_softmax(logits)
-    picked = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
-    p = jnp.exp(jax.lax.stop_gradient(log_p))
-    fisher = jnp.sum(jnp.where(mask[..., None], p * (1 - p), 0), axis=(0, 1))
-    return jnp.sum(jnp.where(mask, picked, 0)), fisher
-
-  sums, fisher = jax.grad(loss, has_aux=True)(zeros)
-  frequency = jnp.zeros(fisher.shape).at[tokens].add(mask)
-  return sums, jnp.sum(mask), frequency, fisher
-
-
-@jax.custom_vjp
-def _tap(x: jax.Array, total: jax.Array, mask: jax.Array) -> jax.Array:
-  """x; the gradient of `total` is the sum of its own gradients, squared."""
-  del total, mask
-  return x
-
-
-def _tap_forward(x, total, mask):
-  return x, (total.ndim, mask)
-
-
-def _tap_backward(kept, g):
-  ndim, mask = kept
-  flat = jnp.where(mask[..., None], g, 0).astype(jnp.float32)
-  flat = flat.reshape(-1, g.shape[-1])
-  found = flat.T @ flat if ndim == 2 else jnp.sum(flat * flat, axis=0)
-  return g, found, None
-
-
-_tap.defvjp(_tap_forward, _tap_backward)
-
-
-@jax.custom_vjp
-def _tap_tokens(
-  x: jax.Array, total: jax.Array, mask: jax.Array, tokens: jax.Array
-) -> jax.Array:
-  """x; the gradient of `total` is its own one's squared norm, by token."""
-  del total, mask, tokens
-  return x
-
-
-def _tap_tokens_forward(x, total, mask, tokens):
-  return x, (total, mask, tokens)
-
-
-def _tap_tokens_backward(kept, g):
-  total, mask, tokens = kept
-  squares = jnp.sum(jnp.square(g.astype(jnp.float32)), axis=-1)
-  found = jnp.zeros_like(total).at[tokens].add(jnp.where(mask, squares, 0))
-  return g, found, None, None
-
-
-_tap_tokens.defvjp(_tap_tokens_forward, _tap_tokens_backward)
-
-
-@jax.custom_vjp
-def _tap_inputs(x: jax.Array, total: jax.Array, mask: jax.Array) -> jax.Array:
-  """x; the gradient of `total` is the sum of x or of its second moments."""
-  del total, mask
-  return x
-
-
-def _tap_inputs_forward(x, total, mask):
-  return x, (x, total.ndim, mask)
-
-
-def _tap_inputs_backward(kept, g):
-  x, ndim, mask = kept
-  flat = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
-  flat = flat.reshape(-1, x.shape[-1])
-  return g, flat.T @ flat if ndim == 2 else jnp.sum(flat, axis=0), None
-
-
-_tap_inputs.defvjp(_tap_inputs_forward, _tap_inputs_backward)
-
-
-class _Taps:
-  """Interceptor that leads inputs and outputs of weights past the sums."""
-
-  def __init__(
-    self, sums: Mapping[str, Any], mask: jax.Array, tokens: jax.Array
-  ):
-    self._sums, self._mask, self._tokens = sums, mask, tokens
-
-  def __call__(self, next_fun, args, kwargs, context):
-    module, method = context.module, context.method_name
-    if isinstance(module, _sites.EINSUMS) and method == '__call__':
-      path = '/'.join((*module.path, module.weight_name))
-      if path in self._sums:
-        return self._einsum(next_fun, self._sums[path], module, *args, **kwargs)
-    elif isinstance(module, _sites.EMBEDDERS):
-      if method == 'encode':
-        y = next_fun(*args, **kwargs)
-        total = self._sums[_ENCODED]['inputs']
-        if y.shape[:-1] == self._tokens.shape:
-          by_token = self._sums[_ENCODED]['tokens']
-          y = _tap_tokens(y, by_token, self._mask, self._tokens)
-        # Rows of the table are scaled by the root of their width on the way.
-        return _tap(y, total * total.shape[0], self._mask)
-      if method == 'decode':
-        (x,) = args
-        for name in ('inputs', 'mean'):
-          x = _tap_inputs(x, self._sums[_DECODED][name], self._mask)
-        return next_fun(x)
-    return next_fun(*args, **kwargs)
-
-  def _einsum(self, next_fun, sums, module, eqn, x):
-    inputs, weights, outputs = _sites.split_equation(eqn)
-    layout = _sites.einsum_layout(eqn, module.shape)
-    lead = self._mask.shape
-    bare = inputs.replace('...', '')
-    axes = [x.ndim - len(bare) + bare.index(weights[i]) for i in layout.in_axes]
-    count = len(axes)
-    if axes == [*range(x.ndim - count, x.ndim)] and x.shape[:-count] == lead:
-      flat = x.reshape(*lead, layout.cols)
-      x = _tap_inputs(flat, sums['inputs'], self._mask).reshape(x.shape)
-    y = next_fun(eqn, x)
-    # To [batch, length, rows], past the tap, and back.
-    bare = outputs.replace('...', '')
-    first = y.ndim - len(bare)
-    axes = [first + bare.index(weights[i]) for i in layout.out_axes]
-    order = [i for i in range(y.ndim) if i not in axes] + axes
-    turned = jnp.transpose(y, order)
-    if turned.shape[: -len(axes)] != lead:
-      return y
-    flat = _tap(turned.reshape(*lead, -1), sums['outputs'], self._mask)
-    back = [order.index(i) for i in range(y.ndim)]
-    return jnp.transpose(flat.reshape(turned.shape), back)
+def _mixed(of_text: np.ndarray, drawn: np.ndarray, share: float) -> np.ndarray:
+  """H in which random tokens have a share, whatever their size."""
+  size = float(np.trace(drawn))
+  scale = share * float(np.trace(of_text)) / size if size else 0.0
+  return np.asarray((1 - share) * of_text + scale * drawn, np.float32)
 
 
 def _steepness(

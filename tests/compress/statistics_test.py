@@ -27,7 +27,7 @@ def _tokens(batch=4, length=48):
 def test_the_diagonal_is_that_of_second_moments(family):
   model = tiny.model(family)
   params = tiny.params(model)
-  found = gx.compress.statistics(model, params, _tokens())
+  found = gx.compress.statistics(model, params, _tokens(), random_share=0)
   want = gx.compress.second_moments(model, params, _tokens())
   assert found.tokens == 4 * 47
   assert set(want) <= set(found.inputs)
@@ -44,7 +44,7 @@ def test_of_a_single_token_it_is_the_squared_gradient():
   model = tiny.model('gemma3')
   params = tiny.params(model)
   tokens = jnp.array([[7]])
-  found = gx.compress.statistics(model, params, tokens, seed=3)
+  found = gx.compress.statistics(model, params, tokens, seed=3, random_share=0)
   logits = model.apply({'params': params}, tokens).logits.astype(jnp.float32)
   label = jax.random.categorical(jax.random.key(3), logits)[0, 0]
 
@@ -200,7 +200,7 @@ def test_gradients_of_looked_up_rows_are_those_of_their_tokens():
   assert found.steepness.shape == found.expected.shape
   # With so few there is nothing to tell them apart by.
   np.testing.assert_array_equal(found.steepness, 1)
-  hidden = found.decoded - np.outer(found.center, found.center)
+  hidden = found.varied
   assert np.linalg.eigvalsh(hidden).min() > -1e-3 * np.trace(hidden)
   np.testing.assert_allclose(found.slopes(_TABLE), hidden)
   assert found.slopes('layer_0/mlp/linear') is None
@@ -219,3 +219,27 @@ def test_rows_of_a_table_have_an_input_of_their_own():
     0.5 * float(error @ some @ error), rel=1e-3
   )
   np.testing.assert_array_equal(found.hessian(_TABLE), found.inputs[_TABLE])
+
+
+def test_random_tokens_have_a_share():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  tokens = np.full((2, 20), 7)
+  text, half = (
+    gx.compress.statistics(model, params, tokens, random_share=share)
+    for share in (0, 0.5)
+  )
+  for path in text.inputs:
+    if path == _TABLE:
+      continue
+    was, now = text.inputs[path], half.inputs[path]
+    # As large as before, and of more directions.
+    np.testing.assert_allclose(np.trace(now), np.trace(was), rtol=1e-4)
+    rank = lambda x: np.trace(x) ** 2 / np.sum(x * x)
+    assert rank(now) > 1.5 * rank(was)
+    assert np.linalg.eigvalsh(now - 0.5 * was).min() > -1e-4 * np.trace(was)
+    np.testing.assert_array_equal(text.outputs[path], half.outputs[path])
+  np.testing.assert_array_equal(text.slopes(_TABLE), half.slopes(_TABLE))
+  np.testing.assert_array_equal(text.expected, half.expected)
+  with pytest.raises(errors.ShapeError, match='random_share=1'):
+    gx.compress.statistics(model, params, tokens, random_share=1)
