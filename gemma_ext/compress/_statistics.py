@@ -45,7 +45,7 @@ _KINDS = 12
 # Share that how often tokens are expected has in what the head's rows cost.
 _EXPECTED = 0.5
 # Share of random tokens in H; so many windows of so many tokens, in batches.
-RANDOM_SHARE = 0.1
+RANDOM_SHARE = 0.3
 _BATCHES, _WINDOWS, _LENGTH = 4, 30, 16
 
 
