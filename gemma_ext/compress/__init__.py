@@ -38,6 +38,7 @@ from gemma_ext.compress._sensitivity import CANDIDATES
 from gemma_ext.compress._sensitivity import read as read_sensitivities
 from gemma_ext.compress._sensitivity import Sensitivities
 from gemma_ext.compress._sensitivity import sensitivities
+from gemma_ext.compress._statistics import RANDOM_SHARE
 from gemma_ext.compress._statistics import Statistics
 from gemma_ext.compress._statistics import statistics
 from gemma_ext.compress._upcycle import upcycle

@@ -87,6 +87,14 @@ def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'max_tokens', 20_440, 'Tokens of it.', lower_bound=1, flag_values=values
   )
+  flags.DEFINE_float(
+    'random_share',
+    gx_compress.RANDOM_SHARE,
+    'Share of random tokens in the statistics.',
+    0,
+    1,
+    flag_values=values,
+  )
   flags.DEFINE_integer(
     'rounds',
     0,
@@ -255,6 +263,7 @@ def _bench(args: Any) -> _Bench:
       dense.params,
       text.fitted,
       counted=text.counted,
+      random_share=args.random_share,
       progress=True,
     ),
     unseen=text.unseen,
