@@ -53,7 +53,7 @@ class Budgeted:
       'predicted_bytes': self.allocation.nbytes,
       'predicted_ratio': self.allocation.ratio,
       'predicted_loss_by_weight': self.allocation.losses,
-      'corrections': self.allocation.sensitivities.corrections,
+      'corrections': self.allocation.sensitivities.factors,
     }
 
   def measure(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,16 +95,17 @@ class Text:
 
     Args:
       windows: All of it.
-      count: Windows to compute with, a third of them to measure on.
+      count: Windows to compute with: two thirds of them to fit on, and as many
+        to measure on.
     """
     first = len(windows) - round(_UNSEEN * len(windows))
-    measured = count // 3
-    if first >= len(windows) or not measured:
+    kept = count - count // 3
+    if first >= len(windows) or kept == count:
       return cls(fitted=windows, unseen=windows, counted=windows[:0])
-    fitted = spread(first, count - measured)
+    fitted = spread(first, kept)
     return cls(
       fitted=windows[fitted],
-      unseen=windows[first:][spread(len(windows) - first, measured)],
+      unseen=windows[first:][spread(len(windows) - first, kept)],
       counted=np.delete(windows[:first], fitted, axis=0),
     )
 
@@ -205,18 +206,19 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
     model, params, found_on, known=known, keep=keep, progress=True
   )
   names = reserve(found, params)
-  allocation = gx_compress.solve(found, budget, reserve=names)
   if not found.corrections and not args.dry_run:
-    found = gx_compress.corrected(
-      allocation,
+    found = gx_compress.refined(
+      found,
+      [budget] * gx_compress.CORRECTIONS,
       model,
       params,
       found_on,
       text.unseen,
+      reserve=names,
       progress=True,
     )
     keep(found)
-    allocation = gx_compress.solve(found, budget, reserve=names)
+  allocation = gx_compress.solve(found, budget, reserve=names)
   print(_table(allocation))
   return Budgeted(
     allocation=allocation,
@@ -228,7 +230,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
 
 def _table(allocation: gx_compress.Allocation) -> str:
   found = allocation.sensitivities
-  kinds = json.dumps({k: round(v, 3) for k, v in found.corrections.items()})
+  kinds = json.dumps({k: round(v, 3) for k, v in found.factors.items()})
   return (
     f'Predicted: {_cli.human_bytes(allocation.nbytes)},'
     f' {allocation.nbytes / found.bfloat16_bytes:.1%} of bfloat16,'

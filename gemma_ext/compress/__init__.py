@@ -14,9 +14,14 @@ from gemma_ext.compress._allocate import allocate
 from gemma_ext.compress._allocate import Allocation
 from gemma_ext.compress._allocate import Budget
 from gemma_ext.compress._allocate import corrected
+from gemma_ext.compress._allocate import CORRECTIONS
 from gemma_ext.compress._allocate import held_out
+from gemma_ext.compress._allocate import refined
 from gemma_ext.compress._allocate import solve
 from gemma_ext.compress._calibrate import second_moments
+from gemma_ext.compress._candidates import Candidate
+from gemma_ext.compress._candidates import read as read_sensitivities
+from gemma_ext.compress._candidates import Sensitivities
 from gemma_ext.compress._carve import carve
 from gemma_ext.compress._compensate import compensate
 from gemma_ext.compress._compress import check_params
@@ -33,10 +38,7 @@ from gemma_ext.compress._plan import Plan
 from gemma_ext.compress._plan import plan
 from gemma_ext.compress._plan import PlanRow
 from gemma_ext.compress._registry import FITS
-from gemma_ext.compress._sensitivity import Candidate
 from gemma_ext.compress._sensitivity import CANDIDATES
-from gemma_ext.compress._sensitivity import read as read_sensitivities
-from gemma_ext.compress._sensitivity import Sensitivities
 from gemma_ext.compress._sensitivity import sensitivities
 from gemma_ext.compress._statistics import RANDOM_SHARE
 from gemma_ext.compress._statistics import Statistics

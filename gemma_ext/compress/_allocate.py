@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import re
@@ -19,6 +19,7 @@ from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _calibrate
+from gemma_ext.compress import _candidates
 from gemma_ext.compress import _compress
 from gemma_ext.compress import _divergence
 from gemma_ext.compress import _sensitivity
@@ -27,6 +28,12 @@ from gemma_ext.compress import _statistics
 # Of the solver: how far from the optimum it may stop, and after how long.
 _GAP = 1e-4
 _SECONDS = 60.0
+# Times that a choice is made again with the corrections of what it costs.
+_ROUNDS = 5
+# Rounds of measuring, and the logarithm of losses that are taken for the same.
+CORRECTIONS = 2
+_SAME = 0.05
+_LEAST = 0.01
 _SUFFIXES = {'KB': 1e3, 'MB': 1e6, 'GB': 1e9}
 
 
@@ -95,7 +102,7 @@ class Budget:
       " '4.5bits' (a parameter), '150MB' or 'ratio=1.02' (of perplexities)."
     )
 
-  def most_bytes(self, found: _sensitivity.Sensitivities) -> float | None:
+  def most_bytes(self, found: _candidates.Sensitivities) -> float | None:
     """Returns the bytes of all parameters; `None` for a ratio."""
     if self.nbytes is not None:
       return self.nbytes
@@ -115,8 +122,8 @@ class Allocation:
     sensitivities: What it was chosen from.
   """
 
-  choice: dict[str, _sensitivity.Candidate]
-  sensitivities: _sensitivity.Sensitivities
+  choice: dict[str, _candidates.Candidate]
+  sensitivities: _candidates.Sensitivities
 
   @property
   def recipe(self) -> recipe_lib.Recipe:
@@ -164,21 +171,30 @@ class Allocation:
     """Predicted perplexity over that of the dense model."""
     return math.exp(min(self.loss, 700.0))
 
+  def plain_losses(self) -> dict[str, float]:
+    """Returns the loss of each kind of weight before any correction."""
+    found: dict[str, float] = {}
+    for path, candidate in self.choice.items():
+      kind = _candidates.kind_of(path)
+      found[kind] = found.get(kind, 0.0) + candidate.loss
+    return found
+
   def of_kind(self, kind: str) -> Allocation:
     """Returns the choice for weights of one kind, the others dense."""
     choice = {
-      p: c for p, c in self.choice.items() if _sensitivity.kind_of(p) == kind
+      p: c for p, c in self.choice.items() if _candidates.kind_of(p) == kind
     }
     return dataclasses.replace(self, choice=choice)
 
 
 def solve(
-  found: _sensitivity.Sensitivities, budget: Budget, *, reserve: int = 0
+  found: _candidates.Sensitivities, budget: Budget, *, reserve: int = 0
 ) -> Allocation:
   """Chooses a candidate for every weight: least loss in a budget of bytes.
 
   A multiple-choice knapsack, solved by branch and bound to one part in 10,000.
-  For a ratio: least bytes within its loss.
+  For a ratio: least bytes within its loss. Where corrections were measured at
+  several losses, it is solved again with those of what was chosen.
 
   Args:
     found: What there is to choose from.
@@ -193,6 +209,20 @@ def solve(
     RecipeError: If even the smallest candidates are too large, or the best
       ones too coarse.
   """
+  chosen = _solve(found, budget, reserve)
+  for _ in range(_ROUNDS):
+    factors = found.at(chosen.plain_losses())
+    if factors == chosen.sensitivities.factors:
+      break
+    chosen = _solve(
+      dataclasses.replace(found, factors=factors), budget, reserve
+    )
+  return chosen
+
+
+def _solve(
+  found: _candidates.Sensitivities, budget: Budget, reserve: int
+) -> Allocation:
   paths = [*found.candidates]
   items = [(p, c) for p in paths for c in found.candidates[p]]
   nbytes = np.array([c.nbytes for _, c in items], np.float64)
@@ -268,11 +298,12 @@ def corrected(
   tokens: Any,
   *,
   progress: bool = False,
-) -> _sensitivity.Sensitivities:
-  """Returns sensitivities whose losses were measured for one allocation.
+) -> _candidates.Sensitivities:
+  """Returns sensitivities whose losses were measured for one allocation more.
 
   Each kind of weight is compressed as allocated, all others dense, and what
-  that costs is measured as the divergence from the dense model.
+  that costs is measured as the divergence from the dense model. What was
+  measured before stays, where that was for another loss.
 
   Args:
     allocation: The choice to measure at.
@@ -284,10 +315,9 @@ def corrected(
     progress: Whether to show progress bars.
   """
   found = allocation.sensitivities
-  corrections = {}
-  for kind in sorted({_sensitivity.kind_of(p) for p in allocation.choice}):
+  corrections = dict(found.corrections)
+  for kind, plain in sorted(allocation.plain_losses().items()):
     part = allocation.of_kind(kind)
-    plain = sum(c.loss for c in part.choice.values())
     if plain <= 0:
       continue
     measured = _divergence.divergence(
@@ -300,8 +330,43 @@ def corrected(
       tokens,
       progress=progress,
     )
-    corrections[kind] = measured / plain
+    others = [
+      pair
+      for pair in corrections.get(kind, ())
+      if abs(math.log(pair[0] / plain)) > _SAME
+    ]
+    # What is too small to be measured may come out below nothing.
+    measured = max(measured, _LEAST * plain)
+    corrections[kind] = (*sorted([*others, (plain, measured)]),)
   return dataclasses.replace(found, corrections=corrections)
+
+
+def refined(
+  found: _candidates.Sensitivities,
+  budgets: Sequence[Budget],
+  model: nn.Module,
+  params: Mapping[str, Any],
+  statistics: _statistics.Statistics,
+  tokens: Any,
+  *,
+  reserve: int = 0,
+  progress: bool = False,
+) -> _candidates.Sensitivities:
+  """Returns sensitivities corrected for one budget after the other.
+
+  Every correction changes what the next budget is spent on, also the same
+  budget given twice. Arguments are those of `solve` and `corrected`.
+  """
+  for budget in budgets:
+    found = corrected(
+      solve(found, budget, reserve=reserve),
+      model,
+      params,
+      statistics,
+      tokens,
+      progress=progress,
+    )
+  return found
 
 
 def allocate(
@@ -315,14 +380,18 @@ def allocate(
 ) -> recipe_lib.Recipe:
   """Chooses the width of every weight under a budget.
 
-  Sensitivities to second order, a knapsack, one round of measuring what each
-  kind of weight really costs, and the knapsack again. To keep the parts, or to
-  fit the weights with the same statistics:
+  Sensitivities to second order, a knapsack, two rounds of measuring what each
+  kind of weight really costs, each with the knapsack again. To keep the parts,
+  or to fit the weights with the same statistics:
 
+      budget = gx.Budget(share=0.28)
       tokens, unseen = gx.compress.held_out(tokens)
       statistics = gx.compress.statistics(model, params, tokens)
       found = gx.compress.sensitivities(model, params, statistics)
-      recipe = gx.compress.solve(found, gx.Budget(share=0.28)).recipe
+      found = gx.compress.refined(
+        found, [budget] * 2, model, params, statistics, unseen
+      )
+      recipe = gx.compress.solve(found, budget).recipe
       params = gx.compress(model, params, recipe, calibration=statistics)
 
   Args:
@@ -350,8 +419,9 @@ def allocate(
   found = _sensitivity.sensitivities(
     model, params, statistics, progress=progress
   )
-  found = corrected(
-    solve(found, budget),
+  found = refined(
+    found,
+    [budget] * CORRECTIONS,
     model,
     params,
     statistics,

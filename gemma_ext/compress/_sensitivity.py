@@ -9,8 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import re
 from typing import Any
 
 from flax import linen as nn
@@ -22,13 +20,12 @@ from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _candidates
 from gemma_ext.compress import _compress
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
 from gemma_ext.compress import _threads
 
-_JSON_VERSION = 5
-_MAX_JSON_BYTES = 1 << 26
 # Of a table of embeddings, and the rows that their ends are multiples of.
 BANDS = 24
 _BAND_STEP = 64
@@ -62,131 +59,6 @@ CANDIDATES: tuple[recipe_lib.Method, ...] = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-  """One way to store one weight.
-
-  Attributes:
-    method: The way.
-    nbytes: Bytes of codes and scales.
-    loss: What it adds to the loss, nats a token, to second order.
-  """
-
-  method: recipe_lib.Method
-  nbytes: int
-  loss: float
-
-  def to_json(self) -> dict[str, Any]:
-    """Returns all as plain JSON values."""
-    return {**self.method.to_json(), 'bytes': self.nbytes, 'loss': self.loss}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sensitivities:
-  """What `allocate` chooses from. A file that people keep, edit and share.
-
-  Attributes:
-    candidates: By path of the weight.
-    weights: Parameters of the model.
-    other_bytes: Bytes of what is not among the candidates.
-    corrections: By kind of weight (`kind_of`), what losses are multiplied by:
-      measured over predicted.
-    fingerprint: Of model, parameters and text.
-    rows: Of bands of a table, their places `(start, stop)` in the order of
-      `Statistics.order`, by path.
-  """
-
-  candidates: dict[str, tuple[Candidate, ...]]
-  weights: int
-  other_bytes: int
-  corrections: dict[str, float] = dataclasses.field(default_factory=dict)
-  fingerprint: str = ''
-  rows: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-
-  @property
-  def bfloat16_bytes(self) -> int:
-    """Bytes of the model, all dense in two bytes a weight."""
-    return 2 * self.weights
-
-  def loss(self, path: str, candidate: Candidate) -> float:
-    """Returns the corrected loss of a candidate, in nats a token."""
-    return candidate.loss * self.corrections.get(kind_of(path), 1.0)
-
-  def to_json(self) -> dict[str, Any]:
-    """Returns all as plain JSON values."""
-    return {
-      'version': _JSON_VERSION,
-      'fingerprint': self.fingerprint,
-      'weights': self.weights,
-      'other_bytes': self.other_bytes,
-      'corrections': self.corrections,
-      'rows': {path: list(rows) for path, rows in self.rows.items()},
-      'candidates': {
-        path: [c.to_json() for c in found]
-        for path, found in self.candidates.items()
-      },
-    }
-
-  @classmethod
-  def from_json(cls, data: Any) -> Sensitivities:
-    """Inverse of `to_json`.
-
-    Args:
-      data: Parsed JSON.
-
-    Raises:
-      RecipeError: If it is none, naming the field.
-    """
-    fields = {
-      'version',
-      'fingerprint',
-      'weights',
-      'other_bytes',
-      'corrections',
-      'rows',
-      'candidates',
-    }
-    if not isinstance(data, dict) or set(data) != fields:
-      got = sorted(data) if isinstance(data, dict) else type(data).__name__
-      raise errors.RecipeError(
-        f'Sensitivities in JSON have the keys {sorted(fields)}, got {got}.'
-      )
-    if data['version'] != _JSON_VERSION:
-      raise errors.RecipeError(
-        f'Version {data["version"]!r} of sensitivities is not supported,'
-        f' expected {_JSON_VERSION}.'
-      )
-    numbers = {
-      name: _number(name, data[name], whole=True)
-      for name in ('weights', 'other_bytes')
-    }
-    for name in ('corrections', 'candidates', 'rows'):
-      if not isinstance(data[name], dict):
-        raise errors.RecipeError(f'{name!r} must be an object by name.')
-    corrections, candidates = data['corrections'], data['candidates']
-    return cls(
-      candidates={
-        path: _candidates_from_json(path, found)
-        for path, found in candidates.items()
-      },
-      corrections={
-        kind: _number(f'corrections.{kind}', value)
-        for kind, value in corrections.items()
-      },
-      fingerprint=str(data['fingerprint']),
-      rows={
-        path: _rows_from_json(path, rows) for path, rows in data['rows'].items()
-      },
-      **numbers,
-    )
-
-
-def kind_of(path: str) -> str:
-  """Returns the kind of weight: the module that owns it, without its number."""
-  parts = re.sub(r'layer_\d+/', '', path).split('/')
-  return parts[0]
-
-
 def sensitivities(
   model: nn.Module,
   params: Mapping[str, Any],
@@ -194,10 +66,10 @@ def sensitivities(
   *,
   candidates: Sequence[recipe_lib.Method] | None = None,
   bands: int | None = None,
-  known: Sensitivities | None = None,
-  keep: Callable[[Sensitivities], None] = lambda found: None,
+  known: _candidates.Sensitivities | None = None,
+  keep: Callable[[_candidates.Sensitivities], None] = lambda found: None,
   progress: bool = False,
-) -> Sensitivities:
+) -> _candidates.Sensitivities:
   """Fits every weight with every candidate and adds up what it costs.
 
   Args:
@@ -241,7 +113,7 @@ def sensitivities(
   if known is not None and known.fingerprint != mark:
     known = None
   found = dict(known.candidates) if known else {}
-  result = Sensitivities(
+  result = _candidates.Sensitivities(
     candidates=found,
     weights=sum(map(size, abstract)),
     other_bytes=sum(nbytes(p) for p in abstract if p not in wholes)
@@ -251,7 +123,7 @@ def sensitivities(
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
   )
   made = _threads.each(
-    lambda site: _candidates(flat[site.whole], site, candidates, statistics),
+    lambda site: _fitted(flat[site.whole], site, candidates, statistics),
     {path: site for path, site in sites.items() if path not in found},
     desc='sensitivities',
     progress=progress,
@@ -279,32 +151,24 @@ def fingerprint(
   for path in sorted(statistics.outputs):
     total = float(np.sum(statistics.outputs[path], dtype=np.float64))
     digest.update(f'{path} {total!r};'.encode())
-  digest.update(f'{bands};'.encode())
+  # What is not of the text alone: random tokens, and those that are expected.
+  for path in sorted(statistics.inputs):
+    size = float(np.linalg.norm(statistics.inputs[path].astype(np.float64)))
+    digest.update(f'{path} {size:.4g};'.encode())
+  expected = statistics.expected.astype(np.float64)
+  entropy = -float(expected @ np.log(np.maximum(expected, 1e-30)))
+  digest.update(f'{entropy:.4g} {bands};'.encode())
   for method in candidates:
     digest.update(json.dumps(method.to_json()).encode())
   return digest.hexdigest()
 
 
-def read(path: str | os.PathLike[str]) -> Sensitivities:
-  """Reads a file of sensitivities.
-
-  Args:
-    path: The file.
-
-  Raises:
-    RecipeError: If it cannot be read or is none.
-  """
-  return Sensitivities.from_json(
-    recipe_lib.read_json(os.fspath(path), _MAX_JSON_BYTES)
-  )
-
-
-def _candidates(
+def _fitted(
   w: jax.Array,
   site: gx_nn.Site,
   methods: Sequence[recipe_lib.Method],
   statistics: _statistics.Statistics,
-) -> tuple[Candidate, ...]:
+) -> tuple[_candidates.Candidate, ...]:
   """The candidates of one weight, fitted on a sample of its rows."""
   cols = site.layout.cols
   order = statistics.order(site.whole) if site.ordered else None
@@ -333,7 +197,7 @@ def _candidates(
     error = matrix.astype(jnp.float32) - got.reshape(matrix.shape)
     loss = np.asarray(statistics.loss(site.whole, error, numbers), np.float64)
     found.append(
-      Candidate(
+      _candidates.Candidate(
         method=method,
         nbytes=fmt.nbytes(site.layout.rows, cols),
         loss=float(loss @ times),
@@ -427,50 +291,12 @@ def _bins(count: int, step: int) -> np.ndarray:
   return np.array(starts[:-1])
 
 
-def _frontier(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def _frontier(
+  found: Sequence[_candidates.Candidate],
+) -> tuple[_candidates.Candidate, ...]:
   """Candidates that none with as few bytes beats, smallest first."""
-  kept: list[Candidate] = []
+  kept: list[_candidates.Candidate] = []
   for candidate in sorted(found, key=lambda c: (c.nbytes, c.loss)):
     if not kept or candidate.loss < kept[-1].loss:
       kept.append(candidate)
   return tuple(kept)
-
-
-def _candidates_from_json(path: str, found: Any) -> tuple[Candidate, ...]:
-  if not isinstance(found, list) or not found:
-    raise errors.RecipeError(f'{path!r} must have a list of candidates.')
-  result = []
-  for i, fields in enumerate(found):
-    name = f'{path}[{i}]'
-    if not isinstance(fields, dict) or not {'bytes', 'loss'} <= set(fields):
-      raise errors.RecipeError(
-        f"{name} must be an object with 'method', 'bytes' and 'loss'."
-      )
-    rest = {k: v for k, v in fields.items() if k not in ('bytes', 'loss')}
-    result.append(
-      Candidate(
-        method=recipe_lib.method_from_json(rest),
-        nbytes=int(_number(f'{name}.bytes', fields['bytes'], whole=True)),
-        loss=_number(f'{name}.loss', fields['loss']),
-      )
-    )
-  return tuple(result)
-
-
-def _rows_from_json(path: str, rows: Any) -> tuple[int, int]:
-  if not isinstance(rows, list) or len(rows) != 2:
-    raise errors.RecipeError(
-      f'rows.{path} must be [start, stop], got {rows!r}.'
-    )
-  start, stop = (_number(f'rows.{path}', x, whole=True) for x in rows)
-  if start >= stop:
-    raise errors.RecipeError(f'rows.{path} must ascend, got {rows!r}.')
-  return start, stop
-
-
-def _number(name: str, value: Any, *, whole: bool = False) -> Any:
-  kinds = (int,) if whole else (int, float)
-  if type(value) not in kinds or not math.isfinite(value) or value < 0:
-    kind = 'an integer' if whole else 'a number'
-    raise errors.RecipeError(f'{name} must be {kind} >= 0, got {value!r}.')
-  return value

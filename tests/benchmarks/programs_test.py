@@ -35,7 +35,7 @@ def test_front(tmp_path, monkeypatch, capsys):
   few = gx.Int(bits=4, group=64), gx.Int(bits=8, group=64)
   monkeypatch.setattr('gemma_ext.compress._sensitivity.CANDIDATES', few)
   monkeypatch.setattr('gemma_ext.compress._sensitivity.BANDS', 2)
-  monkeypatch.setattr(front, '_CORRECTED', 0.4)
+  monkeypatch.setattr(front, '_CORRECTED', (0.4,))
   argv = [
     f'--checkpoint={dense}',
     f'--text={tmp_path}/texts',

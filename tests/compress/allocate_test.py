@@ -5,6 +5,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +88,25 @@ def test_budgets_in_other_units_and_corrections():
   by_share = gx.compress.solve(found, gx.Budget(share=0.3))
   by_bits = gx.compress.solve(found, gx.Budget(bits=4.8))
   assert by_share.choice == by_bits.choice and by_share.nbytes <= 600
-  twice = dataclasses.replace(found, corrections={'mlp': 2.0})
+  twice = dataclasses.replace(found, corrections={'mlp': ((1.0, 2.0),)})
   got = gx.compress.solve(twice, gx.Budget(share=0.3))
   assert got.loss == pytest.approx(2 * by_share.loss, rel=1e-3)
+
+
+def test_corrections_are_those_of_the_loss():
+  found = _made_up()
+  budgets = [gx.Budget(share=share) for share in (0.3, 0.45)]
+  plain = [gx.compress.solve(found, b).plain_losses()['mlp'] for b in budgets]
+  assert plain[0] > plain[1]
+  pairs = ((plain[1], 0.5 * plain[1]), (plain[0], 3 * plain[0]))
+  better = dataclasses.replace(found, corrections={'mlp': pairs})
+  for budget, factor, loss in zip(budgets, (3, 0.5), plain, strict=True):
+    got = gx.compress.solve(better, budget)
+    assert got.loss == pytest.approx(factor * loss, rel=1e-6)
+  middle = math.sqrt(plain[0] * plain[1])
+  assert better.at({'mlp': middle})['mlp'] == pytest.approx(math.sqrt(1.5))
+  assert better.at({'mlp': 10 * plain[0]})['mlp'] == pytest.approx(3)
+  assert found.at({'mlp': 1.0}) == {}
 
 
 def test_budgets_that_cannot_be_had():
@@ -170,7 +187,20 @@ def test_corrections_are_measured(case):
   unseen = _tokens(seed=8)
   better = gx.compress.corrected(got, model, params, statistics, unseen)
   assert set(better.corrections) == {'attn', 'mlp', 'embedder'}
-  assert all(0.3 < x < 4 for x in better.corrections.values())
+  plain = got.plain_losses()
+  for kind, ((predicted, measured),) in better.corrections.items():
+    assert predicted == plain[kind] and 0.3 < measured / predicted < 4
+  # A choice of another loss adds what is measured there, the same replaces it.
+  more = gx.compress.refined(
+    better,
+    [gx.Budget(share=0.4), gx.Budget(share=0.4)],
+    model,
+    params,
+    statistics,
+    unseen,
+  )
+  assert {len(pairs) for pairs in more.corrections.values()} <= {2, 3}
+  assert all(pairs == (*sorted(pairs),) for pairs in more.corrections.values())
   # Errors of a layer meet those of others, and are fitted to few tokens here;
   # that is corrected.
   again = gx.compress.solve(better, gx.Budget(share=0.25))
@@ -253,7 +283,9 @@ def test_bands_end_where_frequency_changes():
     ({'weights': -1}, 'weights must be an integer'),
     ({'weights': True}, 'weights must be an integer'),
     ({'corrections': []}, "'corrections' must be an object"),
-    ({'corrections': {'mlp': 'x'}}, 'corrections.mlp'),
+    ({'corrections': {'mlp': 'x'}}, 'corrections.mlp must be a list'),
+    ({'corrections': {'mlp': [[1.0]]}}, r'mlp must hold \[predicted'),
+    ({'corrections': {'mlp': [[1.0, 0.0]]}}, 'mlp must be above zero'),
     ({'rows': {'a': [3, 3]}}, 'rows.a must ascend'),
     ({'rows': {'a': 3}}, 'rows.a must be'),
     ({'candidates': {'a': []}}, 'a list of candidates'),

@@ -11,6 +11,7 @@ import scipy.stats
 
 import gemma_ext as gx
 from gemma_ext import errors
+from gemma_ext.compress import _sensitivity
 from gemma_ext.compress import _statistics
 from tests import tiny
 
@@ -243,3 +244,15 @@ def test_random_tokens_have_a_share():
   np.testing.assert_array_equal(text.expected, half.expected)
   with pytest.raises(errors.ShapeError, match='random_share=1'):
     gx.compress.statistics(model, params, tokens, random_share=1)
+
+
+def test_fingerprints_are_of_all_statistics():
+  model = tiny.model('gemma3')
+  params = tiny.params(model)
+  flat = traverse_util.flatten_dict(params, sep='/')
+  mark = lambda **kwargs: _sensitivity.fingerprint(
+    flat, gx.compress.statistics(model, params, _tokens(2), **kwargs), (), 1
+  )
+  marks = [mark(), mark(random_share=0), mark(counted=_tokens(3)[2:] % 40 + 5)]
+  assert len({*marks}) == 3
+  assert mark() == marks[0]

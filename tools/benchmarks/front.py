@@ -48,7 +48,7 @@ _PROMPT = 'The history of the lighthouse begins'
 # Tokens of a text whose time is subtracted, and of one that is timed.
 _FEW, _MANY = 16, 80
 # Share of bfloat16 at which kinds of weights are measured, to correct them.
-_CORRECTED = 0.28
+_CORRECTED = (0.35, 0.22)
 BUDGETS = tuple(
   f'{x}%'
   for x in ('55', '50', '45', '39', '35', '32', '28', '25', '21.5', '20')
@@ -285,14 +285,14 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
   if found.corrections:
     return found
   names = _budgeted.reserve(found, params)
-  budget = gx_compress.Budget(share=_CORRECTED)
-  allocation = gx_compress.solve(found, budget, reserve=names)
-  found = gx_compress.corrected(
-    allocation,
+  found = gx_compress.refined(
+    found,
+    [gx_compress.Budget(share=share) for share in _CORRECTED],
     model,
     params,
     bench.statistics,
     bench.unseen,
+    reserve=names,
     progress=True,
   )
   keep(found)
