@@ -20,7 +20,7 @@ def test_parts_of_a_text_are_apart_and_spread(size, count):
     part[:, 0] for part in (text.fitted, text.unseen, text.counted)
   )
   assert len(fitted) == min(count - count // 3, first)
-  assert len(unseen) == min(count // 3, size - first)
+  assert len(unseen) == min(count - count // 3, size - first)
   # What is measured on comes after all that was seen.
   assert max(fitted.max(), counted.max(initial=0)) < unseen.min()
   seen = np.concatenate([fitted, counted])
