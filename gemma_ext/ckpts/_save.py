@@ -34,7 +34,7 @@ from gemma_ext.ckpts import _manifest
 _PACKAGES = ('gemma_ext', 'gemma', 'jax', 'flax', 'orbax-checkpoint')
 # Of an array: its name, shape and place, as orbax writes them; 650 to 760.
 _LEAF_BYTES = 800
-_FOLDER_BYTES = 16_384
+_FOLDER_BYTES = 32_768
 
 
 def save(
@@ -165,7 +165,8 @@ def overhead_bytes(leaves: int) -> int:
   """Bytes of DIR/params beside the numbers of so many arrays, at most.
 
   Orbax writes 650 to 760 bytes an array, its name, shape and place, and some
-  thousands for all of them.
+  thousands for all of them; where it is slow it commits more often, and keeps
+  the tree of every commit.
 
   Args:
     leaves: Number of arrays.
