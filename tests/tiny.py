@@ -292,6 +292,14 @@ def tokenizer(version: int | str = 3) -> gm.text.Tokenizer:
   return cls(path=str(path))
 
 
+def checkpoint(path: pathlib.Path, *, seed: int = 0) -> pathlib.Path:
+  """Writes a dense Gemma 3 and its tokenizer; returns its path."""
+  dense = model('gemma3')
+  return ckpts.save(
+    path, model=dense, params=params(dense, seed), tokenizer=tokenizer(3)
+  )
+
+
 def folder(path: pathlib.Path, *, texts: int, words: int = 400) -> pathlib.Path:
   """Fills a folder: `dense`, a tiny Gemma 3, and `text_0.txt` and so on."""
   dense = model('gemma3')

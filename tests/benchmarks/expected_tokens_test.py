@@ -7,19 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from gemma_ext import ckpts
 from tests import tiny
 from tools.benchmarks import expected_tokens
 
 
 def test_texts_are_told_apart(tmp_path):
-  model = tiny.model('gemma3')
-  dense = ckpts.save(
-    tmp_path / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
+  dense = tiny.checkpoint(tmp_path / 'dense')
   for name, words in (('a', 'the capital of a group'), ('b', 'is one river')):
     rng = np.random.default_rng(0)
     rows = [' '.join(rng.choice(words.split(), 60)) for _ in range(12)]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import gemma_ext as gx
-from gemma_ext import ckpts
 from gemma_ext import evals
 from tests import tiny
 from tools.benchmarks import _shapes
@@ -20,13 +19,7 @@ _WORDS = 'the capital of a group is one river that flows'.split()
 
 
 def test_front(tmp_path, monkeypatch, capsys):
-  model = tiny.model('gemma3')
-  dense = ckpts.save(
-    tmp_path / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
+  dense = tiny.checkpoint(tmp_path / 'dense')
   (tmp_path / 'texts').mkdir()
   rng = np.random.default_rng(0)
   for i in range(12):
@@ -63,7 +56,7 @@ def test_front(tmp_path, monkeypatch, capsys):
   )
   (low,) = json.loads((tmp_path / 'low_rank.json').read_text())['budgets']
   assert 0 < low['loss_with_low_rank'] <= low['loss'] * 1.001
-  assert low['weights'] == len(gx.nn.sites(model)) - 1
+  assert low['weights'] == len(gx.nn.sites(tiny.model('gemma3'))) - 1
   # Given once more, nothing is fitted.
   refuse = lambda *args, **kwargs: pytest.fail('fits again')
   monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)

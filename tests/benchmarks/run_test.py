@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from gemma_ext import ckpts
 from gemma_ext import errors
 from tests import tiny
 from tools.benchmarks import _measure
@@ -25,19 +24,8 @@ _WORDS = 'the capital of a group is one river that flows'.split()
 def made(tmp_path_factory):
   """A folder with a suite, its checkpoints and data, run once."""
   folder = tmp_path_factory.mktemp('suite')
-  model = tiny.model('gemma3')
-  ckpts.save(
-    folder / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
-  ckpts.save(
-    folder / 'other',
-    model=model,
-    params=tiny.params(model, seed=5),
-    tokenizer=tiny.tokenizer(3),
-  )
+  tiny.checkpoint(folder / 'dense')
+  tiny.checkpoint(folder / 'other', seed=5)
   (folder / 'texts').mkdir()
   rng = np.random.default_rng(0)
   for i in range(12):

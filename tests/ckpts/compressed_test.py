@@ -146,13 +146,7 @@ def test_size_is_that_of_the_leaves_whatever_the_values(tmp_path, codes):
 
 
 def test_directory_bytes(tmp_path):
-  model = tiny.model('gemma3')
-  path = gx.ckpts.save(
-    tmp_path / 'c',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
+  path = tiny.checkpoint(tmp_path / 'c')
   sizes = gx.ckpts.directory_bytes(path)
   assert sizes['tokenizer'] == len(tiny.tokenizer_model())
   manifest = (path / 'recipe.json').stat().st_size

@@ -25,13 +25,7 @@ _TEXT = 'the capital of a group is one river that flows'
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-  model = tiny.model('gemma3')
-  path = ckpts.save(
-    tmp_path_factory.mktemp('lm') / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
+  path = tiny.checkpoint(tmp_path_factory.mktemp('lm') / 'dense')
   return ckpts.load(path, dtype=jnp.float32)
 
 

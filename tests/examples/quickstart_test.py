@@ -8,7 +8,6 @@ import re
 import nbformat
 import pytest
 
-from gemma_ext import ckpts
 from tests import tiny
 from tools import run_notebook
 
@@ -19,13 +18,7 @@ _NOTEBOOK = _ROOT / 'examples/enhancements/quickstart.ipynb'
 @pytest.fixture(scope='module')
 def printed(tmp_path_factory):
   path = tmp_path_factory.mktemp('quickstart') / 'tiny'
-  model = tiny.model('gemma3')
-  ckpts.save(
-    path,
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
+  tiny.checkpoint(path)
   with pytest.MonkeyPatch.context() as patch:
     # The kernel is a process of its own: it is to import what is tested here.
     patch.setenv('PYTHONPATH', str(_ROOT))

@@ -272,13 +272,7 @@ class _Run:
 
 
 def _make(folder: pathlib.Path) -> None:
-  model = tiny.model('gemma3')
-  ckpts.save(
-    folder / 'dense',
-    model=model,
-    params=tiny.params(model),
-    tokenizer=tiny.tokenizer(3),
-  )
+  tiny.checkpoint(folder / 'dense')
   words = 'the river flows city was founded in France capital of a set'.split()
   text = ' '.join(np.random.default_rng(0).choice(words, 1500))
   (folder / 'text.txt').write_text(text)

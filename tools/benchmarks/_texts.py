@@ -7,11 +7,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from absl import flags
+
 from gemma_ext import _budgeted
 from gemma_ext import ckpts
 from gemma_ext import data
 
 _WINDOW = 512
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines --checkpoint and --text."""
+  for name, default, text in (
+    ('checkpoint', 'gemma3-270m', 'The dense checkpoint.'),
+    ('text', 'sample', 'Text, as evaluate takes it; it is split.'),
+  ):
+    flags.DEFINE_string(name, default, text, flag_values=values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,13 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-  string = lambda name, default, text: flags.DEFINE_string(
-    name, default, text, flag_values=values
-  )
-  string('checkpoint', 'gemma3-270m', 'The dense checkpoint.')
-  string('text', 'sample', 'Text, as evaluate takes it; it is split.')
+  _texts.define_flags(values)
   flags.DEFINE_list('others', [], 'Other texts, whole.', flag_values=values)
-  string('json', None, 'File for the results.')
+  flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
 
 
 def _run(args: Any) -> None:
@@ -55,9 +51,7 @@ def _run(args: Any) -> None:
   others = {name: data.load_documents(name) for name in args.others}
   checkpoint = ckpts.load(args.checkpoint)
   table = np.asarray(checkpoint.params['embedder']['input_embedding'])
-  texts = _texts.Texts.of(
-    checkpoint, args.text, tokens=_budgeted.COUNTED, max_tokens=None
-  )
+  texts = _texts.Texts.of(checkpoint, args.text, tokens=_budgeted.COUNTED)
   calibration = texts.calibration
   count = functools.partial(_counts, size=len(table))
   counted = count(calibration.fitted) + count(calibration.counted)

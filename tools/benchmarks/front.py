@@ -43,7 +43,6 @@ from gemma_ext.compress import _heatmap
 from tools.benchmarks import _texts
 from tools.benchmarks import _timing
 
-_SAMPLE = 'sample'
 _PROMPT = 'The history of the lighthouse begins'
 # Tokens of a text whose time is subtracted, and of one that is timed.
 _FEW, _MANY = 16, 80
@@ -74,13 +73,12 @@ def _define_flags(values: flags.FlagValues) -> None:
   def string(name: str, default: str | None, text: str) -> None:
     flags.DEFINE_string(name, default, text, flag_values=values)
 
-  string('checkpoint', 'gemma3-270m', 'The dense checkpoint.')
+  _texts.define_flags(values)
   string('output', None, 'Directory for checkpoints and results.')
   flags.DEFINE_list('budgets', [*BUDGETS], 'Budgets.', flag_values=values)
   flags.DEFINE_list(
     'uniform', [*UNIFORM], 'Uniform widths, or none.', flag_values=values
   )
-  string('text', _SAMPLE, 'Text, as evaluate takes it; it is split.')
   flags.DEFINE_integer(
     'tokens', 12_288, 'Tokens to calibrate on.', 1, flag_values=values
   )

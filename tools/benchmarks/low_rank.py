@@ -52,15 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-  string = lambda name, default, text: flags.DEFINE_string(
-    name, default, text, flag_values=values
-  )
-  string('checkpoint', 'gemma3-270m', 'The dense checkpoint.')
-  string('sensitivities', None, 'The file.')
-  string('text', 'sample', 'Text, as evaluate takes it; it is split.')
+  _texts.define_flags(values)
+  flags.DEFINE_string('sensitivities', None, 'The file.', flag_values=values)
   flags.DEFINE_integer('tokens', 8192, 'Of it.', 1, flag_values=values)
   flags.DEFINE_list('budgets', ['28%', '20%'], 'Budgets.', flag_values=values)
-  string('json', None, 'File for the results.')
+  flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
 
 
 def _corrected(
