@@ -89,6 +89,7 @@ def kl(
   rest: jax.Array,
   weight: jax.Array | float,
   cap: float | None,
+  own: jax.Array | None = None,
 ) -> jax.Array:
   """KL(teacher || student) over a shortlist and one bucket for the rest.
 
@@ -104,13 +105,15 @@ def kl(
     rest: Those of a uniform sample of the other tokens, `[R, D]`; R may be 0.
     weight: Tokens off the shortlist over R.
     cap: Soft cap of the final logits, if the model has one.
+    own: The student's embeddings of both, `[S + R, D]`, where its table is
+      compressed; those of the dense model by default.
 
   Returns:
     Nats, float32 `[N]`.
   """
   both = jnp.concatenate([table, rest])
 
-  def log_p(hidden):
+  def log_p(hidden, both):
     logits = _generate.logits(hidden, both, cap)
     if len(rest):
       head, tail = logits[:, : len(table)], logits[:, len(table) :]
@@ -118,7 +121,8 @@ def kl(
       logits = jnp.concatenate([head, bucket[:, None]], axis=-1)
     return jax.nn.log_softmax(logits, axis=-1)
 
-  p, q = log_p(teacher), log_p(student)
+  p = log_p(teacher, both)
+  q = log_p(student, both if own is None else own)
   return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
@@ -266,10 +270,10 @@ def problem(
   """Makes the problem of the whole model.
 
   Batches are dicts of 'tokens' `[B, L]`, 'teacher' `[B, L, D]`, the 'table',
-  'rest' and 'weight' of `kl`, and 'fixed': the leaves that do not move, by
-  path, unpacked. The dense model is what runs, on weights that are unpacked
-  once a step, in place of the packed one that unpacks them again for the
-  backward pass.
+  'rest' and 'weight' of `kl`, its 'own' if the table is compressed, and
+  'fixed': the leaves that do not move, by path, unpacked. The dense model is
+  what runs, on weights that are unpacked once a step, in place of the packed
+  one that unpacks them again for the backward pass.
 
   Args:
     model: The compressed model.
@@ -309,6 +313,7 @@ def problem(
       batch['rest'],
       batch['weight'],
       cap,
+      batch.get('own'),
     )
     return jnp.sum(jnp.where(mask, nats, 0)) / jnp.maximum(jnp.sum(mask), 1)
 

@@ -41,6 +41,10 @@ class Heal:
   Attributes:
     checkpoint: The dense checkpoint, as `gx.ckpts.load` takes it.
     recipe: How it is compressed: a preset, a JSON path or a `Recipe`.
+    compressed: The same checkpoint, compressed already: what `gx.ckpts.load`
+      takes, such as a directory of `python -m gemma_ext.compress`. Healing
+      starts from its weights and keeps its recipe, in place of `recipe` and a
+      fit of its own.
     output: Directory of the result. The state of the run is kept beside it,
       in `OUTPUT.state`, until the result is saved.
     stages: What to do, in order.
@@ -67,6 +71,7 @@ class Heal:
 
   checkpoint: str = 'gemma3-270m'
   recipe: Any = 'tssn'
+  compressed: str = ''
   output: str = 'out/healed'
   stages: tuple[Any, ...] = dataclasses.field(
     default_factory=lambda: (_stages.Block(optimizer=_gradient.Gradient()),)
@@ -124,6 +129,8 @@ class Heal:
       else self.recipe
     )
     out['stages'] = [stage.to_json() for stage in self.stages]
+    if not self.compressed:
+      del out['compressed']  # As results of earlier versions have it.
     return out
 
 
@@ -192,7 +199,10 @@ def start(
     raise errors.TokenizerError(
       f'{config.checkpoint!r} has no tokenizer, so no text can be read.'
     )
-  model = gx_nn.Compressed(model=dense.model, recipe=config.recipe)
+  made = _compressed(config, dense) if config.compressed else None
+  model = gx_nn.Compressed(
+    model=dense.model, recipe=made.recipe if made else config.recipe
+  )
   _check_stages(config, model)
   tokens = tokens_of(config, dense.tokenizer)
   cache = config.cache or output.with_name(f'{output.name}.calibration')
@@ -228,12 +238,16 @@ def start(
     calibrations.append(found)
   if saved is None:
     count = max(1, config.fit_tokens // config.window)
-    params = gx_compress.compress(
-      dense.model,
-      dense.params,
-      model.recipe,
-      calibration=tokens[: min(count, len(tokens) - config.held_out)],
-      progress=progress,
+    params = (
+      made.params
+      if made
+      else gx_compress.compress(
+        dense.model,
+        dense.params,
+        model.recipe,
+        calibration=tokens[: min(count, len(tokens) - config.held_out)],
+        progress=progress,
+      )
     )
     if config.active:
       curves = gx_compress.expert_curves(
@@ -251,6 +265,39 @@ def start(
     calibration=calibrations[0],
     blocks=calibrations[-1],
     log=list(saved.metadata['log']) if saved else [],
+  )
+
+
+def _compressed(config: Heal, dense: ckpts.Checkpoint) -> ckpts.Checkpoint:
+  """Loads what healing starts from.
+
+  Raises:
+    TrainError: If it is not compressed, or of another model.
+  """
+  made = ckpts.load(config.compressed, dtype=jnp.dtype(config.dtype))
+  if made.recipe is None:
+    raise errors.TrainError(
+      f'Heal.compressed={config.compressed!r} is a dense checkpoint. Give what'
+      ' `python -m gemma_ext.compress` wrote, or leave it out.'
+    )
+  have, want = _architecture(made.model), _architecture(dense.model)
+  if have != want:
+    raise errors.TrainError(
+      f'Heal.compressed={config.compressed!r} is a compressed {have}, but'
+      f' {config.checkpoint!r} is a {want}.'
+    )
+  return made
+
+
+def _architecture(model: Any) -> str:
+  """Class and sizes of a model, as errors name it."""
+  if isinstance(model, gx_nn.Compressed):
+    model = model.model
+  config = model.config
+  return (
+    f'{type(model).__name__} of {config.num_layers} layers,'
+    f' {config.embed_dim} wide, hidden {config.hidden_dim}, with'
+    f' {config.num_embed} tokens'
   )
 
 

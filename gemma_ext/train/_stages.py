@@ -269,8 +269,9 @@ class Distill(_Stage):
       integers=self.integers,
       margin=getattr(self.optimizer, 'margin', _shared.MARGIN),
     )
-    table = full[ids]
     unpacked = _distill.unpack(fixed, model=model)
+    student = unpacked['embedder/input_embedding']
+    table, own = full[ids], student[ids]
     final, tokens = calibration.final, calibration.tokens
     seen, last = run.seen(calibration), run.held_out(calibration)
 
@@ -279,11 +280,13 @@ class Distill(_Stage):
 
     def take(windows: np.ndarray, seed: tuple[int, ...]) -> dict[str, Any]:
       drawn = np.random.default_rng(seed).choice(others, size, replace=False)
+      drawn = np.sort(drawn)
       return {
         'tokens': jnp.asarray(tokens[windows]),
         'teacher': jnp.asarray(final[windows]),
         'table': table,
-        'rest': full[np.sort(drawn)],
+        'rest': full[drawn],
+        'own': jnp.concatenate([own, student[drawn]]),
         'weight': jnp.float32(len(others) / max(size, 1)),
         'fixed': unpacked,
       }

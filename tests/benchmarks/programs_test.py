@@ -67,6 +67,7 @@ def test_front(tmp_path, monkeypatch, capsys):
   assert front.main([*argv, '--rounds=6']) == 0
   timed = json.loads((tmp_path / 'front.json').read_text())['points']
   assert [p['tokens_per_second']['median'] for p in timed] == [2.0, 2.0]
+  assert [p['speedup']['ci95'] for p in timed] == [[1.0, 1.0]] * 2
   rows = [
     dict(point, bytes=size, window_nll=nll)
     for point, size, nll in zip(

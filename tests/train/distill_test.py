@@ -27,14 +27,15 @@ def _draw(seed: int = 0):
   return table, teacher, student
 
 
-def _whole(table, teacher, student, cap=None):
-  def log_p(hidden):
+def _whole(table, teacher, student, cap=None, own=None):
+  def log_p(hidden, table):
     z = hidden.astype(np.float64) @ table.T.astype(np.float64)
     if cap is not None:
       z = np.tanh(z / cap) * cap
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
-  p, q = log_p(teacher), log_p(student)
+  p = log_p(teacher, table)
+  q = log_p(student, table if own is None else own)
   return (np.exp(p) * (p - q)).sum(-1)
 
 
@@ -45,6 +46,16 @@ def test_whole_vocabulary_is_exact(cap):
   np.testing.assert_allclose(
     found, _whole(table, teacher, student, cap), rtol=1e-4, atol=1e-5
   )
+
+
+def test_student_reads_its_own_table():
+  table, teacher, student = _draw()
+  noise = np.random.default_rng(1).standard_normal(table.shape)
+  own = table + 0.3 * noise.astype(np.float32)
+  found = _distill.kl(student, teacher, table, table[:0], 1.0, None, own)
+  want = _whole(table, teacher, student, own=own)
+  np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+  assert np.mean(want) > 1.2 * np.mean(_whole(table, teacher, student))
 
 
 def test_bucket_is_a_lower_bound_and_tight_for_a_good_shortlist():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gemma_ext import ckpts
+from gemma_ext import compress
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext import train
@@ -266,6 +267,74 @@ def test_compressed_checkpoint_is_refused(folder):
   train.heal(_config(folder, 'again'))
   with pytest.raises(errors.TrainError, match='compressed already'):
     train.heal(_config(folder, 'twice', checkpoint=str(folder / 'again')))
+
+
+def _budget(folder: pathlib.Path) -> pathlib.Path:
+  """A checkpoint such as budgets make: whole numbers, a table in bands."""
+  path = folder / 'budget'
+  if path.exists():
+    return path
+  dense = ckpts.load(folder / 'dense', dtype='float32')
+  bands = ((64, recipe_lib.Int(bits=6, group=32)),)
+  few = recipe_lib.Int(bits=3, group=32, scale='e4m3')
+  recipe = recipe_lib.Recipe.of(
+    {
+      'embedder/input_embedding': recipe_lib.Rows(
+        bands=(*bands, (None, few)), ordered=True, centered=True
+      ),
+      '.*': few,
+    }
+  )
+  tokens = np.random.default_rng(0).integers(3, tiny.VOCAB_SIZE, (8, 64))
+  params = compress.compress(
+    dense.model, dense.params, recipe, calibration=tokens.astype(np.int32)
+  )
+  return ckpts.save(
+    path,
+    model=dense.model,
+    params=params,
+    tokenizer=dense.tokenizer,
+    recipe=recipe,
+    source=dense.source,
+  )
+
+
+def test_compressed_weights_are_healed_where_they_are(folder):
+  made = _budget(folder)
+  config = _config(
+    folder,
+    'healed budget',
+    compressed=str(made),
+    stages=(dataclasses.replace(_DISTILL, integers='attn'),),
+  )
+  run = train.heal(config)
+  (record,) = run.log
+  assert record['held_out_after'] < 0.9 * record['held_out_before']
+  before, after = _leaves(made), _leaves(folder / 'healed budget')
+  assert before.keys() == after.keys()
+  for name, old in before.items():
+    assert (old.shape, old.dtype) == (after[name].shape, after[name].dtype)
+    moved = '/mlp/' in name or '/attn/' in name or 'norm' in name
+    assert moved or np.array_equal(old, after[name]), name
+  want, found = ckpts.load(made), ckpts.load(folder / 'healed budget')
+  assert want.recipe == found.recipe
+  assert _heal.is_result(config)
+
+
+def test_nothing_but_what_was_compressed_is_healed(folder, tmp_path):
+  with pytest.raises(errors.TrainError, match='dense checkpoint'):
+    config = _config(folder, 'x', compressed=str(folder / 'dense'))
+    train.heal(config)
+  model = tiny.model('gemma2')
+  recipe = recipe_lib.Recipe.of({'.*': recipe_lib.Int(bits=8)})
+  other = ckpts.save(
+    tmp_path / 'other',
+    model=model,
+    params=compress.compress(model, tiny.params(model), recipe),
+    recipe=recipe,
+  )
+  with pytest.raises(errors.TrainError, match='compressed TinyGemma2 of'):
+    train.heal(_config(folder, 'x', compressed=str(other)))
 
 
 @pytest.mark.parametrize(

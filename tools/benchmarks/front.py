@@ -43,6 +43,7 @@ from gemma_ext.compress import _heatmap
 from tools.benchmarks import _texts
 from tools.benchmarks import _timing
 
+_DENSE = 'dense, bfloat16'
 _PROMPT = 'The history of the lighthouse begins'
 # Tokens of a text whose time is subtracted, and of one that is timed.
 _FEW, _MANY = 16, 80
@@ -202,31 +203,41 @@ def _against(
 
 
 def _time(args: Any) -> None:
-  """Times the points of a file, and writes that into it."""
+  """Times the points of a file and the dense model, and writes that there."""
   result = json.loads(pathlib.Path(args.json).read_text())
+  paths = {
+    row['name']: _folder(args.output, row['name']) for row in result['points']
+  }
+  paths[_DENSE] = args.checkpoint
   runs = {}
-  for row in result['points']:
-    loaded = ckpts.load(_folder(args.output, row['name']), dtype=jnp.bfloat16)
-    runs[row['name']] = functools.partial(_seconds_a_token, loaded)
-    _cli.note(f'{row["name"]}: compiling ...')
-    runs[row['name']]()
+  for name, path in paths.items():
+    loaded = ckpts.load(path, dtype=jnp.bfloat16)
+    runs[name] = functools.partial(_seconds_a_token, loaded)
+    _cli.note(f'{name}: compiling ...')
+    runs[name]()
   times = _timing.rounds(runs, args.rounds, _cli.note)
+  speed = lambda name: [1 / t for t in times[name]]
+  result['dense_tokens_per_second'] = _timing.summary(speed(_DENSE))
+  cells = [(_DENSE, '', _timing.spread(speed(_DENSE)), '')]
   for row in result['points']:
-    found = times[row['name']]
-    row['tokens_per_second'] = _timing.summary([1 / t for t in found])
-  result['timed_on'] = _timing.machine()
-  _cli.write_json(args.json, result)
-  _cli.print_table(
-    'decoding with the packed kernels, tokens a second',
-    ('budget or width', 'on disk', 'median and 95% interval'),
-    [
+    mine = times[row['name']]
+    row['tokens_per_second'] = _timing.summary(speed(row['name']))
+    row['speedup'] = _timing.ratio(times[_DENSE], mine)
+    ratios = [a / b for a, b in zip(times[_DENSE], mine, strict=True)]
+    cells.append(
       (
         row['name'],
         _cli.human_bytes(row['bytes']),
-        _timing.spread([1 / t for t in times[row['name']]]),
+        _timing.spread(speed(row['name'])),
+        _timing.spread(ratios),
       )
-      for row in result['points']
-    ],
+    )
+  result['timed_on'] = _timing.machine()
+  _cli.write_json(args.json, result)
+  _cli.print_table(
+    'decoding with the packed kernels, medians and 95% intervals',
+    ('budget or width', 'on disk', 'tokens a second', 'over dense'),
+    cells,
   )
 
 
