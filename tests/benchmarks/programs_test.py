@@ -11,9 +11,9 @@ import gemma_ext as gx
 from gemma_ext import evals
 from tests import tiny
 from tools.benchmarks import _shapes
+from tools.benchmarks import candidates
 from tools.benchmarks import front
 from tools.benchmarks import long_context
-from tools.benchmarks import low_rank
 
 _WORDS = 'the capital of a group is one river that flows'.split()
 
@@ -47,16 +47,20 @@ def test_front(tmp_path, monkeypatch, capsys):
   for point in (budget, uniform):
     assert point['ci95'][0] < point['ratio'] < point['ci95'][1]
   assert (tmp_path / 'front.png').read_bytes().startswith(b'\x89PNG')
-  monkeypatch.setattr(low_rank, '_BASES', few[:1])
-  monkeypatch.setattr(low_rank, '_RANKS', (8, 64))
+  monkeypatch.setattr(candidates, '_BASES', few[:1])
+  monkeypatch.setattr(candidates, '_RANKS', (8, 64))
+  planes = gx.Ternary(planes=2, group=32)
+  monkeypatch.setattr(candidates, '_OTHERS', {'planes': (planes,)})
   sensitivities = f'{tmp_path}/out/sensitivities.json'
-  more = ['--budgets=40%', f'--json={tmp_path}/low_rank.json']
+  more = ['--budgets=40%', f'--json={tmp_path}/more.json']
   assert (
-    low_rank.main([*argv[:2], f'--sensitivities={sensitivities}', *more]) == 0
+    candidates.main([*argv[:2], f'--sensitivities={sensitivities}', *more]) == 0
   )
-  (low,) = json.loads((tmp_path / 'low_rank.json').read_text())['budgets']
-  assert 0 < low['loss_with_low_rank'] <= low['loss'] * 1.001
-  assert low['weights'] == len(gx.nn.sites(tiny.model('gemma3'))) - 1
+  found = json.loads((tmp_path / 'more.json').read_text())['budgets']
+  assert [row['family'] for row in found] == ['low rank', 'planes']
+  for row in found:
+    assert 0 < row['loss_with'] <= row['loss'] * 1.001
+    assert row['weights'] == len(gx.nn.sites(tiny.model('gemma3'))) - 1
   # Given once more, nothing is fitted.
   refuse = lambda *args, **kwargs: pytest.fail('fits again')
   monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)

@@ -13,7 +13,9 @@ from gemma_ext.train import _config
 _EXAMPLES = pathlib.Path(__file__).parents[2] / 'examples' / 'enhancements'
 
 
-@pytest.mark.parametrize('name', ['heal_tssn', 'heal_tssn_one_layer'])
+@pytest.mark.parametrize(
+  'name', ['heal_budget', 'heal_tssn', 'heal_tssn_one_layer']
+)
 def test_shipped_configs_resolve(name):
   config = _config.load(
     _EXAMPLES / f'{name}.py',

@@ -1,0 +1,208 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Would other candidates pay? What budgets would gain by them.
+
+  python -m tools.benchmarks.candidates --sensitivities=FILE.json \
+      [--budgets=28%,20%] [--json=FILE]
+
+Fits every weight of the layers with methods that are not among the candidates
+of budgets, adds them, and lets the same knapsack choose with and without them:
+
+* low rank: integers and a correction of rank 8 to 64, the best that there are:
+  those that lose least under the curvature of the weight, in closed form (after
+  EoRA, arXiv 2410.21271, with the Fisher information of the outputs as well).
+  They are better here than they can be: their factors take one byte a number,
+  without scales and without errors of their own;
+* planes: ternary sums of two and three planes, free and tied;
+* N:M: one ternary plane with 2 or 3 nonzeros among 4.
+
+The file is one of `gemma_ext.compress --sensitivities` or of
+`tools.benchmarks.front`, of the same checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+from flax import traverse_util
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from gemma_ext import _budgeted
+from gemma_ext import _cli
+from gemma_ext import ckpts
+from gemma_ext import compress as gx_compress
+from gemma_ext import errors
+from gemma_ext import kernels
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _compress
+from tools.benchmarks import _texts
+from tools.benchmarks import _timing
+
+_RANKS = (8, 16, 32, 64)
+_BASES = tuple(
+  recipe_lib.Int(bits=bits, group=group, scale='e4m3')
+  for bits, group in ((2, 32), (3, 64), (3, 32), (4, 64), (4, 32), (5, 32))
+)
+_OTHERS = {
+  'planes': (
+    recipe_lib.Ternary(planes=2, group=16, packing='5trit', scale='ue5m3'),
+    recipe_lib.Ternary(planes=2, group=32, packing='5trit', scale='ue5m3'),
+    recipe_lib.Ternary(
+      planes=2, group=16, packing='5trit', scale='ue5m3', tied=True
+    ),
+    recipe_lib.Ternary(
+      planes=3, group=32, packing='5trit', scale='ue5m3', tied=True
+    ),
+  ),
+  'N:M': (
+    recipe_lib.Ternary(group=16, pattern=(3, 4), packing='3of4', scale='ue5m3'),
+    recipe_lib.Ternary(group=16, pattern=(2, 4), scale='ue5m3'),
+  ),
+}
+_LOW_RANK = 'low rank'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the benchmark; returns its exit status."""
+  return _cli.run(__doc__, _define_flags, _run, argv)
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+  _texts.define_flags(values)
+  flags.DEFINE_string('sensitivities', None, 'The file.', flag_values=values)
+  flags.DEFINE_integer('tokens', 8192, 'Of it.', 1, flag_values=values)
+  flags.DEFINE_list('budgets', ['28%', '20%'], 'Budgets.', flag_values=values)
+  flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
+
+
+class _Weight:
+  """A weight, and what an error of it costs."""
+
+  def __init__(self, w: Any, site: gx_nn.Site, of: gx_compress.Statistics):
+    self.w, self.site = w, site
+    self.known = _compress.fitting(site, of)
+    hessian = np.asarray(of.hessian(site.path), np.float64)
+    ridge = 1e-6 * np.mean(np.diag(hessian)) + 1e-30
+    self.root = np.linalg.cholesky(hessian + ridge * np.eye(len(hessian)))
+    self.fisher = np.sqrt(of.outputs[site.path].astype(np.float64))
+    rows = np.asarray(site.layout.to_rows(w), np.float32)
+    self.dense = rows.reshape(-1, site.layout.cols)
+
+  def fitted(self, method: recipe_lib.Method) -> tuple[int, np.ndarray] | None:
+    """Bytes, and the error in units of its cost; none if it does not fit."""
+    cols = self.site.layout.cols
+    try:
+      fmt = gx_nn.format_of(method, cols)
+    except errors.GroupSizeError:
+      return None
+    leaf = _compress.compress_weight(self.w, self.site, method, **self.known)
+    got = np.asarray(kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32))
+    error = (self.dense - got.reshape(self.dense.shape)) @ self.root
+    return fmt.nbytes(self.site.layout.rows, cols), self.fisher[:, None] * error
+
+  def candidates(self) -> dict[str, list[gx_compress.Candidate]]:
+    """Candidates by family."""
+    found: dict[str, list[gx_compress.Candidate]] = {_LOW_RANK: []}
+    add = lambda family, method, nbytes, square: found.setdefault(
+      family, []
+    ).append(
+      gx_compress.Candidate(method=method, nbytes=nbytes, loss=0.5 * square)
+    )
+    for method in _BASES:
+      fit = self.fitted(method)
+      if fit is None:
+        continue
+      squares = np.linalg.svd(fit[1], compute_uv=False) ** 2
+      for rank in _RANKS:
+        if rank < min(self.dense.shape):
+          nbytes = fit[0] + rank * sum(self.dense.shape)
+          add(_LOW_RANK, method, nbytes, float(squares[rank:].sum()))
+    for family, methods in _OTHERS.items():
+      for method in methods:
+        fit = self.fitted(method)
+        if fit is not None:
+          add(family, method, fit[0], float(np.sum(np.square(fit[1]))))
+    return found
+
+
+def _with(
+  found: gx_compress.Sensitivities,
+  more: Mapping[str, Sequence[gx_compress.Candidate]],
+  budget: gx_compress.Budget,
+  reserve: int,
+) -> dict[str, Any]:
+  """What a budget loses with more candidates, and who takes them."""
+  both = dataclasses.replace(
+    found,
+    candidates={
+      path: (*some, *more.get(path, ()))
+      for path, some in found.candidates.items()
+    },
+  )
+  allocation = gx_compress.solve(both, budget, reserve=reserve)
+  picked = [
+    path
+    for path, some in more.items()
+    if any(allocation.choice[path] is c for c in some)
+  ]
+  return {
+    'loss_with': allocation.loss,
+    'chosen': len(picked),
+    'weights': len(more),
+    'kinds': sorted({path.rpartition('/')[2] for path in picked}),
+  }
+
+
+def _run(args: Any) -> None:
+  if not args.sensitivities:
+    raise errors.ConfigError('Give --sensitivities=FILE.json.')
+  _cli.check_output(args.json)
+  budgets = {text: gx_compress.Budget.parse(text) for text in args.budgets}
+  found = gx_compress.read_sensitivities(pathlib.Path(args.sensitivities))
+  dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
+  texts = _texts.Texts.of(dense, args.text, tokens=args.tokens)
+  statistics = gx_compress.statistics(
+    dense.model, dense.params, texts.calibration.fitted, progress=True
+  )
+  flat = traverse_util.flatten_dict(dense.params, sep='/')
+  sites = [s for s in gx_nn.sites(dense.model) if s.path in found.candidates]
+  added = {
+    site.path: _Weight(flat[site.path], site, statistics).candidates()
+    for site in tqdm.tqdm(sites, desc='candidates', unit='weight')
+  }
+  reserve = _budgeted.reserve(found, dense.params)
+  out = []
+  for name, budget in budgets.items():
+    without = gx_compress.solve(found, budget, reserve=reserve)
+    for family in (_LOW_RANK, *_OTHERS):
+      more = {path: some.get(family, []) for path, some in added.items()}
+      row = _with(found, more, budget, reserve)
+      row = {'budget': name, 'family': family, 'loss': without.loss, **row}
+      out.append(row | {'ratio': row['loss_with'] / without.loss})
+  _cli.print_table(
+    'predicted loss, nats a token',
+    ('budget', 'with', 'without', 'with them', 'ratio', 'weights that take it'),
+    [
+      (
+        row['budget'],
+        row['family'],
+        f'{row["loss"]:.5f}',
+        f'{row["loss_with"]:.5f}',
+        f'{row["ratio"]:.4f}',
+        f'{row["chosen"]} of {row["weights"]}',
+      )
+      for row in out
+    ],
+  )
+  if args.json:
+    _cli.write_json(args.json, {'machine': _timing.machine(), 'budgets': out})
+
+
+if __name__ == '__main__':
+  sys.exit(main())
