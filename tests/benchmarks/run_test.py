@@ -49,6 +49,7 @@ def made(tmp_path_factory):
   )
   suite = {
     'baseline': 'dense',
+    'challengers': ['int8'],
     'models': {
       'other': {'checkpoint': 'other'},
       'int8': {'checkpoint': 'dense', 'recipe': 'int8'},
@@ -121,6 +122,10 @@ def test_reports(made):
   text = (out / 'report.md').read_text()
   assert '| int8 | texts |' in text and 'ratio 1.0' in text
   assert '| 1b |  |' in text
+  # Of no fewer bytes than the challenger, with tasks: one model.
+  duels = text.partition('## Challengers')[2]
+  assert duels.count('| other | ') == 3 and '| dense |' not in duels
+  assert '| int8 |' in duels
   page = (out / 'report.html').read_text()
   html.parser.HTMLParser().feed(page)
   assert 'data:image/png;base64,' in page and 'http' not in page
@@ -244,9 +249,47 @@ def test_an_interval_decides():
     _summary.summarise([record('base', base), other], 'base')
 
 
+def test_the_largest_challenger_of_no_more_bytes():
+  rng = np.random.default_rng(0)
+  record = lambda name, base: {
+    'model': name,
+    'task': 't',
+    'data_sha256': 'x',
+    'whole': True,
+    'nll': list(base + 100 + rng.standard_normal(30)),
+    'tokens': [100] * 30,
+    'text_bytes': [400] * 30,
+  }
+  added = {
+    'dense': 0,
+    'small': 20,
+    'mine': 10,
+    'large': 5,
+    'peer': 12,
+    'tiny': 9,
+  }
+  sizes = {
+    name: {'bytes': size}
+    for name, size in zip(added, (100, 20, 50, 80, 60, 10), strict=True)
+  }
+  records = [record(name, by) for name, by in added.items()]
+  mine = ('small', 'mine', 'large')
+  (duel,) = _summary.duels(records, sizes, mine, 'dense')
+  assert (duel.model, duel.line.model) == ('peer', 'mine')
+  assert duel.line.change == pytest.approx(np.exp(-0.02), abs=0.005)
+  assert duel.line.verdict == 'better'
+  sizes['peer']['bytes'] = 50
+  assert _summary.duels(records, sizes, mine, 'dense') == [duel]
+  other = records[2] | {'data_sha256': 'y'}
+  with pytest.raises(errors.DataError, match='on different data'):
+    _summary.duels([*records[4:], other], sizes, ['mine'], 'dense')
+
+
 @pytest.mark.parametrize(
   'change, message',
   [
+    ({'challengers': ['x']}, 'challengers are some of'),
+    ({'challengers': 'd'}, 'challengers are some of'),
     ({'baseline': 'x'}, "baseline 'x' is none"),
     ({'models': {}}, "'models' must be"),
     ({'models': {'d': {'checkpoint': 'a', 'gguf': 'b'}}}, 'expected one of'),

@@ -30,6 +30,17 @@ _HEAD = (
   'p (Holm)',
   'would show',
 )
+_CHALLENGE = 'Challengers against models of no fewer bytes'
+_DUELS = (
+  'model',
+  'task',
+  'weights',
+  'challenger',
+  'its weights',
+  'its change',
+  '95% interval',
+  'verdict',
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; color: #222;
   margin: 2rem auto; padding: 0 1rem; background: #fff }
@@ -62,6 +73,26 @@ def rows(
   return out
 
 
+def duels(
+  found: Sequence[_summary.Duel], sizes: Mapping[str, Mapping[str, int]]
+) -> list[tuple[str, ...]]:
+  """Cells of the table of challengers."""
+  weights = lambda name: _cli.human_bytes(sizes[name]['bytes'])
+  return [
+    (
+      duel.model,
+      duel.line.task,
+      weights(duel.model),
+      duel.line.model,
+      weights(duel.line.model),
+      f'{duel.line.effect} {duel.line.change:.4f}',
+      _cli.human_interval((duel.line.change_low, duel.line.change_high), 4),
+      duel.line.verdict,
+    )
+    for duel in found
+  ]
+
+
 def _row(line: _summary.Line, size: Mapping[str, int]) -> tuple[str, ...]:
   change = ('', '', '', '', '')
   if line.change is not None:
@@ -90,18 +121,29 @@ def _size(size: Mapping[str, int]) -> tuple[str, str]:
   return _cli.human_bytes(size['bytes']), share
 
 
-def table(title: str, cells: Sequence[tuple[str, ...]]) -> None:
-  """Prints the table."""
+def table(
+  title: str,
+  cells: Sequence[tuple[str, ...]],
+  fights: Sequence[tuple[str, ...]] = (),
+) -> None:
+  """Prints the tables."""
   _cli.print_table(title, _HEAD, cells)
+  if fights:
+    _cli.print_table(_CHALLENGE, _DUELS, fights)
 
 
-def markdown(title: str, cells: Sequence[tuple[str, ...]]) -> str:
-  """The table as Markdown."""
+def markdown(
+  title: str,
+  cells: Sequence[tuple[str, ...]],
+  head: Sequence[str] = _HEAD,
+  level: int = 1,
+) -> str:
+  """A table as Markdown."""
   line = lambda row: (
     '| ' + ' | '.join(c.replace('|', '\\|') for c in row) + ' |'
   )
   return '\n'.join(
-    [f'# {title}', '', line(_HEAD), line(['---'] * len(_HEAD))]
+    [f'{"#" * level} {title}', '', line(head), line(['---'] * len(head))]
     + [line(row) for row in cells]
     + ['']
   )
@@ -112,6 +154,7 @@ def page(
   cells: Sequence[tuple[str, ...]],
   pictures: Mapping[str, bytes],
   about: Mapping[str, Any],
+  fights: Sequence[tuple[str, ...]] = (),
 ) -> str:
   """A page that needs nothing else.
 
@@ -120,16 +163,12 @@ def page(
     cells: The table.
     pictures: PNGs by caption.
     about: Machine, versions and so on.
+    fights: The table of challengers.
   """
   esc = html.escape
-  head = ''.join(f'<th>{esc(name)}</th>' for name in _HEAD)
-  verdict = _HEAD.index('verdict')
-  body = ''.join(
-    f'<tr class="{esc(row[verdict])}">'
-    + ''.join(f'<td>{esc(cell)}</td>' for cell in row)
-    + '</tr>'
-    for row in cells
-  )
+  second = ''
+  if fights:
+    second = f'<h2>{esc(_CHALLENGE)}</h2>{_html(_DUELS, fights)}'
   images = ''.join(
     f'<h2>{esc(caption)}</h2><img alt="{esc(caption)}"'
     f' src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -139,10 +178,23 @@ def page(
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     f'<title>{esc(title)}</title><style>{_STYLE}</style>'
-    f'<h1>{esc(title)}</h1><table><thead><tr>{head}</tr></thead>'
-    f'<tbody>{body}</tbody></table>{images}'
+    f'<h1>{esc(title)}</h1>{_html(_HEAD, cells)}{second}{images}'
     f'<h2>Made with</h2><pre>{esc(json.dumps(dict(about), indent=2))}</pre>'
   )
+
+
+def _html(head: Sequence[str], cells: Sequence[tuple[str, ...]]) -> str:
+  """A table, its rows of the class of their verdict."""
+  esc = html.escape
+  names = ''.join(f'<th>{esc(name)}</th>' for name in head)
+  verdict = head.index('verdict')
+  body = ''.join(
+    f'<tr class="{esc(row[verdict])}">'
+    + ''.join(f'<td>{esc(cell)}</td>' for cell in row)
+    + '</tr>'
+    for row in cells
+  )
+  return f'<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def pictures(
@@ -278,12 +330,16 @@ def write_all(
   sizes: Mapping[str, Mapping[str, int]],
   gates: Sequence[_summary.Gate],
   about: Mapping[str, Any],
+  fights: Sequence[_summary.Duel] = (),
 ) -> None:
   """Writes report.md, report.html, junit.xml and benchmark.json."""
-  cells = rows(lines, sizes)
+  cells, second = rows(lines, sizes), duels(fights, sizes)
+  report = markdown(title, cells)
+  if second:
+    report += '\n' + markdown(_CHALLENGE, second, _DUELS, level=2)
   for name, text in {
-    'report.md': markdown(title, cells),
-    'report.html': page(title, cells, pictures(lines, sizes), about),
+    'report.md': report,
+    'report.html': page(title, cells, pictures(lines, sizes), about, second),
     'junit.xml': junit(lines, gates),
     'benchmark.json': json.dumps(benchmark_json(lines, sizes), indent=2),
   }.items():

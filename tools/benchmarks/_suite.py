@@ -4,6 +4,7 @@
 
     {
       "baseline": "dense",
+      "challengers": ["int8", "mine"],
       "models": {
         "dense": {"checkpoint": "gemma3-270m"},
         "int8": {"checkpoint": "gemma3-270m", "recipe": "int8"},
@@ -23,7 +24,9 @@
       }
     }
 
-Paths are relative to the file. A model of a `shape` has no weights: its size is
+Paths are relative to the file. Challengers, which may be left out, are compared
+with every other model but the baseline, too: of them the largest one that takes
+no more bytes. A model of a `shape` has no weights: its size is
 what is said of it, and its speed with random ones where these fit.
 """
 
@@ -132,11 +135,13 @@ class Suite:
     baseline: Name of the model that the others are compared with.
     models: By name, the baseline first.
     tasks: By name.
+    challengers: Names of models that the others are compared with as well.
   """
 
   baseline: str
   models: dict[str, Model]
   tasks: dict[str, Task]
+  challengers: tuple[str, ...] = ()
 
 
 def read(path: str | pathlib.Path) -> Suite:
@@ -150,9 +155,11 @@ def read(path: str | pathlib.Path) -> Suite:
   """
   path = pathlib.Path(path)
   data = recipe_lib.read_json(str(path), _MAX_BYTES)
-  if not isinstance(data, dict) or set(data) != {'baseline', 'models', 'tasks'}:
+  wanted = {'baseline', 'models', 'tasks'}
+  if not isinstance(data, dict) or {*data} - {'challengers'} != wanted:
     raise errors.ConfigError(
-      f"{path}: a suite has the keys 'baseline', 'models' and 'tasks'."
+      f"{path}: a suite has the keys 'baseline', 'models' and 'tasks', and may"
+      " have 'challengers'."
     )
   for key in ('models', 'tasks'):
     if not isinstance(data[key], dict) or not data[key]:
@@ -161,6 +168,15 @@ def read(path: str | pathlib.Path) -> Suite:
     raise errors.ConfigError(
       f'{path}: the baseline {data["baseline"]!r} is none of the models'
       f' {sorted(data["models"])}.'
+    )
+  challengers = data.get('challengers', [])
+  others = {*data['models']} - {data['baseline']}
+  if not isinstance(challengers, list) or not others.issuperset(
+    str(name) for name in challengers
+  ):
+    raise errors.ConfigError(
+      f'{path}: challengers are some of {sorted(others)}, got'
+      f' {json.dumps(challengers)}.'
     )
   models = {
     name: _model(name, spec, path) for name, spec in data['models'].items()
@@ -174,6 +190,7 @@ def read(path: str | pathlib.Path) -> Suite:
     tasks={
       name: _task(name, spec, path) for name, spec in data['tasks'].items()
     },
+    challengers=tuple(challengers),
   )
 
 

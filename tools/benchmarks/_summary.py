@@ -102,6 +102,56 @@ def summarise(
   ]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Duel:
+  """A challenger on a task against a model of no fewer bytes.
+
+  Attributes:
+    line: The challenger's, its change against `model`.
+    model: Name of the other.
+  """
+
+  line: Line
+  model: str
+
+
+def duels(
+  records: Sequence[Mapping[str, Any]],
+  sizes: Mapping[str, Mapping[str, int]],
+  challengers: Sequence[str],
+  baseline: str,
+) -> list[Duel]:
+  """Compares the other models with the largest challenger of no more bytes.
+
+  Args:
+    records: Of the results file, one a model and task.
+    sizes: By model, 'bytes'.
+    challengers: Their names.
+    baseline: Left out.
+  """
+  of = {(r['model'], r['task']): r for r in records}
+  nbytes = lambda name: sizes[name]['bytes']
+  found = []
+  for (model, task), record in of.items():
+    if model in (*challengers, baseline) or 'token_seconds' in record:
+      continue
+    able = [
+      name
+      for name in challengers
+      if nbytes(name) <= nbytes(model) and (name, task) in of
+    ]
+    if not able:
+      continue
+    mine = of[max(able, key=nbytes), task]
+    if mine['data_sha256'] != record['data_sha256']:
+      raise errors.DataError(
+        f'{mine["model"]!r} and {model!r} did {task!r} on different data.'
+      )
+    compare = _perplexity if 'nll' in record else _accuracy
+    found.append(Duel(line=compare(mine, record), model=model))
+  return found
+
+
 def _perplexity(
   record: Mapping[str, Any], base: Mapping[str, Any] | None
 ) -> Line:

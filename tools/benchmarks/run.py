@@ -131,8 +131,11 @@ def _run(args: Any) -> list[str]:
     size['dense_bytes'] = size['dense_bytes'] or dense
   lines = _summary.summarise(records, suite.baseline)
   title = f'{pathlib.Path(args.suite).stem}, against {suite.baseline}'
-  _reports.table(title, _reports.rows(lines, sizes))
-  _reports.write_all(output, title, lines, sizes, gates, about)
+  fights = _summary.duels(records, sizes, suite.challengers, suite.baseline)
+  _reports.table(
+    title, _reports.rows(lines, sizes), _reports.duels(fights, sizes)
+  )
+  _reports.write_all(output, title, lines, sizes, gates, about, fights)
   failed = [text for gate in gates for text in gate.failures(lines)]
   for text in failed:
     _cli.note(f'gate: {text}')
