@@ -29,6 +29,9 @@ from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
 
 
+_TABLE = 'embedder/input_embedding'
+
+
 class Compressed(nn.Module):
   """A Gemma model whose weights are stored as a recipe says.
 
@@ -74,9 +77,13 @@ class Compressed(nn.Module):
     """Initialises the cache as the model does, in a floating type.
 
     The official samplers ask for the type of the first parameter, which may be
-    integer codes here; then it is the model's own type.
+    integer codes here, or the mean of a table in float32; then it is the
+    model's own type, in which packed weights are read.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
+    packed = methods_of(self.model, self.recipe).values()
+    if not jnp.issubdtype(dtype, jnp.floating) or any(
+      site.whole == _TABLE for site, _ in packed
+    ):
       dtype = self.model.dtype
     return self.model.init_cache(dtype=dtype, **kwargs)
 

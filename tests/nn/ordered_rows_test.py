@@ -3,6 +3,7 @@
 """Tests of tables in the order of what their rows cost, and centered."""
 
 from flax import traverse_util
+from gemma import gm
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,3 +167,24 @@ def test_the_mean_keeps_its_type_when_others_are_cast(case, tmp_path):
     {'params': loaded.params}, jnp.array([[2, 5]])
   ).logits
   assert jnp.isfinite(logits).all()
+
+
+def test_what_is_cast_writes_under_both_samplers(case, tmp_path):
+  # The first of the parameters is the mean, which is not of the type of keys.
+  model, params, _, _ = case
+  gx.ckpts.save(
+    tmp_path / 'c', model=model, params=params, tokenizer=tiny.tokenizer(3)
+  )
+  loaded = gx.ckpts.load(tmp_path / 'c', dtype=jnp.bfloat16)
+  assert loaded.model.dtype == jnp.bfloat16
+  sampler = gm.text.Sampler(
+    model=loaded.model,
+    params=loaded.params,
+    tokenizer=loaded.tokenizer,
+    cache_length=64,
+    pad_length=8,
+    max_out_length=8,
+  )
+  official = sampler.sample('A', max_new_tokens=4)
+  text = ''.join(gx.text.stream(loaded, 'A', max_new_tokens=4))
+  assert text == official
