@@ -28,7 +28,6 @@ from gemma_ext.nn import _rolling
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
 
-
 _TABLE = 'embedder/input_embedding'
 
 
