@@ -31,10 +31,11 @@ def run(tmp_path, monkeypatch, capsys):
     out.mkdir()
     left = iter(texts)
 
-    def start(command, seconds):
+    def start(command, lines, seconds, results):
       assert command[1:3] == ['-m', 'tools.benchmarks.run']
-      (out / 'results.jsonl').write_text(next(left))
-      return None if seconds else 0
+      assert results == out / 'results.jsonl' and 0 <= seconds <= 45
+      results.write_text(next(left))
+      return 0 if lines is None else None
 
     monkeypatch.setattr(run_killed, '_start', start)
     status = run_killed.main(
@@ -70,11 +71,22 @@ def test_faults_are_found(run, texts, message):
   assert status == 1 and message in out
 
 
-def test_a_start_is_killed():
+def test_a_start_is_killed(tmp_path):
   # pylint: disable=protected-access
-  sleep = [sys.executable, '-c', 'import time; time.sleep(60)']
-  assert run_killed._start(sleep, 0.3) is None
-  assert run_killed._start([sys.executable, '-c', 'exit(3)'], 0) == 3
+  results = tmp_path / 'results.jsonl'
+  writes = (
+    'import sys, time\n'
+    'for i in range(100):\n'
+    '  time.sleep(0.05)\n'
+    '  open(sys.argv[1], "a").write("line\\n")\n'
+  )
+  command = [sys.executable, '-c', writes, str(results)]
+  assert run_killed._start(command, 3, 0.0, results) is None
+  # One more may come before it is seen.
+  assert results.read_text() in ('line\n' * 3, 'line\n' * 4)
+  ends = [sys.executable, '-c', 'exit(3)']
+  assert run_killed._start(ends, None, 0.0, results) == 3
+  assert run_killed._start(ends, 9, 5.0, results) == 3
 
 
 def test_a_used_folder_is_refused(tmp_path, capsys):

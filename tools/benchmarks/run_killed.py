@@ -5,11 +5,13 @@
   python -m tools.benchmarks.run_killed --suite=FILE.json --output=DIR \
       [--kills=6] [--json=FILE]
 
-Starts `tools.benchmarks.run`, kills it (SIGKILL) after a time by chance, starts
-it again, and lets it end after the last kill. After every kill the whole lines
-of the results must begin with those that were there before, byte for byte; at
-the end every pair of model and task must have one line. A last run must add
-nothing. The exit status is 1 if any of that is not so.
+Starts `tools.benchmarks.run`, kills it (SIGKILL) once it has written a number
+of lines, by chance, and some time has gone by, starts it again, and lets it end
+after the last kill. Every other kill comes at once, while a line may be under
+way. After every kill the whole lines of the results must begin with those that
+were there before, byte for byte; at the end every pair of model and task must
+have one line. A last run must add nothing. The exit status is 1 if any of that
+is not so.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 from absl import flags
@@ -28,6 +31,9 @@ import numpy as np
 from gemma_ext import _cli
 from gemma_ext import errors
 from tools.benchmarks import _suite
+
+# Of every other kill, the most seconds after a line.
+_AT_ONCE = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +49,11 @@ def _define_flags(values: flags.FlagValues) -> None:
   string('output', 'Directory for results, empty.')
   string('json', 'File for what was found.')
   flags.DEFINE_integer('kills', 6, 'How often.', 1, flag_values=values)
-  flags.DEFINE_list(
+  flags.DEFINE_float(
     'seconds',
-    ['20', '90'],
-    'Least and most seconds before a kill.',
+    45.0,
+    'The most seconds between a line and a kill.',
+    0.0,
     flag_values=values,
   )
   flags.DEFINE_integer('seed', 0, 'Of the moments.', flag_values=values)
@@ -57,12 +64,6 @@ def _run(args: Any) -> list[str]:
     raise errors.ConfigError('Give --suite=FILE.json and --output=DIR.')
   suite = _suite.read(args.suite)
   _cli.check_output(args.json)
-  try:
-    least, most = map(float, args.seconds)
-  except ValueError as e:
-    raise errors.ConfigError(
-      f'--seconds: two numbers, got {args.seconds}.'
-    ) from e
   results = pathlib.Path(args.output) / 'results.jsonl'
   if results.exists():
     raise errors.DataError(f'{results} is there already; give another folder.')
@@ -72,17 +73,23 @@ def _run(args: Any) -> list[str]:
   wrong: list[str] = []
   kills: list[dict[str, Any]] = []
   before = b''
+  total = len(suite.models) * len(suite.tasks)
+  # Sorted: a run never has fewer lines than the one before.
+  wanted = [*np.sort(rng.integers(0, total, args.kills)).tolist(), None]
   while True:
-    seconds = float(rng.uniform(least, most)) if len(kills) < args.kills else 0
-    status = _start(command, seconds)
+    lines = wanted[len(kills)]
+    most = args.seconds if len(kills) % 2 == 0 else _AT_ONCE
+    seconds = float(rng.uniform(0, most))
+    status = _start(command, lines, seconds, results)
     now = _whole(results)
     if not now.startswith(before):
       wrong.append(f'after {len(kills)} kills, lines were lost or changed')
     if status is not None:
       break
-    lines = now.count(b'\n')
-    kills.append({'seconds': seconds, 'lines': lines})
-    _cli.note(f'killed after {seconds:.0f} s: {lines} lines')
+    kills.append(
+      {'at_line': lines, 'seconds': seconds, 'lines': now.count(b'\n')}
+    )
+    _cli.note(f'killed {seconds:.2f} s after line {lines}')
     before = now
   if status:
     wrong.append(f'the run ended with status {status}')
@@ -99,13 +106,18 @@ def _run(args: Any) -> list[str]:
     if some:
       wrong.append(f'{name}: {sorted(some)}')
   whole = results.read_bytes()
-  if _start(command, 0) or results.read_bytes() != whole:
+  if _start(command, None, 0, results) or results.read_bytes() != whole:
     wrong.append('a run after the last one measured something again')
   _cli.print_table(
     f'{len(kills)} kills, {len(pairs)} of {len(expected)} lines',
-    ('kill', 'after, s', 'lines then'),
+    ('kill', 'once there were', 'after, s', 'lines then'),
     [
-      (str(i), f'{kill["seconds"]:.0f}', str(kill['lines']))
+      (
+        str(i),
+        f'{kill["at_line"]} lines',
+        f'{kill["seconds"]:.2f}',
+        str(kill['lines']),
+      )
       for i, kill in enumerate(kills, 1)
     ],
   )
@@ -116,11 +128,27 @@ def _run(args: Any) -> list[str]:
   return wrong
 
 
-def _start(command: Sequence[str], seconds: float) -> int | None:
-  """The status of a run; `None` of one that was killed after `seconds`."""
+def _start(
+  command: Sequence[str],
+  lines: int | None,
+  seconds: float,
+  results: pathlib.Path,
+) -> int | None:
+  """The status of a run; `None` of one that was killed.
+
+  Args:
+    command: What is run.
+    lines: How many lines it has written when it is killed; `None`: it is not.
+    seconds: What it is left after that.
+    results: Where lines are.
+  """
   with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    if lines is None:
+      return process.wait()
+    while process.poll() is None and _whole(results).count(b'\n') < lines:
+      time.sleep(0.01)
     try:
-      return process.wait(seconds or None)
+      return process.wait(seconds)
     except subprocess.TimeoutExpired:
       process.kill()
       return None
