@@ -6,19 +6,23 @@
       --text=sample --max_tokens=8192 --json=result.json
 
 The interval is a bootstrap over documents, so many short documents say more
-than a long one.
+than a long one. --divergence adds KL(baseline || checkpoint), which tells apart
+what perplexities on so much text cannot.
 """
 
 from collections.abc import Mapping, Sequence
 import gc
+import math
 import sys
 from typing import Any
 
 from absl import flags
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_ext import _cli
 from gemma_ext import ckpts
+from gemma_ext import compress as gx_compress
 from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import evals
@@ -39,6 +43,12 @@ def _define_flags(values: flags.FlagValues) -> None:
     name, default, text, lower_bound=low, flag_values=values
   )
   string('baseline', '', 'Checkpoint to compare with, on the same tokens.')
+  flags.DEFINE_boolean(
+    'divergence',
+    False,
+    'Also the divergence from the baseline, nats a token, in float32.',
+    flag_values=values,
+  )
   string(
     'text',
     'sample',
@@ -72,10 +82,14 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 def _run(args: Any) -> None:
   _cli.check_output(args.json)
+  if args.divergence and not args.baseline:
+    raise errors.ConfigError('--divergence: from what? Give --baseline.')
   # A name that does not exist must not cost a measurement first.
   for name in filter(None, (args.checkpoint, args.baseline)):
     ckpts.locate(name)
   documents, split = _documents(args)
+  # First: it is what two checkpoints may be too different for.
+  divergence = _divergence(args, documents) if args.divergence else None
   found, result, tokenizer = _measure(
     args.checkpoint, args, documents, None, x_bits=args.x_bits
   )
@@ -92,6 +106,7 @@ def _run(args: Any) -> None:
     'split': split,
     'baseline': baseline,
     'paired_delta': paired,
+    'divergence': divergence,
   }
   _report(out)
   if args.json:
@@ -108,6 +123,15 @@ def _documents(args: Any) -> tuple[tuple[data.Document, ...], str]:
     return tuple(documents), split
   splits = data.split(documents, seed=args.seed)
   return getattr(splits, split).documents, split
+
+
+def _tokenizer(name: str, found: Any) -> Any:
+  if found is None:
+    raise errors.TokenizerError(
+      f'{name!r} has no tokenizer, so the text cannot be turned into tokens.'
+      ' Put its tokenizer.model beside the checkpoint.'
+    )
+  return found
 
 
 def _measure(
@@ -127,12 +151,7 @@ def _measure(
   checkpoint = ckpts.load(
     name, dtype=jnp.dtype(args.dtype), progress=sys.stderr.isatty()
   )
-  tokenizer = checkpoint.tokenizer or tokenizer
-  if tokenizer is None:
-    raise errors.TokenizerError(
-      f'{name!r} has no tokenizer, so the text cannot be turned into tokens.'
-      ' Put its tokenizer.model beside the checkpoint.'
-    )
+  tokenizer = _tokenizer(name, checkpoint.tokenizer or tokenizer)
   model, recipe = checkpoint.model, checkpoint.recipe
   if x_bits is not None:
     if recipe is None:
@@ -176,6 +195,50 @@ def _measure(
   return found, result, tokenizer
 
 
+def _divergence(
+  args: Any, documents: Sequence[data.Document]
+) -> dict[str, Any]:
+  """KL(baseline || checkpoint) with its interval over documents, as JSON."""
+  dense, other = (
+    ckpts.load(name, dtype=jnp.dtype(args.dtype), progress=False)
+    for name in (args.baseline, args.checkpoint)
+  )
+  sizes = [found.model.config.num_embed for found in (dense, other)]
+  if sizes[0] != sizes[1]:
+    raise errors.ConfigError(
+      f'--divergence: {args.baseline!r} has {sizes[0]:,} tokens and'
+      f' {args.checkpoint!r} {sizes[1]:,}; expected the same vocabulary.'
+    )
+  windows = data.windows(
+    _tokenizer(args.checkpoint, other.tokenizer or dense.tokenizer),
+    documents,
+    length=args.window,
+    stride=args.stride,
+    max_tokens=args.max_tokens,
+  )
+  nats, counts = gx_compress.divergences(
+    dense.model,
+    dense.params,
+    other.model,
+    other.params,
+    windows.tokens,
+    targets=windows.score_mask,
+    progress=True,
+  )
+  # A single document: over its windows.
+  groups = windows.document if len(windows.ids) > 1 else np.arange(len(nats))
+  by = lambda x: np.bincount(groups, weights=x)
+  counted = by(counts) > 0
+  found = evals.bootstrap_ci(
+    by(nats)[counted], by(counts)[counted], seed=args.seed
+  )
+  nats_of = lambda x: math.log(x) if x > 0 else None
+  return {
+    'nats': nats_of(found.value),
+    'ci95': [nats_of(found.low), nats_of(found.high)],
+  }
+
+
 def _report(out: Mapping[str, Any]) -> None:
   models = [out] + ([out['baseline']] if out['baseline'] else [])
   _cli.print_table(
@@ -191,6 +254,11 @@ def _report(out: Mapping[str, Any]) -> None:
       f'perplexity ratio {"-" if ratio is None else f"{ratio:,.4f}"}, 95%'
       f' interval {_cli.human_interval(paired["ci95"], 4)}, paired by'
       f' {out["ci_unit"]}'
+    )
+  if divergence := out['divergence']:
+    console.print(
+      f'divergence {divergence["nats"]:.5f} nats a token, 95% interval'
+      f' {_cli.human_interval(divergence["ci95"], 5)}'
     )
   if out['ci_unit'] == 'window':
     console.print(

@@ -96,6 +96,38 @@ def test_with_baseline(loaded, texts, tmp_path, capsys):
   assert loaded[1][2] - before < 0.1 * found['weight_bytes']
 
 
+def test_divergence_is_that_of_both_distributions(loaded, texts, tmp_path):
+  path = tmp_path / 'out.json'
+  argv = [
+    *('--checkpoint=mine', f'--text={texts}', '--window=32', '--batch_size=4'),
+    *('--divergence', '--dtype=float32', f'--json={path}'),
+  ]
+  assert evaluate.main([*argv, '--baseline=baseline']) == 0
+  found = json.loads(path.read_text())['divergence']
+  model = tiny.model('gemma3')
+  windows = data.windows(
+    tiny.tokenizer(3), data.load_documents(texts), length=32
+  )
+  p, q = (
+    np.asarray(
+      jax.nn.log_softmax(
+        model.apply(
+          {'params': tiny.params(model, seed=len(name))}, windows.tokens
+        ).logits
+      ),
+      np.float64,
+    )
+    for name in ('baseline', 'mine')
+  )
+  kl = (np.exp(p) * (p - q)).sum(axis=-1)[:, :-1]
+  want = kl[windows.score_mask[:, 1:]].mean()
+  assert found['nats'] == pytest.approx(want, rel=1e-3)
+  assert found['ci95'][0] < want < found['ci95'][1]
+  assert evaluate.main([*argv, '--baseline=mine']) == 0
+  found = json.loads(path.read_text())['divergence']
+  assert found == {'nats': 0.0, 'ci95': [0.0, 0.0]}
+
+
 def test_same_as_from_python(loaded, texts, tmp_path):
   path = tmp_path / 'out.json'
   argv = [f'--text={texts}', '--window=32', '--batch_size=4', f'--json={path}']
@@ -152,6 +184,7 @@ def test_tokenizer_of_the_first_serves_a_baseline_without(
 @pytest.mark.parametrize(
   'argv, message',
   [
+    (['--checkpoint=mine', '--divergence'], 'from what? Give --baseline'),
     (['--checkpoint=missing'], "No checkpoint 'missing'"),
     (['--checkpoint=bare'], "'bare' has no tokenizer"),
     (['--checkpoint=mine', '--text=nowhere'], "No text at 'nowhere'"),

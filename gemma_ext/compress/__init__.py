@@ -28,6 +28,7 @@ from gemma_ext.compress._compress import check_params
 from gemma_ext.compress._compress import compress
 from gemma_ext.compress._compress import compress_weight
 from gemma_ext.compress._divergence import divergence
+from gemma_ext.compress._divergence import divergences
 from gemma_ext.compress._experts import choose as choose_experts
 from gemma_ext.compress._experts import Curves
 from gemma_ext.compress._experts import curves as expert_curves

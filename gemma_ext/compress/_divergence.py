@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 
 from gemma_ext import nn as gx_nn
@@ -47,20 +48,58 @@ def divergence(
   Raises:
     ShapeError: If `tokens` is not a non-empty integer matrix.
   """
+  nats, counts = divergences(
+    model, params, other, other_params, tokens, progress=progress
+  )
+  return float(nats.sum() / max(counts.sum(), 1.0))
+
+
+def divergences(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  other: nn.Module,
+  other_params: Mapping[str, Any],
+  tokens: Any,
+  *,
+  targets: Any = None,
+  progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Sums of KL(model || other) by window; see `divergence`.
+
+  Args:
+    model: The dense model.
+    params: Its parameters.
+    other: The compressed one.
+    other_params: Its parameters.
+    tokens: Token ids `[batch, length]`, padded with 0.
+    targets: bool `[batch, length]`: the tokens whose predictions count; by
+      default all that follow neither padding nor BOS.
+    progress: Whether to show a progress bar.
+
+  Returns:
+    Nats and numbers of predictions, float64 `[batch]`.
+
+  Raises:
+    ShapeError: If `tokens` is not a non-empty integer matrix.
+  """
   tokens = _calibrate.check_tokens(tokens)
-  total = count = 0.0
-  for window in tqdm.tqdm(
-    tokens, desc='divergence', unit='window', disable=not progress
+  if targets is None:
+    mask = (tokens != _calibrate.PAD) & (tokens != _calibrate.BOS)
+  else:
+    mask = np.pad(np.asarray(targets, bool)[:, 1:], ((0, 0), (0, 1)))
+  nats = []
+  for window, counted in zip(
+    tqdm.tqdm(tokens, desc='divergence', unit='window', disable=not progress),
+    mask,
+    strict=True,
   ):
     window = jnp.asarray(window[None])
     logits = (
       _logits(model, params, window),
       _logits(other, other_params, window),
     )
-    mask = (window != _calibrate.PAD) & (window != _calibrate.BOS)
-    total += float(_divergence(*logits, mask))
-    count += float(jnp.sum(mask))
-  return total / max(count, 1.0)
+    nats.append(float(_divergence(*logits, jnp.asarray(counted[None]))))
+  return np.array(nats), mask.sum(axis=1).astype(np.float64)
 
 
 def _wide(
