@@ -333,7 +333,7 @@ def test_nothing_but_what_was_compressed_is_healed(folder, tmp_path):
     params=compress.compress(model, tiny.params(model), recipe),
     recipe=recipe,
   )
-  with pytest.raises(errors.TrainError, match='compressed TinyGemma2 of'):
+  with pytest.raises(errors.TrainError, match='compressed Gemma2_2B of 2'):
     train.heal(_config(folder, 'x', compressed=str(other)))
 
 
