@@ -7,7 +7,8 @@ from; it keeps the width of every weight, and its size. Codes and scales of the
 feed-forward layers and of attention and all norms move; the table of embeddings
 stays, and what its rounding changes is among what the others make up for.
 
-python -m gemma_ext.compress --checkpoint=gemma3-270m --budget=20% --output=out/20
+python -m gemma_ext.compress --checkpoint=gemma3-270m --budget=20% \
+    --output=out/20
 python -m gemma_ext.train --config=examples/enhancements/heal_budget.py
 """
 
