@@ -302,10 +302,7 @@ def checkpoint(path: pathlib.Path, *, seed: int = 0) -> pathlib.Path:
 
 def folder(path: pathlib.Path, *, texts: int, words: int = 400) -> pathlib.Path:
   """Fills a folder: `dense`, a tiny Gemma 3, and `text_0.txt` and so on."""
-  dense = model('gemma3')
-  ckpts.save(
-    path / 'dense', model=dense, params=params(dense), tokenizer=tokenizer(3)
-  )
+  checkpoint(path / 'dense')
   rng = np.random.default_rng(0)
   known = 'the river flows city was founded in France capital of a set'.split()
   for i in range(texts):

@@ -28,8 +28,6 @@ from gemma_ext.nn import _rolling
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
 
-_TABLE = 'embedder/input_embedding'
-
 
 class Compressed(nn.Module):
   """A Gemma model whose weights are stored as a recipe says.
@@ -81,7 +79,7 @@ class Compressed(nn.Module):
     """
     packed = methods_of(self.model, self.recipe).values()
     if not jnp.issubdtype(dtype, jnp.floating) or any(
-      site.whole == _TABLE for site, _ in packed
+      site.whole == _sites.TABLE for site, _ in packed
     ):
       dtype = self.model.dtype
     return self.model.init_cache(dtype=dtype, **kwargs)

@@ -20,7 +20,7 @@ from gemma_ext.nn import _config
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _sites
 
-_TABLE = 'embedder/input_embedding'
+_TABLE = _sites.TABLE
 _Methods = dict[str, tuple[_sites.Site, recipe_lib.Method]]
 
 

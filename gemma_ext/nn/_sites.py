@@ -160,6 +160,10 @@ def rank_path(path: str) -> str:
   return f'{path}/rank'
 
 
+# The table of embeddings, which is read first and last.
+TABLE = 'embedder/input_embedding'
+
+
 def mean_path(path: str) -> str:
   """Path of the mean of all rows of a centered table at `path`: float32 `[D]`.
 

@@ -77,15 +77,11 @@ def summarise(
   lines = []
   for (model, task), record in of.items():
     base = of.get((baseline, task)) if model != baseline else None
-    if base is not None and base['data_sha256'] != record['data_sha256']:
-      raise errors.DataError(
-        f'{model!r} and {baseline!r} did {task!r} on different data.'
-      )
     if 'token_seconds' in record:
+      _check_same_data(record, base)
       lines += _speed(record)
-      continue
-    summary = _perplexity if 'nll' in record else _accuracy
-    lines.append(summary(record, base))
+    else:
+      lines.append(_quality(record, base))
   # Every model is a family of tests, one a task.
   adjusted = {}
   for model in {line.model for line in lines}:
@@ -143,13 +139,25 @@ def duels(
     if not able:
       continue
     mine = of[max(able, key=nbytes), task]
-    if mine['data_sha256'] != record['data_sha256']:
-      raise errors.DataError(
-        f'{mine["model"]!r} and {model!r} did {task!r} on different data.'
-      )
-    compare = _perplexity if 'nll' in record else _accuracy
-    found.append(Duel(line=compare(mine, record), model=model))
+    found.append(Duel(line=_quality(mine, record), model=model))
   return found
+
+
+def _check_same_data(
+  record: Mapping[str, Any], base: Mapping[str, Any] | None
+) -> None:
+  if base is not None and base['data_sha256'] != record['data_sha256']:
+    raise errors.DataError(
+      f'{record["model"]!r} and {base["model"]!r} did {record["task"]!r} on'
+      ' different data.'
+    )
+
+
+def _quality(record: Mapping[str, Any], base: Mapping[str, Any] | None) -> Line:
+  """The line of a task that is scored."""
+  _check_same_data(record, base)
+  compare = _perplexity if 'nll' in record else _accuracy
+  return compare(record, base)
 
 
 def _perplexity(

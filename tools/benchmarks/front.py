@@ -222,8 +222,8 @@ def _time(args: Any) -> None:
   for row in result['points']:
     mine = times[row['name']]
     row['tokens_per_second'] = _timing.summary(speed(row['name']))
-    row['speedup'] = _timing.ratio(times[_DENSE], mine)
     ratios = [a / b for a, b in zip(times[_DENSE], mine, strict=True)]
+    row['speedup'] = _timing.summary(ratios)
     cells.append(
       (
         row['name'],
