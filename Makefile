@@ -17,6 +17,9 @@ PYTEST_ARGS ?=
 # A line of progress is worth more than the warnings of TensorFlow, which
 # arrives as a dependency of a dependency.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
+# Images of containers often set this. Every process that tests start would
+# compile thousands of modules anew, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 SOURCES := gemma_ext tests tools examples
 
@@ -33,15 +36,20 @@ demo: $(STAMP)  ## The real Gemma 3 270M, compressed and measured.
 # A file's tests stay together, for the fixtures that they share; the order of
 # files is that of tests/conftest.py, the longest first.
 #
-# Lint, types and tests run in this order also under `make -j`; the closing
-# lines of pytest come last.
+# Types are checked beside the first tests, which leave a core idle while they
+# start. What they find comes after the tests; if nothing, pytest's closing
+# lines come last.
 .PHONY: test
 test: $(STAMP)  ## Lint, types, all tests, coverage.
 	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory types
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; status=0; \
+	$(RUN) mypy > "$$log" 2>&1 & types=$$!; \
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(RUN) pytest -q --durations=15 \
 	  -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder \
-	  --cov=gemma_ext --cov-report=term --cov-fail-under=85 $(PYTEST_ARGS)
+	  --cov=gemma_ext --cov-report=term --cov-fail-under=85 $(PYTEST_ARGS) \
+	  || status=$$?; \
+	wait $$types || { cat "$$log"; status=1; }; \
+	exit $$status
 
 .PHONY: lint
 lint: $(STAMP)  ## Style, without changing anything.

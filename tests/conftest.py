@@ -77,3 +77,9 @@ def pytest_collection_modifyitems(
     here = pathlib.Path(__file__).parent
     place = lambda item: item.path.relative_to(here).as_posix()
     items.sort(key=lambda item: rank.get(place(item), len(rank)))
+
+
+def pytest_collection_finish() -> None:
+  """Spares the garbage collector what all tests have imported."""
+  gc.collect()
+  gc.freeze()

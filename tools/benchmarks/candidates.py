@@ -3,10 +3,12 @@
 """Would other candidates pay? What budgets would gain by them.
 
   python -m tools.benchmarks.candidates --sensitivities=FILE.json \
-      [--budgets=28%,20%] [--json=FILE]
+      [--budgets=28%,20%] [--every=3] [--json=FILE]
 
-Fits every weight of the layers with methods that are not among the candidates
-of budgets, adds them, and lets the same knapsack choose with and without them:
+Fits the weights of the layers, or of every third one, with methods that are not
+among the candidates of budgets, adds them, and lets the same knapsack choose
+with and without them, for the bytes that a budget of the whole model spends on
+these weights:
 
 * low rank: integers and a correction of rank 8 to 64, the best that there are:
   those that lose least under the curvature of the weight, in closed form (after
@@ -23,6 +25,7 @@ The file is one of `gemma_ext.compress --sensitivities` or of
 from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -77,6 +80,9 @@ def _define_flags(values: flags.FlagValues) -> None:
   _texts.define_flags(values)
   flags.DEFINE_string('sensitivities', None, 'The file.', flag_values=values)
   flags.DEFINE_integer('tokens', 8192, 'Of it.', 1, flag_values=values)
+  flags.DEFINE_integer(
+    'every', 1, 'Of so many layers, one.', 1, flag_values=values
+  )
   flags.DEFINE_list('budgets', ['28%', '20%'], 'Budgets.', flag_values=values)
   flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
 
@@ -133,30 +139,52 @@ class _Weight:
 
 def _with(
   found: gx_compress.Sensitivities,
-  more: Mapping[str, Sequence[gx_compress.Candidate]],
   budget: gx_compress.Budget,
   reserve: int,
-) -> dict[str, Any]:
-  """What a budget loses with more candidates, and who takes them."""
-  both = dataclasses.replace(
-    found,
-    candidates={
-      path: (*some, *more.get(path, ()))
-      for path, some in found.candidates.items()
-    },
-  )
-  allocation = gx_compress.solve(both, budget, reserve=reserve)
-  picked = [
-    path
-    for path, some in more.items()
-    if any(allocation.choice[path] is c for c in some)
-  ]
-  return {
-    'loss_with': allocation.loss,
-    'chosen': len(picked),
-    'weights': len(more),
-    'kinds': sorted({path.rpartition('/')[2] for path in picked}),
-  }
+  added: Mapping[str, Mapping[str, Sequence[gx_compress.Candidate]]],
+) -> list[dict[str, Any]]:
+  """What some weights lose with more candidates, and who takes them."""
+  whole = gx_compress.solve(found, budget, reserve=reserve)
+  nbytes = sum(whole.choice[path].nbytes for path in added)
+
+  def corrected(path, some):
+    loss = whole.sensitivities.loss
+    return tuple(dataclasses.replace(c, loss=loss(path, c)) for c in some)
+
+  def solved(family=None):
+    some = {
+      path: corrected(
+        path, (*found.candidates[path], *more.get(family or '', ()))
+      )
+      for path, more in added.items()
+    }
+    part = dataclasses.replace(
+      found, candidates=some, corrections={}, other_bytes=0
+    )
+    return gx_compress.solve(part, gx_compress.Budget(nbytes=nbytes))
+
+  without = solved().loss
+  rows = []
+  for family in (_LOW_RANK, *_OTHERS):
+    got = solved(family)
+    picked = [
+      path
+      for path, choice in got.choice.items()
+      if choice in corrected(path, added[path].get(family, ()))
+    ]
+    rows.append(
+      {
+        'family': family,
+        'bytes': nbytes,
+        'loss': without,
+        'loss_with': got.loss,
+        'ratio': got.loss / without,
+        'chosen': len(picked),
+        'weights': len(added),
+        'kinds': sorted({path.rpartition('/')[2] for path in picked}),
+      }
+    )
+  return rows
 
 
 def _run(args: Any) -> None:
@@ -171,22 +199,25 @@ def _run(args: Any) -> None:
     dense.model, dense.params, texts.calibration.fitted, progress=True
   )
   flat = traverse_util.flatten_dict(dense.params, sep='/')
-  sites = [s for s in gx_nn.sites(dense.model) if s.path in found.candidates]
+  sites = [
+    site
+    for site in gx_nn.sites(dense.model)
+    if site.path in found.candidates
+    and (layer := re.search(r'layer_(\d+)', site.path))
+    and int(layer[1]) % args.every == 0
+  ]
   added = {
     site.path: _Weight(flat[site.path], site, statistics).candidates()
     for site in tqdm.tqdm(sites, desc='candidates', unit='weight')
   }
   reserve = _budgeted.reserve(found, dense.params)
-  out = []
-  for name, budget in budgets.items():
-    without = gx_compress.solve(found, budget, reserve=reserve)
-    for family in (_LOW_RANK, *_OTHERS):
-      more = {path: some.get(family, []) for path, some in added.items()}
-      row = _with(found, more, budget, reserve)
-      row = {'budget': name, 'family': family, 'loss': without.loss, **row}
-      out.append(row | {'ratio': row['loss_with'] / without.loss})
+  out = [
+    {'budget': name} | row
+    for name, budget in budgets.items()
+    for row in _with(found, budget, reserve, added)
+  ]
   _cli.print_table(
-    'predicted loss, nats a token',
+    'predicted loss of these weights, nats a token',
     ('budget', 'with', 'without', 'with them', 'ratio', 'weights that take it'),
     [
       (
