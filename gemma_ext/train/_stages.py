@@ -223,6 +223,9 @@ class Distill(_Stage):
       heart. Each such step costs a forward pass of the teacher.
     integers: Regular expression on weights in whole numbers, outside of the
       feed-forward layers, that move as well, such as 'attn'; none if empty.
+    latents: Where latent codes begin: 'dense', at the dense weights, of which
+      many are a step away from the next code; or 'codes', in the middle, for
+      codes that make up for each other's errors as compensated ones do.
   """
 
   batch_windows: int = 2
@@ -230,8 +233,13 @@ class Distill(_Stage):
   rest: int = 2048
   rewrite: float = 0.0
   integers: str = ''
+  latents: str = 'dense'
 
   def __post_init__(self):
+    if self.latents not in ('dense', 'codes'):
+      raise errors.ConfigError(
+        f"Distill.latents must be 'dense' or 'codes', got {self.latents!r}."
+      )
     if isinstance(self.optimizer, _closed_form.ClosedForm):
       raise errors.ConfigError(
         'ClosedForm fits branches one by one; use it in a Block.'
@@ -265,7 +273,7 @@ class Distill(_Stage):
       model,
       run.params,
       form=self.optimizer.codes,
-      dense=run.dense.params,
+      dense=run.dense.params if self.latents == 'dense' else None,
       integers=self.integers,
       margin=getattr(self.optimizer, 'margin', _shared.MARGIN),
     )
