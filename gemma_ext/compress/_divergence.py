@@ -102,6 +102,48 @@ def divergences(
   return np.array(nats), mask.sum(axis=1).astype(np.float64)
 
 
+def divergences_of_many(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  other: nn.Module,
+  others: Mapping[str, Mapping[str, Any]],
+  tokens: Any,
+  *,
+  progress: str = '',
+) -> dict[str, float]:
+  """`divergence` of several sets of parameters from the same model.
+
+  Args:
+    model: The dense model.
+    params: Its parameters.
+    other: The compressed one.
+    others: Its parameters, by name.
+    tokens: Token ids `[batch, length]`, padded with 0.
+    progress: What a progress bar says; none if empty.
+
+  Returns:
+    Nats a token, by name.
+
+  Raises:
+    ShapeError: If `tokens` is not a non-empty integer matrix.
+  """
+  tokens = _calibrate.check_tokens(tokens)
+  mask = (tokens != _calibrate.PAD) & (tokens != _calibrate.BOS)
+  nats = dict.fromkeys(others, 0.0)
+  bar = tqdm.tqdm(
+    total=len(tokens) * len(others), desc=progress, disable=not progress
+  )
+  with bar:
+    for window, counted in zip(tokens, mask, strict=True):
+      window, counted = jnp.asarray(window[None]), jnp.asarray(counted[None])
+      base = _logits(model, params, window)
+      for name, each in others.items():
+        logits = base, _logits(other, each, window)
+        nats[name] += float(_divergence(*logits, counted))
+        bar.update()
+  return {name: value / max(mask.sum(), 1) for name, value in nats.items()}
+
+
 def _wide(
   model: nn.Module, params: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:

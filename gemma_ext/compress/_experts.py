@@ -21,7 +21,6 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
@@ -104,22 +103,33 @@ def curves(
   mixtures = mixtures_in(model)
   params = with_experts(model, params, 1.0)
   lost = _lost(model, params, tokens, mixtures)
+  fewer = {
+    path: sorted({max(1, round(share * (len(row) - 1))) for share in _MEASURED})
+    for path, row in lost.items()
+  }
+  found = _divergence.divergences_of_many(
+    model,
+    params,
+    model,
+    {
+      f'{path}:{k}': with_experts(model, params, {path: k})
+      for path, some in fewer.items()
+      for k in some
+      if k < len(lost[path]) - 1
+    },
+    tokens,
+    progress='cost of experts' if progress else '',
+  )
   nats = {}
-  for path in tqdm.tqdm(
-    mixtures, 'cost of experts', unit='layer', disable=not progress
-  ):
-    found, shares = [], []
-    for share in _MEASURED:
-      count = len(lost[path]) - 1
-      k = max(1, round(share * count))
-      if k == count:
-        continue
-      some = with_experts(model, params, {path: k})
-      found.append(_divergence.divergence(model, params, model, some, tokens))
-      shares.append(lost[path][k])
-    # The slope through 0 that fits both.
-    top = float(np.dot(found, shares))
-    nats[path] = top / max(float(np.dot(shares, shares)), 1e-12)
+  for path, some in fewer.items():
+    pairs = [
+      (found[f'{path}:{k}'], lost[path][k])
+      for k in some
+      if f'{path}:{k}' in found
+    ]
+    # The slope through 0 that fits all.
+    top = sum(cost * share for cost, share in pairs)
+    nats[path] = top / max(sum(share**2 for _, share in pairs), 1e-12)
   return Curves(
     lost=lost,
     nats=nats,
