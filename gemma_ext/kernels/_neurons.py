@@ -112,9 +112,7 @@ def neurons_ffn(
   gate, down = _params.own(gate, gate_fmt), _params.own(down, down_fmt)
   static = (gate_fmt, down_fmt), size, shared, outs, x_bits
   run = _xla if backend == 'xla' else _packed
-  y = run(
-    static, x.reshape(-1, x.shape[-1]), dict(gate), dict(down), routing
-  )
+  y = run(static, x.reshape(-1, x.shape[-1]), dict(gate), dict(down), routing)
   return y.reshape(*x.shape[:-1], outs)
 
 
@@ -134,7 +132,7 @@ def neuron_logits(
   """
   found = jax.nn.gelu(gates.astype(jnp.float32)) * norms.astype(jnp.float32)
   found = jnp.square(found[..., size * shared :])
-  found = found.reshape(*found.shape[:-1], -1, size)
+  found = found.reshape(*found.shape[:-1], found.shape[-1] // size, size)
   return jnp.log(found.sum(axis=-1) + 1e-20)
 
 

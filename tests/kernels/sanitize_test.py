@@ -31,7 +31,7 @@ def test_no_memory_error():
       *(sys.executable, '-m', 'tools.sanitize_kernels', '-q', '-s'),
       *(
         f'tests/kernels/{n}_test.py'
-        for n in ('cpu', 'gated', 'experts', 'attend', 'block')
+        for n in ('cpu', 'gated', 'experts', 'neurons', 'attend', 'block')
       ),
       *('-k', chosen),
     ],

@@ -57,13 +57,16 @@ def _cell(fmt: kernels.Format, args: Any) -> dict[str, Any]:
   x = jnp.asarray(rng.standard_normal((1, width)), jnp.bfloat16)
 
   def layers(gate: tuple[int, ...], down: tuple[int, ...], cols: int) -> Any:
-    return [
-      (
-        _weights.packed(fmt, gate, width, 2 * i),
-        _weights.packed(fmt, down, cols, 2 * i + 1),
-      )
-      for i in range(count)
-    ]
+    # In large pages, as the parameters of checkpoints are.
+    return kernels.side_by_side(
+      [
+        (
+          _weights.packed(fmt, gate, width, 2 * i),
+          _weights.packed(fmt, down, cols, 2 * i + 1),
+        )
+        for i in range(count)
+      ]
+    )
 
   wide = layers((2, hidden), (width,), hidden)
   stacked = layers((args.experts, 2, size), (args.experts, width), size)

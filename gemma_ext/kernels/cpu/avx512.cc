@@ -41,20 +41,7 @@ namespace avx512 {
 
 #include "avx512_decode.inc"
 #include "sum_rows.inc"
-
-struct FastCodes {
-  __attribute__((always_inline)) F16 operator()(const uint8_t* codes) const {
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    return reinterpret_cast<F16>(
-        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)));
-  }
-};
-
-inline void SumRowsFast(const Weight& w, const int64_t* rows,
-                        const float* factors, int64_t count, float* y) {
-  SumRows(w, rows, factors, count, y, DecodeTermFast, DecodeScalesFast,
-          FastCodes());
-}
+#include "avx512_sum_rows.inc"
 
 // q = 128 * high + low, and what the codes' offset takes away.
 inline void QuantizeSplit(const float* x, int32_t offset, int64_t group,
