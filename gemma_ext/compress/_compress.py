@@ -103,11 +103,22 @@ def compress(
       model, params, calibration, progress=progress
     )
 
+  read = {site.path: site.layout for site in gx_nn.sites(model)}
+
   def pack(found: tuple[gx_nn.Site, recipe_lib.Method]) -> dict[str, Any]:
     site, method = found
     w = site.part(flat[site.whole], orders.get(site.whole))
     if site.centered:
       w = w.astype(jnp.float32) - means[site.whole]
+    if site.rows is None and site.layout != read[site.path]:
+      # Stored by neuron: what is known of the inputs is along the other axis.
+      weights = known and known.outputs.get(site.path)
+      return compress_weight(
+        w,
+        site,
+        method,
+        curvature=None if weights is None else jnp.asarray(weights),
+      )
     return compress_weight(
       w,
       site,

@@ -21,6 +21,10 @@ from gemma_ext.kernels._gated import gated_ffn
 from gemma_ext.kernels._matmul import matmul
 from gemma_ext.kernels._memory import empty_side_by_side
 from gemma_ext.kernels._memory import side_by_side
+from gemma_ext.kernels._neurons import DEAD
+from gemma_ext.kernels._neurons import neuron_logits
+from gemma_ext.kernels._neurons import neurons_ffn
+from gemma_ext.kernels._neurons import open_gates
 from gemma_ext.kernels._params import first
 from gemma_ext.kernels._params import random_codes
 from gemma_ext.kernels._params import validate

@@ -31,7 +31,10 @@ _FOLDERS = (
 )
 _OPERATIONS = tuple(
   f'gemma_ext_{name}'
-  for name in ('matmul', 'gated', 'experts', 'attend', 'block', 'pick', 'read')
+  for name in (
+    *('matmul', 'gated', 'experts', 'neurons', 'attend', 'block', 'pick'),
+    'read',
+  )
 )
 _LAYOUTS = {'bytes': 0, 'fields': 1, 'trits': 2, 'stream': 3, 'quads': 4}
 _TERNARY = {'2bit': 'fields', '5trit': 'trits', '3of4': 'quads'}
@@ -231,6 +234,44 @@ def experts(
     chosen,
     weight,
     *(gate['codes'], gate['scale'], down['codes'], down['scale']),
+  )
+
+
+def neurons(
+  x: jax.Array,  # [N, I]
+  gate: Mapping[str, jax.Array],  # of [2, H, I]
+  down: Mapping[str, jax.Array],  # of [H, O]
+  routing: tuple[jax.Array, ...],  # float32 [H] and [E], int32 k, threshold
+  formats: tuple[_formats.Format, _formats.Format],
+  *,
+  size: int,
+  shared: int,
+  outs: int,  # O
+  x_bits: int,
+  named: str = '',
+) -> jax.Array:  # [N, O]
+  """The neurons that the gates choose for each row of x, x rounded."""
+  hidden = _params.rows_of(gate, formats[0])[1]
+  kinds = _kinds(formats, x.shape[-1], outs)
+  cut = np.array([shared, hidden // size - shared, size], np.int64)
+
+  @jax.custom_batching.custom_vmap
+  def call(x, *others):
+    out = jax.ShapeDtypeStruct((x.shape[0], outs), x.dtype)
+    return jax.ffi.ffi_call('gemma_ext_neurons', out)(
+      x,
+      *others,
+      **kinds,
+      cut=cut,
+      wide=np.int64(x_bits == 16),
+      kernels=named,
+    )
+
+  call.def_vmap(functools.partial(_batched, call))
+  return call(
+    x,
+    *(gate['codes'], gate['scale'], down['codes'], down['scale']),
+    *(each.reshape(-1) for each in routing),
   )
 
 

@@ -156,7 +156,9 @@ def methods_of(
   resolved = {}
   for mixture in _moe.mixtures(methods, sites).values():
     for name in (_moe.GATE, _moe.DOWN):
-      methods[f'{mixture.path}/{name}'] = _moe.stored(mixture, name)
+      path = f'{mixture.path}/{name}'
+      methods[path] = _moe.stored(mixture, name)
+      sites[path] = _moe.place(mixture, name, sites[path])
   for path, method in methods.items():
     if isinstance(method, recipe_lib.Keep):
       continue
@@ -350,7 +352,11 @@ class _Interceptor:
     mask = _Mask(module=module, mixture=mixture, router=router)
     self.masks.append(mask)
     try:
-      if mixture.method.router != 'gate':
+      if mixture.method.router == 'gate':
+        weights = self._neurons_alone(module, x)
+        if weights is not None:
+          return _fused.neurons(mixture, x, router, *weights)
+      else:
         if self.offload is not None:
           path = '/'.join(module.path[self.depth :])
           return self.offload(module, path, mixture, x, mask.experts(x))
@@ -364,21 +370,32 @@ class _Interceptor:
 
   def _experts_alone(self, module, mixture, x):
     """Packed weights of which only the chosen experts' are to be read."""
-    if module.is_initializing() or not _fused.may_fuse():
-      return None
-    weights = [self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)]
-    if None in weights or not _fused.experts_fit(mixture, x, *weights):
+    weights = self._both(module)
+    if weights is None or not _fused.experts_fit(mixture, x, *weights):
       return None
     return weights
 
+  def _neurons_alone(self, module, x):
+    """The same where the gates choose; what is sown needs all logits."""
+    if module.is_mutable_collection('intermediates'):
+      return None
+    weights = self._both(module)
+    if weights is None or not _fused.neurons_fit(x, *weights):
+      return None
+    return weights
+
+  def _both(self, module):
+    """The weights of a feed-forward layer, if they are packed and may fuse."""
+    if module.is_initializing() or not _fused.may_fuse():
+      return None
+    weights = [self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)]
+    return None if None in weights else weights
+
   def _feed_forward(self, official, module, x):
     """A feed-forward layer, likewise."""
-    if not module.is_initializing() and _fused.may_fuse():
-      gate = self._weight(module, 'gating_einsum')
-      down = self._weight(module, 'linear')
-      if gate is not None and down is not None:
-        if _fused.feed_forward_fits(x, gate, down):
-          return _fused.feed_forward(x, gate, down)
+    weights = self._both(module)
+    if weights is not None and _fused.feed_forward_fits(x, *weights):
+      return _fused.feed_forward(x, *weights)
     return official(x)
 
   def _weight(self, module: nn.Module, name: str) -> Any:
@@ -413,7 +430,7 @@ def _einsum(
 ) -> jax.Array:
   """`__call__` of the official `Einsum` classes with a packed weight."""
   layout = _sites.einsum_layout(eqn, module.shape)
-  if layout != weight.layout:
+  if layout.shape != weight.layout.shape:
     raise errors.ShapeError(
       f'{"/".join(module.path)!r} was packed for {weight.layout}, but'
       f' {eqn!r} needs {layout}.'

@@ -9,7 +9,7 @@ official code, computed in float32 between the ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -30,6 +30,7 @@ BLOCK = gemma_modules.Block
 FEED_FORWARDS = (gemma_modules.FeedForward, gemma4_modules.FeedForward)
 # Rows of x up to which a call is a step of decoding.
 _FEW = 8
+_FEW_NEURONS = 2
 
 
 def may_fuse() -> bool:
@@ -261,6 +262,47 @@ def experts(
     shared=mixture.method.shared,
     x_bits=max(gate.x_bits, down.x_bits),
   )
+
+
+def neurons(
+  mixture: _moe.Mixture,
+  x: jax.Array,
+  router: Mapping[str, jax.Array],
+  gate: _packed.PackedWeight,
+  down: _packed.PackedWeight,
+) -> jax.Array:
+  """A feed-forward layer whose gates choose, only those neurons read.
+
+  Args:
+    mixture: What it is.
+    x: Input `[..., D]`.
+    router: Its router.
+    gate: Weight of rows `[2, H]`.
+    down: Weight of rows `[H]`.
+
+  Returns:
+    `[..., D]`.
+  """
+  return kernels.neurons_ffn(
+    x,
+    gate.leaf,
+    gate.fmt,
+    down.leaf,
+    down.fmt,
+    {**router, 'k': jnp.minimum(router['k'], mixture.method.top_k)},
+    size=mixture.size,
+    shared=mixture.method.shared,
+    x_bits=gate.x_bits,
+  )
+
+
+def neurons_fit(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
+  """Whether `neurons` may stand in for the official code and a mask.
+
+  With more rows of x it would read what they have in common again and again.
+  """
+  rows = x.size // x.shape[-1]
+  return feed_forward_fits(x, *weights) and rows <= _FEW_NEURONS
 
 
 def experts_fit(

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _sites
 
 GATE, DOWN, ROUTER = 'gating_einsum', 'linear', 'router'
 # The bias of an expert that is not there; below any logit.
-DEAD = -1e9
+DEAD = kernels.DEAD
 # What a threshold is when there is none.
 NONE = -1e30
 # Name of what a layer that routes sows into 'intermediates'.
@@ -53,6 +54,15 @@ class Mixture:
   def size(self) -> int:
     """Neurons of an expert."""
     return self.hidden // self.method.slices
+
+  @property
+  def by_neuron(self) -> bool:
+    """Whether the down projection is stored by neuron, `[H, D]` in rows of D.
+
+    Experts may then be as small as one neuron, and those that do not run are
+    not read.
+    """
+    return self.method.router == 'gate'
 
   @property
   def router_size(self) -> int:
@@ -151,20 +161,37 @@ def rows_of_neurons(gate: Any, down: Any) -> Any:
 def stored(mixture: Mixture, name: str) -> recipe_lib.Method:
   """Returns how a weight of a mixture is stored.
 
-  Groups of the down projection lie within an expert.
+  Groups of the down projection lie within an expert, or, where it is stored by
+  neuron, within a row.
 
   Args:
     mixture: The mixture.
     name: `GATE` or `DOWN`.
   """
   method = mixture.method.weights
-  if name != DOWN or not isinstance(
-    method, (recipe_lib.Ternary, recipe_lib.Int)
+  if (
+    name != DOWN
+    or mixture.by_neuron
+    or not isinstance(method, (recipe_lib.Ternary, recipe_lib.Int))
   ):
     return method
   # Where there is no group: a scale for each expert of a row.
   group = math.gcd(method.group or mixture.size, mixture.size)
   return dataclasses.replace(method, group=group)
+
+
+def place(mixture: Mixture, name: str, site: _sites.Site) -> _sites.Site:
+  """Returns a weight of a mixture with the layout that it is stored in.
+
+  Args:
+    mixture: The mixture.
+    name: `GATE` or `DOWN`.
+    site: The weight, as the model reads it.
+  """
+  if name != DOWN or not mixture.by_neuron:
+    return site
+  layout = dataclasses.replace(site.layout, in_axes=(1,))
+  return dataclasses.replace(site, layout=layout)
 
 
 def router_param(module: nn.Module, mixture: Mixture) -> dict[str, jax.Array]:
@@ -316,35 +343,8 @@ def gates_of(
     return choice.gates(), choice.logits
   wide = functools.partial(jnp.asarray, dtype=jnp.float32)
   logits = _logits(method, router, x) + wide(router['bias'])
-  select = jax.lax.stop_gradient(logits)
-  keep = select >= _kth(select, jnp.clip(router['k'], 1, method.top_k))
-  keep &= (select > wide(router['threshold'])) & (select > DEAD / 2)
-  # The first one that was left out, by number or by threshold.
-  out = jnp.where(keep, -jnp.inf, select).max(axis=-1, keepdims=True)
-  out = jnp.maximum(out, wide(router['threshold']))
-  out = jnp.where(out > DEAD / 2, out, select.min(axis=-1, keepdims=True))
-  soft = jax.nn.sigmoid(logits - out)
-  weight = 1 + soft - jax.lax.stop_gradient(soft)
-  return jnp.where(keep, weight, 0), logits
-
-
-def _kth(x: jax.Array, k: jax.Array) -> jax.Array:
-  """The k-th largest of float32 `[..., E]`: `[..., 1]`, exact, not sorted."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-  # Integers in the order of the numbers.
-  keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-  least = jnp.full((*x.shape[:-1], 1), -(2**31), jnp.int32)
-
-  def halve(i, found):
-    # From the sign down: the largest key that k of them reach.
-    bit = jnp.left_shift(jnp.int32(1), 31 - i)
-    tried = jnp.where(i == 0, jnp.zeros_like(found), found | bit)
-    enough = (keys >= tried).sum(axis=-1, keepdims=True, dtype=jnp.int32) >= k
-    return jnp.where(enough, tried, found)
-
-  key = jax.lax.fori_loop(0, 32, halve, least)
-  bits = jnp.where(key < 0, key ^ jnp.int32(0x7FFFFFFF), key)
-  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+  k = jnp.minimum(router['k'], method.top_k)
+  return kernels.open_gates(logits, k, wide(router['threshold'])), logits
 
 
 def _logits(
@@ -352,12 +352,9 @@ def _logits(
 ) -> jax.Array:
   """Logits without their bias, float32 `[..., E]`."""
   if method.router == 'gate':
-    w = jnp.asarray(router['w'], jnp.float32)
+    w = router['w']
     size = len(w) // method.slices
-    norms = jax.nn.gelu(x.astype(jnp.float32)) * w
-    norms = jnp.square(norms[..., size * method.shared :])
-    norms = norms.reshape(*norms.shape[:-1], method.num_experts, size)
-    return jnp.log(norms.sum(axis=-1) + 1e-20)
+    return kernels.neuron_logits(x, w, size=size, shared=method.shared)
   return jnp.einsum(
     '...d,ed->...e',
     x,

@@ -113,7 +113,7 @@ class PackedWeight:
     """Computes `jnp.einsum(eqn, x, weight)`.
 
     Args:
-      eqn: Equation `inputs,weights->outputs`, which contracts the axes of
+      eqn: Equation `inputs,weights->outputs`; fast if it contracts the axes of
         `layout`.
       x: Inputs.
 
@@ -122,8 +122,10 @@ class PackedWeight:
     """
     inputs, weights, outputs = _sites.split_equation(eqn)
     batch = set(inputs) & set(weights) & set(outputs) - {'.'}
-    if batch:
-      # One matrix per expert: no single matmul. The weight is unpacked whole.
+    apart = {weights[i] for i in self.layout.in_axes} & set(outputs)
+    if batch or apart:
+      # One matrix per expert, or rows along another axis than the one that is
+      # contracted: no single matmul. The weight is unpacked whole.
       w = self.dequantize().astype(x.dtype)
       return jnp.einsum(eqn, x, w)
     if '.' in inputs:

@@ -196,6 +196,9 @@ def cost(
     for layer, value in share.items():
       if path.startswith(f'{layer}/') and '/router/' not in path:
         part = value
+        if mixtures[layer].by_neuron and '/gating_einsum' in path:
+          # The gates choose: all of them are read.
+          part = (1 + value) / 2
     nbytes += part * leaf.nbytes
     if place in packed:
       if name == 'codes':

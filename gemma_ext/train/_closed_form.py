@@ -111,6 +111,11 @@ class ClosedForm:
       if not weight > 0:
         raise errors.TrainError('All tokens have weight 0.')
       hessian = total['inner'] / weight
+      if hessian.shape[-1] != site.layout.cols:
+        raise errors.ConfigError(
+          f'{site.path!r} is stored by neuron, as the gates choose there;'
+          ' ClosedForm fits rows along the inputs. Use Gradient.'
+        )
       w = site.layout.to_rows(jnp.asarray(dense_params['mlp'][path]))
       rows = w.reshape(-1, site.layout.cols).astype(jnp.float32)
       if down:

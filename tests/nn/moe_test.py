@@ -160,15 +160,6 @@ def test_gates_without_a_list_are_those_of_the_list(k):
   np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-5)
 
 
-def test_the_kth_largest_is_exact():
-  rng = np.random.default_rng(0)
-  x = rng.standard_normal((5, 100)).astype(np.float32)
-  x[0, :5] = [np.inf, -np.inf, 0.0, -1e30, 1e30]
-  for k in (1, 2, 50, 99, 100):
-    got = _moe._kth(jnp.asarray(x), jnp.int32(k))
-    np.testing.assert_array_equal(got[:, 0], np.sort(x, axis=1)[:, -k])
-
-
 def test_experts_choose_tokens():
   method = gx.MoE(num_experts=4, top_k=1, router='expert_choice')
   _, params = _layer(method)
@@ -369,3 +360,33 @@ def test_decoding_with_a_cache_asks_the_router(monkeypatch):
   got = np.asarray(decode())
   jax.clear_caches()
   np.testing.assert_allclose(got, want, atol=5e-3 * np.abs(want).max())
+
+
+@pytest.mark.skipif(
+  _cpu.library() is None, reason='the C++ library was not built'
+)
+def test_neurons_that_gates_choose_are_read_alone(monkeypatch):
+  weights = gx.Int(bits=8, group=32)
+  recipe = recipe_of(
+    num_experts=252, shared=4, top_k=100, router='gate', weights=weights
+  )
+  _, model, params = made('gemma3', recipe)
+  # By neuron, groups along the outputs.
+  width = model.config.embed_dim
+  down = params['layer_0']['mlp']['linear']
+  assert down['scale'].shape == (256, width // 32)
+  tokens = tokens_of(1, 2)
+  want = logits(model, params, tokens)
+  seen = []
+  inner = kernels.neurons_ffn
+  monkeypatch.setattr(
+    kernels, 'neurons_ffn', lambda *a, **k: seen.append(k) or inner(*a, **k)
+  )
+  monkeypatch.setenv('GEMMA_EXT_BACKEND', 'cpu')
+  jax.clear_caches()
+  got = logits(model, params, tokens)
+  # Many tokens, or someone who wants to know the routing: official code.
+  logits(model, params, tokens_of(2, 4))
+  jax.clear_caches()
+  assert len(seen) == 3 and seen[0]['shared'] == 4
+  np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())

@@ -6,8 +6,9 @@
 
 The feed-forward part of a model, packed, larger than the caches: all neurons,
 and half and a quarter of them as experts that a float32 router and a top-k
-choose (their time is in), in both layouts of `kernels.experts_ffn`. One
-token, layer after layer, in turn.
+choose (their time is in), in both layouts of `kernels.experts_ffn`; and single
+neurons that their gates choose (`kernels.neurons_ffn`), of which all gates are
+read. One token, layer after layer, in turn.
 """
 
 from collections.abc import Sequence
@@ -56,13 +57,16 @@ def _cell(fmt: kernels.Format, args: Any) -> dict[str, Any]:
   x = jnp.asarray(rng.standard_normal((1, width)), jnp.bfloat16)
 
   def layers(gate: tuple[int, ...], down: tuple[int, ...], cols: int) -> Any:
-    return [
-      (
-        _weights.packed(fmt, gate, width, 2 * i),
-        _weights.packed(fmt, down, cols, 2 * i + 1),
-      )
-      for i in range(count)
-    ]
+    # In large pages, as the parameters of checkpoints are.
+    return kernels.side_by_side(
+      [
+        (
+          _weights.packed(fmt, gate, width, 2 * i),
+          _weights.packed(fmt, down, cols, 2 * i + 1),
+        )
+        for i in range(count)
+      ]
+    )
 
   wide = layers((2, hidden), (width,), hidden)
   stacked = layers((args.experts, 2, size), (args.experts, width), size)
@@ -97,7 +101,27 @@ def _cell(fmt: kernels.Format, args: Any) -> dict[str, Any]:
     call()
     return lambda: _timing.seconds(call) / count
 
+  def gated(k):
+    router = {
+      'w': jnp.ones(hidden, jnp.float32),
+      'bias': jnp.zeros(hidden, jnp.float32),
+      'k': jnp.int32(k),
+      'threshold': jnp.float32(-1e30),
+    }
+
+    def run(x, gate, down):
+      return kernels.neurons_ffn(
+        *(x, gate, fmt, down, fmt, router), backend='cpu'
+      )
+
+    return run
+
   contenders = {'dense': contender(dense, wide)}
+  own = layers((2, hidden), (hidden,), width)
+  for share in (1, 2, 4):
+    contenders[f'neurons {args.experts // share}'] = contender(
+      gated(hidden // share), own
+    )
   for name, weights in (('stacked', stacked), ('wide', wide)):
     routed = [(*w, r) for w, r in zip(weights, routers)]
     for share in (1, 2, 4):

@@ -26,6 +26,12 @@ namespace avx2 {
 #include "portable.inc"
 #include "vector.inc"
 #include "attention.inc"
+#include "sum_rows.inc"
+
+inline void SumPlainRows(const Weight& w, const int64_t* rows,
+                         const float* factors, int64_t count, float* y) {
+  SumRows(w, rows, factors, count, y, DecodeTerm, DecodeScales, PlainCodes);
+}
 }  // namespace avx2
 
 #if defined(__clang__)
@@ -44,6 +50,7 @@ const Kernels& Avx2() {
       .one_fits = nullptr,
       .quantize_one = nullptr,
       .one = nullptr,
+      .sum_rows = avx2::SumPlainRows,
       .norm = avx2::Norm,
       .rope = avx2::Rope,
       .gated_gelu = avx2::GatedGelu,

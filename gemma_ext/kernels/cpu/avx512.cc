@@ -40,6 +40,8 @@ namespace avx512 {
 #include "attention.inc"
 
 #include "avx512_decode.inc"
+#include "sum_rows.inc"
+#include "avx512_sum_rows.inc"
 
 // q = 128 * high + low, and what the codes' offset takes away.
 inline void QuantizeSplit(const float* x, int32_t offset, int64_t group,
@@ -400,6 +402,7 @@ const Kernels& Avx512() {
       .one_fits = avx512::OneRowFits,
       .quantize_one = avx512::QuantizeOne,
       .one = avx512::One,
+      .sum_rows = avx512::SumRowsFast,
       .norm = avx512::Norm,
       .rope = avx512::Rope,
       .gated_gelu = avx512::GatedGelu,

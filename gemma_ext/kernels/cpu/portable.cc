@@ -15,6 +15,12 @@ namespace portable {
 #include "portable.inc"
 #include "vector.inc"
 #include "attention.inc"
+#include "sum_rows.inc"
+
+inline void SumPlainRows(const Weight& w, const int64_t* rows,
+                         const float* factors, int64_t count, float* y) {
+  SumRows(w, rows, factors, count, y, DecodeTerm, DecodeScales, PlainCodes);
+}
 }  // namespace portable
 
 const Kernels& Portable() {
@@ -27,6 +33,7 @@ const Kernels& Portable() {
       .one_fits = nullptr,
       .quantize_one = nullptr,
       .one = nullptr,
+      .sum_rows = portable::SumPlainRows,
       .norm = portable::Norm,
       .rope = portable::Rope,
       .gated_gelu = portable::GatedGelu,

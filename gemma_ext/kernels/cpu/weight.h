@@ -50,6 +50,8 @@ struct Weight {
   int64_t plane_stride = 0;
   int64_t scale_stride = 0;
   int64_t scale_plane_stride = 0;
+  // Of some rows of another weight: which.
+  const int64_t* row_at = nullptr;
   // Of rows that are put together from slices of longer ones: where the blocks
   // of bytes lie, where the scales of a slice begin, and how many these are.
   const int64_t* block_at = nullptr;
@@ -92,13 +94,15 @@ struct Weight {
     return sum;
   }
 
+  int64_t Row(int64_t r) const { return row_at == nullptr ? r : row_at[r]; }
+
   const uint8_t* row(int64_t plane, int64_t r) const {
-    return codes + plane * plane_stride + r * row_stride;
+    return codes + plane * plane_stride + Row(r) * row_stride;
   }
 
   // Index of the first scale of a row.
   int64_t scale_at(int64_t plane, int64_t r) const {
-    return plane * scale_plane_stride + r * scale_stride;
+    return plane * scale_plane_stride + Row(r) * scale_stride;
   }
 
   // Rows, and planes around them, one after another.
@@ -115,6 +119,14 @@ struct Weight {
     part.rows = count;
     part.codes += begin * row_stride;
     part.SkipScales(begin * scale_stride);
+    return part;
+  }
+
+  // The rows of some numbers.
+  Weight PickRows(const int64_t* numbers, int64_t count) const {
+    Weight part = *this;
+    part.rows = count;
+    part.row_at = numbers;
     return part;
   }
 
@@ -348,6 +360,10 @@ struct Kernels {
   // y[r - begin] for rows of the weight r in [begin, end).
   void (*one)(const Weight& w, const OneRow& x, int64_t begin, int64_t end,
               float* y);
+
+  // y += sum over i of factors[i] * row rows[i] of the weight.
+  void (*sum_rows)(const Weight& w, const int64_t* rows, const float* factors,
+                   int64_t count, float* y);
 
   // x / sqrt(mean(x^2) + 1e-6) * (more + scale); `to` may be x.
   void (*norm)(Floats scale, float more, const float* x, int64_t size,
