@@ -4,8 +4,10 @@
 
   python -m tools.demo [--output=build/demo] [--max_tokens=8176]
 
-Loads the checkpoint, compresses it by three recipes, saves each, measures the
-saved directories on text that calibration never saw, and lets each write.
+Loads the checkpoint, compresses it by four recipes, saves each, measures the
+saved directories on text that calibration never saw, and lets each write. One
+of them makes experts of all feed-forward neurons, of which every token gets
+three quarters, those that its gates choose.
 """
 
 from collections.abc import Sequence
@@ -30,8 +32,10 @@ _WINDOW = 512
 _RECIPES = {
   'int8': 'every weight in 8 bits',
   'tssn-layer-8': 'FFN of layer 8 ternary, the rest in 8 bits',
-  'tssn': 'all 18 FFNs ternary, the rest in 8 bits',
+  'tssn': 'all FFNs ternary, the rest in 8 bits',
+  'moe': 'a token gets 3/4 of the FFN neurons, all in 8 bits',
 }
+_ACTIVE = 0.75
 # Beyond this, what is left of a model is no language model.
 _BROKEN = 10.0
 
@@ -63,7 +67,6 @@ def _run(args: Any) -> None:
 
   _step(start, f'loading {args.checkpoint}')
   model, params, tokenizer = ckpts.load(args.checkpoint)
-  num_layers = model.config.num_layers
   dense_bytes = gx_compress.plan(model, {}).nbytes
   splits = data.split(data.load_documents('sample'))
   test = data.windows(
@@ -86,7 +89,7 @@ def _run(args: Any) -> None:
   results = [{'recipe': None, 'bytes': dense_bytes, **dense.to_json()}]
 
   for name, meaning in _RECIPES.items():
-    recipe = recipe_lib.Recipe.of(name, num_layers=num_layers)
+    recipe = _recipe(name, model)
     _step(start, f'{name} ({meaning}): compressing')
     if name == 'tssn':
       print(gx_compress.plan(model, recipe))
@@ -97,6 +100,10 @@ def _run(args: Any) -> None:
       calibration=None if name == 'int8' else calibration.tokens,
       progress=True,
     )
+    if name == 'moe':
+      packed = gx_compress.with_experts(
+        gx_nn.Compressed(model=model, recipe=recipe), packed, _ACTIVE
+      )
     path = ckpts.save(
       output / name,
       model=model,
@@ -147,6 +154,20 @@ def _run(args: Any) -> None:
   _cli.write_json(str(output / 'demo.json'), {'results': results})
   seconds = time.monotonic() - start
   print(f'Done in {seconds / 60:.1f} minutes. Results: {output}/')
+
+
+def _recipe(name: str, model: Any) -> recipe_lib.Recipe:
+  config = model.config
+  if name != 'moe':
+    return recipe_lib.Recipe.of(name, num_layers=config.num_layers)
+  int8 = recipe_lib.Int(bits=8, group=128)
+  neurons = recipe_lib.MoE(
+    num_experts=config.hidden_dim,
+    top_k=config.hidden_dim,
+    router='gate',
+    weights=int8,
+  )
+  return recipe_lib.Recipe.of({r'layer_\d+/mlp2?': neurons, '.*': int8})
 
 
 def _write(model: Any, params: Any, tokenizer: Any, args: Any) -> str:
