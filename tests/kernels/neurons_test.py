@@ -120,14 +120,17 @@ def _run(formats, weights, router, **options):
 @pytest.mark.parametrize('named', NAMES)
 @pytest.mark.parametrize('formats', FORMATS, ids=str)
 def test_equals_float64(formats, named):
-  for n, hidden, size, shared, k, x_bits, most in (
+  # What chooses is the same for all instructions.
+  cases = (
     (1, 57, 1, 0, 20, 16, 2.0**-13),
     (3, 60, 4, 2, 3, 16, 2.0**-13),
     (1, 40, 1, 8, 1, 16, 2.0**-13),
     (1, 40, 8, 0, 5, 16, 2.0**-13),
     (2, 30, 1, 0, 30, 8, 2.0**-6),
     (70, 9, 1, 0, 4, 16, 2.0**-13),
-  ):
+  )
+  some = cases if named == NAMES[-1] else cases[:2]
+  for n, hidden, size, shared, k, x_bits, most in some:
     weights = _weights(formats, hidden)
     router = _router(hidden, hidden // size - shared, k)
     x = _x(n)
