@@ -27,11 +27,6 @@ namespace avx2 {
 #include "vector.inc"
 #include "attention.inc"
 #include "sum_rows.inc"
-
-inline void SumPlainRows(const Weight& w, const int64_t* rows,
-                         const float* factors, int64_t count, float* y) {
-  SumRows(w, rows, factors, count, y, DecodeTerm, DecodeScales, PlainCodes);
-}
 }  // namespace avx2
 
 #if defined(__clang__)

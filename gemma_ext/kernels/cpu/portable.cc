@@ -16,11 +16,6 @@ namespace portable {
 #include "vector.inc"
 #include "attention.inc"
 #include "sum_rows.inc"
-
-inline void SumPlainRows(const Weight& w, const int64_t* rows,
-                         const float* factors, int64_t count, float* y) {
-  SumRows(w, rows, factors, count, y, DecodeTerm, DecodeScales, PlainCodes);
-}
 }  // namespace portable
 
 const Kernels& Portable() {
