@@ -82,24 +82,16 @@ def divergences(
   Raises:
     ShapeError: If `tokens` is not a non-empty integer matrix.
   """
-  tokens = _calibrate.check_tokens(tokens)
-  if targets is None:
-    mask = (tokens != _calibrate.PAD) & (tokens != _calibrate.BOS)
-  else:
-    mask = np.pad(np.asarray(targets, bool)[:, 1:], ((0, 0), (0, 1)))
-  nats = []
-  for window, counted in zip(
-    tqdm.tqdm(tokens, desc='divergence', unit='window', disable=not progress),
-    mask,
-    strict=True,
-  ):
-    window = jnp.asarray(window[None])
-    logits = (
-      _logits(model, params, window),
-      _logits(other, other_params, window),
-    )
-    nats.append(float(_divergence(*logits, jnp.asarray(counted[None]))))
-  return np.array(nats), mask.sum(axis=1).astype(np.float64)
+  nats, counts = divergences_of_many(
+    model,
+    params,
+    other,
+    {'': other_params},
+    tokens,
+    targets=targets,
+    progress='divergence' if progress else '',
+  )
+  return nats[''], counts
 
 
 def divergences_of_many(
@@ -109,39 +101,47 @@ def divergences_of_many(
   others: Mapping[str, Mapping[str, Any]],
   tokens: Any,
   *,
+  targets: Any = None,
   progress: str = '',
-) -> dict[str, float]:
-  """`divergence` of several sets of parameters from the same model.
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """`divergences` of several sets of parameters from the same model.
 
   Args:
-    model: The dense model.
+    model: The dense model, which runs once a window.
     params: Its parameters.
     other: The compressed one.
     others: Its parameters, by name.
     tokens: Token ids `[batch, length]`, padded with 0.
+    targets: See `divergences`.
     progress: What a progress bar says; none if empty.
 
   Returns:
-    Nats a token, by name.
+    Nats by name, and numbers of predictions, float64 `[batch]` each.
 
   Raises:
     ShapeError: If `tokens` is not a non-empty integer matrix.
   """
   tokens = _calibrate.check_tokens(tokens)
-  mask = (tokens != _calibrate.PAD) & (tokens != _calibrate.BOS)
-  nats = dict.fromkeys(others, 0.0)
+  if targets is None:
+    mask = (tokens != _calibrate.PAD) & (tokens != _calibrate.BOS)
+  else:
+    mask = np.pad(np.asarray(targets, bool)[:, 1:], ((0, 0), (0, 1)))
+  nats = {name: np.zeros(len(tokens)) for name in others}
   bar = tqdm.tqdm(
-    total=len(tokens) * len(others), desc=progress, disable=not progress
+    total=len(tokens) * len(others),
+    desc=progress,
+    unit='window',
+    disable=not progress,
   )
   with bar:
-    for window, counted in zip(tokens, mask, strict=True):
+    for i, (window, counted) in enumerate(zip(tokens, mask, strict=True)):
       window, counted = jnp.asarray(window[None]), jnp.asarray(counted[None])
       base = _logits(model, params, window)
       for name, each in others.items():
         logits = base, _logits(other, each, window)
-        nats[name] += float(_divergence(*logits, counted))
+        nats[name][i] = float(_divergence(*logits, counted))
         bar.update()
-  return {name: value / max(mask.sum(), 1) for name, value in nats.items()}
+  return nats, mask.sum(axis=1).astype(np.float64)
 
 
 def _wide(

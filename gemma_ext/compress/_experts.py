@@ -107,7 +107,7 @@ def curves(
     path: sorted({max(1, round(share * (len(row) - 1))) for share in _MEASURED})
     for path, row in lost.items()
   }
-  found = _divergence.divergences_of_many(
+  found, counts = _divergence.divergences_of_many(
     model,
     params,
     model,
@@ -123,7 +123,7 @@ def curves(
   nats = {}
   for path, some in fewer.items():
     pairs = [
-      (found[f'{path}:{k}'], lost[path][k])
+      (found[f'{path}:{k}'].sum() / max(counts.sum(), 1.0), lost[path][k])
       for k in some
       if f'{path}:{k}' in found
     ]
