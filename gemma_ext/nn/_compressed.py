@@ -23,10 +23,12 @@ from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.nn import _fused
 from gemma_ext.nn import _moe
+from gemma_ext.nn import _native
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _rolling
 from gemma_ext.nn import _scopes
 from gemma_ext.nn import _sites
+from gemma_ext.nn import _stacked
 
 
 class Compressed(nn.Module):
@@ -111,6 +113,7 @@ def packed_weights(
   head_rows: int | None = None,
   mixtures: Mapping[str, _moe.Mixture] | None = None,
   offload: Callable[..., jax.Array] | None = None,
+  send: Callable[..., jax.Array] | None = None,
 ) -> contextlib.AbstractContextManager[None]:
   """Context in which the official modules read these weights packed.
 
@@ -121,12 +124,14 @@ def packed_weights(
     head_rows: Rows of the vocabulary that get logits; all by default.
     mixtures: Layers that are mixtures, by path, as `mixtures_of` returns them.
     offload: Runs mixtures whose experts are elsewhere, see `_offload`.
+    send: Runs the experts of Gemma 4's own mixtures elsewhere, see `_native`.
   """
   return nn.intercept_methods(
     _Interceptor(
       methods=dict(methods),
       mixtures=dict(mixtures or {}),
       offload=offload,
+      send=send,
       depth=depth,
       dtype=dtype,
       head_rows=head_rows,
@@ -230,6 +235,7 @@ class _Interceptor:
       packed table the parameters then have them as `head`, too.
     mixtures: Layers that are mixtures, by path.
     offload: Runs mixtures whose experts are elsewhere.
+    send: Runs the experts of Gemma 4's own mixtures elsewhere.
     masks: Of the mixtures under way, see `_mixture`.
   """
 
@@ -239,6 +245,7 @@ class _Interceptor:
   head_rows: int | None = None
   mixtures: dict[str, _moe.Mixture] = dataclasses.field(default_factory=dict)
   offload: Callable[..., jax.Array] | None = None
+  send: Callable[..., jax.Array] | None = None
   masks: list[_Mask] = dataclasses.field(default_factory=list)
 
   # See `_fused.may_fuse`.
@@ -263,6 +270,8 @@ class _Interceptor:
         return self._mixture(next_fun, module, mixture, *args, **kwargs)
     if method == '__call__' and isinstance(module, _fused.FEED_FORWARDS):
       return self._feed_forward(next_fun, module, *args, **kwargs)
+    if isinstance(module, _native.MIXTURE) and method in _native.METHODS:
+      return self._native(next_fun, module, method, *args, **kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
       mask = self.masks[-1] if self.masks else None
       if mask is not None and mask.module.path != module.path:
@@ -363,10 +372,26 @@ class _Interceptor:
         weights = self._experts_alone(module, mixture, x)
         if weights is not None:
           return _fused.experts(mixture, x, mask.experts(x), *weights)
+        weights = self._experts_sorted(module, mixture, x)
+        if weights is not None:
+          return _stacked.wide(mixture, x, mask.experts(x), *weights)
         mask.choose(x, x.dtype)
       return official(x)
     finally:
       self.masks.pop()
+
+  def _native(self, official, module, method, *args, **kwargs):
+    """A mixture that the model has of its own."""
+    if module.is_initializing():
+      return official(*args, **kwargs)
+    if method == _native.ROUTE:
+      return _native.route(module, *args, *official(*args, **kwargs))
+    if not _fused.unseen():
+      return official(*args, **kwargs)
+    x, chosen, weight = args
+    children = [getattr(module, name) for name in _native.WEIGHTS]
+    both = [self._weight(each, each.weight_name) for each in children]
+    return _native.run(module, both, x, chosen, weight, self.send)
 
   def _experts_alone(self, module, mixture, x):
     """Packed weights of which only the chosen experts' are to be read."""
@@ -374,6 +399,27 @@ class _Interceptor:
     if weights is None or not _fused.experts_fit(mixture, x, *weights):
       return None
     return weights
+
+  def _experts_sorted(self, module, mixture, x):
+    """Dense weights of which every token needs less than half.
+
+    Cutting them into experts takes as long as reading them a few times, so that
+    many rows of x have to share it.
+    """
+    method = mixture.method
+    if (
+      method.router == 'expert_choice'
+      or 2 * (method.top_k + method.shared) > method.slices
+      or _fused.is_step(x)
+      or module.is_initializing()
+      or not isinstance(module, _fused.FEED_FORWARDS)
+      or not _fused.unseen()
+    ):
+      return None
+    names = _moe.GATE, _moe.DOWN
+    if any(self._weight(module, name) is not None for name in names):
+      return None
+    return [module.get_variable('params', name) for name in names]
 
   def _neurons_alone(self, module, x):
     """The same where the gates choose; what is sown needs all logits."""
@@ -387,6 +433,9 @@ class _Interceptor:
   def _both(self, module):
     """The weights of a feed-forward layer, if they are packed and may fuse."""
     if module.is_initializing() or not _fused.may_fuse():
+      return None
+    # Others, those of Gemma 3n, may do more than the kernels do.
+    if not isinstance(module, _fused.FEED_FORWARDS):
       return None
     weights = [self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)]
     return None if None in weights else weights

@@ -33,13 +33,18 @@ _FEW = 8
 _FEW_NEURONS = 2
 
 
-def may_fuse() -> bool:
+def unseen() -> bool:
   """Whether nobody but interceptors with `fuses` sees the modules within.
 
   LoRA, calibration and others want the calls that a fused one leaves out.
   """
   stack = flax_module._global_interceptor_stack  # pylint: disable=protected-access
-  return kernels.on_cpu() and all(getattr(i, 'fuses', False) for i in stack)
+  return all(getattr(i, 'fuses', False) for i in stack)
+
+
+def may_fuse() -> bool:
+  """Whether the same holds and the fused operations are there."""
+  return kernels.on_cpu() and unseen()
 
 
 def attention_fits(module: nn.Module, x: jax.Array, cache: Any) -> bool:
@@ -228,7 +233,12 @@ def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
   latent = any(
     jnp.issubdtype(w.leaf['codes'].dtype, jnp.floating) for w in weights
   )
-  return not latent and x.size // x.shape[-1] <= _FEW
+  return not latent and is_step(x)
+
+
+def is_step(x: jax.Array) -> bool:
+  """Whether these are the rows of a step of decoding."""
+  return x.size // x.shape[-1] <= _FEW
 
 
 def experts(

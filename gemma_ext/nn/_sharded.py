@@ -22,7 +22,6 @@ from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
-from gemma.gm.nn.gemma4 import _moe as gemma4_moe
 import jax
 import jax.numpy as jnp
 
@@ -30,14 +29,12 @@ from gemma_ext import errors
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
 from gemma_ext.nn import _moe
+from gemma_ext.nn import _native
 from gemma_ext.nn import _packed
-from gemma_ext.nn import _sites
 from gemma_ext.nn import _stacked
 
 # Leaf of the experts of a layer, and name of what it sows.
 EXPERTS, SOWN = 'experts', 'dispatch'
-_NATIVE = gemma4_moe.MoERagged
-_NATIVE_WEIGHTS = ('gating_einsum', 'linear')
 _P = jax.sharding.PartitionSpec
 _ids = itertools.count()
 
@@ -64,15 +61,14 @@ class Sharded(_compressed.Compressed):
     send = functools.partial(
       dispatch, mesh=self.mesh, axis=self.axis, room=self.room
     )
-    weights = _compressed.packed_weights(
+    with _compressed.packed_weights(
       methods,
       mixtures=_compressed.mixtures_of(self.model, self.recipe),
       offload=functools.partial(_mixture, send, methods),
+      send=functools.partial(_native_mixture, send),
       dtype=self.model.dtype,
       depth=len(self.path),
-    )
-    native = _Native(send, methods, len(self.path), self.model.dtype)
-    with weights, nn.intercept_methods(native):
+    ):
       yield
 
 
@@ -121,7 +117,7 @@ def shard_experts(
   devices = mesh.shape[axis]
   mixtures = _compressed.mixtures_of(model.model, model.recipe)
   methods = _compressed.methods_of(model.model, model.recipe)
-  native = _native_weights(model.model)
+  native = _native.weights(model.model)
   counts = {p: m.method.num_experts for p, m in mixtures.items()}
   counts |= {path: site.layout.shape[0] for path, site in native.items()}
   if not counts:
@@ -324,64 +320,8 @@ def _sow(module: nn.Module, counts: dict[str, jax.Array]) -> None:
     module.sow('intermediates', SOWN, counts)
 
 
-def _native_weights(model: nn.Module) -> dict[str, _sites.Site]:
-  """Weights of the experts of Gemma 4, by path."""
-  return {
-    site.path: site
-    for site in _sites.sites(model)
-    if site.kind is _sites.Kind.EXPERTS
-  }
-
-
-class _Native:
-  """Sends the tokens of the official mixtures to their experts."""
-
-  fuses = True
-
-  def __init__(self, send, methods, depth: int, dtype: Any):
-    self._send, self._methods = send, methods
-    self._depth, self._dtype = depth, dtype
-
-  def __call__(self, next_fun, args, kwargs, context):
-    module = context.module
-    name = '_run_ffw_and_routing'
-    if context.method_name != name or not isinstance(module, _NATIVE):
-      return next_fun(*args, **kwargs)
-    if module.is_initializing():
-      return next_fun(*args, **kwargs)
-    return self._run(module, *args, **kwargs)
-
-  def _run(self, module, x, expert_choices, expert_weights):
-    weight = jnp.take_along_axis(expert_weights, expert_choices, axis=-1)
-    weight = weight * module.per_expert_scale[expert_choices]
-    weights = [self._weight(getattr(module, name)) for name in _NATIVE_WEIGHTS]
-    packed = [w for w in weights if isinstance(w, _packed.PackedWeight)]
-    if len(packed) == 1:
-      # Of two layouts: as the dense one.
-      weights = [jnp.asarray(w) for w in weights]
-    formats, bits, axes = None, 16, [0, 0]
-    if len(packed) == 2:
-      formats = (packed[0].fmt, packed[1].fmt)
-      bits = max(w.x_bits for w in packed)
-      axes = [_stacked.axis_of(w.fmt) for w in packed for _ in range(2)]
-      weights = [w.leaf[name] for w in packed for name in ('codes', 'scale')]
-    run = functools.partial(_compute, formats, bits)
-    y, counts = self._send(run, x, expert_choices, weight, weights, axes)
-    _sow(module, counts)
-    return y
-
-  def _weight(self, module: nn.Module) -> Any:
-    """The weight of a child, packed or dense."""
-    path = '/'.join(module.path[self._depth :] + (module.weight_name,))
-    if path in self._methods:
-      site, method = self._methods[path]
-      return _packed.param(
-        module,
-        module.weight_name,
-        layout=site.layout,
-        method=method,
-        dtype=self._dtype,
-      )
-    leaf = module.get_variable('params', module.weight_name)
-    # As the official code does.
-    return leaf['w'] if isinstance(leaf, Mapping) else leaf
+def _native_mixture(send, module, *args) -> jax.Array:
+  """A mixture of Gemma 4's own."""
+  y, counts = send(*args)
+  _sow(module, counts)
+  return y

@@ -124,3 +124,38 @@ def compute(
   return kernels.experts_ffn(
     x, gate, formats[0], down, formats[1], chosen, weight, x_bits=x_bits
   )
+
+
+def wide(
+  mixture: _moe.Mixture,
+  x: jax.Array,
+  choice: _moe.Choice,
+  gate: jax.Array,
+  down: jax.Array,
+) -> jax.Array:
+  """A mixture of dense weights, rows of x sorted by the experts they need.
+
+  Args:
+    mixture: The layer.
+    x: `[..., D]`.
+    choice: Which experts.
+    gate: `[2, H, D]` or `[2, D, H]`.
+    down: `[H, D]`.
+
+  Returns:
+    `[..., D]`, in the type of x.
+  """
+  method = mixture.method
+  both = _moe.rows_of_neurons(gate, down)
+  both = both.reshape(2, method.slices, mixture.size, -1).swapaxes(0, 1)
+  out = down.reshape(method.slices, mixture.size, -1)
+  chosen, weight = choice.chosen, choice.weight
+  if method.shared:
+    always = (*x.shape[:-1], method.shared)
+    first = jnp.broadcast_to(jnp.arange(method.shared), always)
+    chosen = jnp.where(chosen < 0, -1, chosen + method.shared)
+    chosen = jnp.concatenate([first, chosen], axis=-1)
+    ones = jnp.ones(always, weight.dtype)
+    weight = jnp.concatenate([ones, weight], axis=-1)
+  both, out = both.astype(x.dtype), out.astype(x.dtype)
+  return kernels.experts_dense(x, both, out, chosen, weight)

@@ -1,0 +1,163 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The mixtures that Gemma 4 checkpoints have, their experts computed by us.
+
+The official layer routes; what it chose goes to the kernels that `MoE` layers
+use, so that packed experts are never unpacked together and, where few tokens
+come at once, those that were not chosen are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import Any
+
+from flax import linen as nn
+from gemma.gm.nn.gemma4 import _moe as gemma4_moe
+import jax
+import jax.numpy as jnp
+
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _moe
+from gemma_ext.nn import _packed
+from gemma_ext.nn import _sites
+from gemma_ext.nn import _stacked
+
+# The official module, and its methods that choose and that compute.
+MIXTURE = gemma4_moe.MoERagged
+ROUTE, RUN = '_router', '_run_ffw_and_routing'
+METHODS = (ROUTE, RUN)
+WEIGHTS = ('gating_einsum', 'linear')
+
+
+def mixtures(model: nn.Module) -> dict[str, _moe.Mixture]:
+  """Returns the mixtures that a model has of its own, by path.
+
+  Args:
+    model: The official model.
+  """
+  found = {}
+  for path, site in weights(model).items():
+    place, _, name = path.partition(f'/{WEIGHTS[1]}')
+    if not name:
+      continue
+    count, size, features = site.layout.shape
+    method = recipe_lib.MoE(
+      num_experts=count, top_k=model.config.top_k_experts, router='softmax'
+    )
+    found[place] = _moe.Mixture(
+      path=place, method=method, features=features, hidden=count * size
+    )
+  return found
+
+
+def weights(model: nn.Module) -> dict[str, _sites.Site]:
+  """Returns the weights of a model's own experts, by path."""
+  return {
+    site.path: site
+    for site in _sites.sites(model)
+    if site.kind is _sites.Kind.EXPERTS
+  }
+
+
+def route(
+  module: Any, logits: jax.Array, weight: jax.Array, chosen: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Holds what the official router chose to a budget, and counts it.
+
+  Args:
+    module: The bound module. Its parameters may have `router/k`, int32: how
+      many experts a token gets at most (`gx.compress.with_experts`).
+    logits: `[..., E]`.
+    weight: Of all experts, those that were chosen sum to one: `[..., E]`.
+    chosen: Numbers of experts `[..., K]`, the best first.
+
+  Returns:
+    `weight`, 0 of those that the budget leaves out and of those that were not
+    chosen, and `chosen`.
+  """
+  experts = logits.shape[-1]
+  router = module.get_variable('params', _moe.ROUTER, None)
+  keep = jnp.ones(chosen.shape[-1:], bool)
+  if router is not None:
+    keep = jnp.arange(len(keep)) < jnp.maximum(router['k'], 1)
+  taken = jax.nn.one_hot(chosen, experts, dtype=weight.dtype)
+  gates = weight * jnp.sum(taken * keep[:, None].astype(weight.dtype), axis=-2)
+  if router is not None:
+    total = gates.sum(axis=-1, keepdims=True)
+    gates /= jnp.where(total > 0, total, 1)
+  size = module.hidden_dim
+  mixture = _moe.Mixture(
+    path='/'.join(module.path),
+    method=recipe_lib.MoE(
+      num_experts=experts, top_k=chosen.shape[-1], router='softmax'
+    ),
+    features=module.features,
+    hidden=experts * size,
+  )
+  _moe.sow(module, mixture, gates, logits.astype(jnp.float32))
+  return gates, chosen
+
+
+def run(
+  module: Any,
+  both: Sequence[Any],
+  x: jax.Array,
+  chosen: jax.Array,
+  weight: jax.Array,
+  send: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+  """Computes the experts that were chosen.
+
+  Args:
+    module: The bound module.
+    both: Weights of `WEIGHTS`, packed ones or `None` for dense ones.
+    x: `[..., D]`.
+    chosen: Numbers of experts `[..., K]`.
+    weight: As `route` returns it, `[..., E]`.
+    send: Runs them elsewhere: `send(module, run, x, chosen, weight,
+      arrays, axes)`.
+
+  Returns:
+    `[..., D]`, in the type of x.
+  """
+  weight = jnp.take_along_axis(weight, chosen, axis=-1)
+  chosen = jnp.where(weight > 0, chosen, -1)
+  weight = weight * module.per_expert_scale[jnp.maximum(chosen, 0)]
+  arrays = [
+    _dense(getattr(module, name)) if each is None else each
+    for name, each in zip(WEIGHTS, both, strict=True)
+  ]
+  packed = [w for w in both if _is_packed(w)]
+  formats, bits, axes = None, 16, [0, 0]
+  if len(packed) == 2:
+    formats = (packed[0].fmt, packed[1].fmt)
+    bits = max(w.x_bits for w in packed)
+    axes = [_stacked.axis_of(w.fmt) for w in packed for _ in range(2)]
+    arrays = [w.leaf[name] for w in packed for name in ('codes', 'scale')]
+  else:
+    # Of two layouts, or trained: as the dense one.
+    arrays = [jnp.asarray(w) for w in arrays]
+  compute = functools.partial(_compute, formats, bits)
+  if send is not None:
+    return send(module, compute, x, chosen, weight, arrays, axes)
+  rows = lambda a: a.reshape(-1, a.shape[-1])
+  return compute(arrays, rows(x), rows(chosen), rows(weight)).reshape(x.shape)
+
+
+def _is_packed(weight: Any) -> bool:
+  """Whether the kernels read it; latent codes have a gradient of their own."""
+  return isinstance(weight, _packed.PackedWeight) and not jnp.issubdtype(
+    weight.leaf['codes'].dtype, jnp.floating
+  )
+
+
+def _dense(module: Any) -> jax.Array:
+  leaf = module.get_variable('params', module.weight_name)
+  # As the official code does.
+  return leaf['w'] if isinstance(leaf, Mapping) else leaf
+
+
+def _compute(formats, bits, arrays, x, chosen, weight) -> jax.Array:
+  return _stacked.compute(formats, arrays, x, chosen, weight, x_bits=bits)
