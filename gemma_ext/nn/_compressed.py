@@ -236,7 +236,8 @@ class _Interceptor:
     mixtures: Layers that are mixtures, by path.
     offload: Runs mixtures whose experts are elsewhere.
     send: Runs the experts of Gemma 4's own mixtures elsewhere.
-    masks: Of the mixtures under way, see `_mixture`.
+    masks: Of the mixtures under way, see `_mixture`; `None` within an einsum
+      whose mask is applied.
   """
 
   methods: dict[str, tuple[_sites.Site, recipe_lib.Method]]
@@ -246,7 +247,7 @@ class _Interceptor:
   mixtures: dict[str, _moe.Mixture] = dataclasses.field(default_factory=dict)
   offload: Callable[..., jax.Array] | None = None
   send: Callable[..., jax.Array] | None = None
-  masks: list[_Mask] = dataclasses.field(default_factory=list)
+  masks: list[_Mask | None] = dataclasses.field(default_factory=list)
 
   # See `_fused.may_fuse`.
   fuses = True
@@ -266,29 +267,19 @@ class _Interceptor:
     if method == '__call__' and self.mixtures:
       mixture = self._mixture_of(module)
       # The einsums of a feed-forward layer share its path.
-      if mixture is not None and not isinstance(module, _sites.EINSUMS):
+      if mixture is not None and _sites.einsum_of(module) is None:
         return self._mixture(next_fun, module, mixture, *args, **kwargs)
     if method == '__call__' and isinstance(module, _fused.FEED_FORWARDS):
       return self._feed_forward(next_fun, module, *args, **kwargs)
     if isinstance(module, _native.MIXTURE) and method in _native.METHODS:
       return self._native(next_fun, module, method, *args, **kwargs)
+    if method == '__call__' and self.masks and self.masks[-1] is not None:
+      einsum = _sites.einsum_of(module)
+      if einsum is not None and einsum.path == self.masks[-1].module.path:
+        run = lambda *args: self(next_fun, args, {}, context)
+        return self._masked(einsum.weight_name, run, *args, **kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
-      mask = self.masks[-1] if self.masks else None
-      if mask is not None and mask.module.path != module.path:
-        mask = None
-      if mask is not None and module.weight_name == _moe.DOWN:
-        eqn, x = args
-        args = (eqn, x * mask.values)
       weight = self._weight(module, module.weight_name)
-      if mask is not None and mask.values is None:
-        run = (
-          next_fun
-          if weight is None
-          else functools.partial(_einsum, module, weight)
-        )
-        gates = run(*args, **kwargs)
-        mask.choose(gates[..., 0, :], gates.dtype)
-        return gates
       if weight is not None:
         return _einsum(module, weight, *args, **kwargs)
     elif isinstance(module, _sites.RAGGED_WEIGHT) and method == '__call__':
@@ -392,6 +383,21 @@ class _Interceptor:
     children = [getattr(module, name) for name in _native.WEIGHTS]
     both = [self._weight(each, each.weight_name) for each in children]
     return _native.run(module, both, x, chosen, weight, self.send)
+
+  def _masked(self, name, run, eqn, x):
+    """An einsum of the mixture under way, with what is wrapped around it.
+
+    An adapter reads what the einsum reads, and is part of what it returns.
+    """
+    mask = self.masks[-1]
+    self.masks.append(None)  # Once, not again within.
+    try:
+      y = run(eqn, x * mask.values if name == _moe.DOWN else x)
+    finally:
+      self.masks.pop()
+    if mask.values is None:
+      mask.choose(y[..., 0, :], y.dtype)
+    return y
 
   def _experts_alone(self, module, mixture, x):
     """Packed weights of which only the chosen experts' are to be read."""

@@ -387,8 +387,9 @@ def sow(
 
   What is sown as 'routing', of all tokens of the batch: 'load' `[E]`, the share
   of tokens that an expert got; 'probability' `[E]`, the mean of the softmax of
-  the logits; 'z', the mean squared log of its denominator; 'active', the share
-  of the layer's neurons that ran. And 'logits' `[..., E]`, of every token.
+  the logits; 'live' `[E]`, 1 for the experts that are there, else 0; 'z', the
+  mean squared log of its denominator; 'active', the share of the layer's
+  neurons that ran. And 'logits' `[..., E]`, of every token.
   """
   if not module.is_mutable_collection('intermediates'):
     return
@@ -402,6 +403,7 @@ def sow(
     {
       'load': load,
       'probability': jax.nn.softmax(logits, axis=-1).mean(axis=lead),
+      'live': (logits > DEAD / 2).any(axis=lead).astype(jnp.float32),
       'z': jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
       'active': (method.shared + load.sum()) / method.slices,
       'logits': logits,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -17,11 +17,13 @@ from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
+from gemma_ext.nn import _moe
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _sites
 
 _TABLE = _sites.TABLE
 _Methods = dict[str, tuple[_sites.Site, recipe_lib.Method]]
+_Mixtures = dict[str, _moe.Mixture]
 
 
 class _Part(_compressed.Compressed):
@@ -78,14 +80,17 @@ def part(
       the parameters are not those of the model.
   """
   methods: _Methods = {}
+  mixtures: _Mixtures = {}
   if isinstance(model, _compressed.Compressed):
     methods = _compressed.methods_of(model.model, model.recipe)
+    mixtures = _compressed.mixtures_of(model.model, model.recipe)
     model = model.model
   _config.check(model)
   dense = _config.strip(model)
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   if layers is not None:
-    dense, flat, methods = _of_layers(dense, flat, methods, layers)
+    dense, moved = _of_layers(dense, layers)
+    flat, methods, mixtures = _moved(flat, methods, mixtures, moved)
   if head_rows is not None:
     _check_rows(head_rows, dense.config.num_embed)
     _check_order(methods, head_rows)
@@ -95,9 +100,9 @@ def part(
       flat |= {f'{place}/{name}': leaf for name, leaf in head.items()}
   if planes is not None:
     flat, methods = _of_planes(flat, methods, planes)
-  rules = _sites.join(methods).items()
+  rules = _sites.join(methods) | _routed(mixtures, methods)
   recipe = recipe_lib.Recipe(
-    rules=tuple((re.escape(path), method) for path, method in rules)
+    rules=tuple((re.escape(path), method) for path, method in rules.items())
   )
   dense = _config.attach(dense, recipe)
   if head_rows is not None:
@@ -107,12 +112,9 @@ def part(
 
 
 def _of_layers(
-  model: nn.Module,
-  flat: dict[str, Any],
-  methods: _Methods,
-  layers: Sequence[int],
-) -> tuple[nn.Module, dict[str, Any], _Methods]:
-  """The model, parameters and methods of some layers."""
+  model: nn.Module, layers: Sequence[int]
+) -> tuple[nn.Module, Callable[[str], str | None]]:
+  """The model of some layers; where a path of the other one is in it."""
   config = model.config
   layers = tuple(layers)
   ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
@@ -144,13 +146,42 @@ def _of_layers(
       return path
     return places[head] + slash + rest if head in places else None
 
-  kept = {moved(path): leaf for path, leaf in flat.items()}
-  sites = {}
-  for path, (site, method) in methods.items():
-    place = moved(path)
-    if place is not None:
-      sites[place] = dataclasses.replace(site, path=place), method
-  return model, {k: v for k, v in kept.items() if k is not None}, sites
+  return model, moved
+
+
+def _moved(
+  flat: dict[str, Any],
+  methods: _Methods,
+  mixtures: _Mixtures,
+  moved: Callable[[str], str | None],
+) -> tuple[dict[str, Any], _Methods, _Mixtures]:
+  """The parameters, methods and mixtures that stay, where they are then."""
+
+  def those(found: Mapping[str, Any]) -> dict[str, Any]:
+    places = {path: moved(path) for path in found}
+    return {p: found[path] for path, p in places.items() if p is not None}
+
+  placed = lambda x, path: dataclasses.replace(x, path=path)
+  return (
+    those(flat),
+    {p: (placed(s, p), method) for p, (s, method) in those(methods).items()},
+    {p: placed(mixture, p) for p, mixture in those(mixtures).items()},
+  )
+
+
+def _routed(
+  mixtures: _Mixtures, methods: _Methods
+) -> dict[str, recipe_lib.Method]:
+  """Methods of the weights of mixtures, by path."""
+  found = {}
+  for path, mixture in mixtures.items():
+    gate, down = f'{path}/{_moe.GATE}', f'{path}/{_moe.DOWN}'
+    method = mixture.method
+    if gate in methods:
+      # Stored as the recipe has it, the down projection in other groups.
+      method = dataclasses.replace(method, weights=methods[gate][1])
+    found |= {gate: method, down: method}
+  return found
 
 
 def _of_planes(

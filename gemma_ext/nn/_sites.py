@@ -53,6 +53,13 @@ _EMBEDDING_TABLES = (
 _OTHER_MODALITIES = ('vision_encoder', 'audio_encoder', 'mm_', 'audio_')
 
 
+def einsum_of(module: Any) -> Any:
+  """Returns the Einsum that a module is or wraps, as LoRA does, or `None`."""
+  while module is not None and not isinstance(module, EINSUMS):
+    module = getattr(module, 'wrapped', None)
+  return module
+
+
 class Kind(enum.Enum):
   """How the model reads a weight."""
 

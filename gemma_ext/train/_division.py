@@ -44,6 +44,9 @@ _TINY = 1e-4
 # tokens that no sample shows.
 _FAR = 1.0
 
+# Routers that may divide, as `_rule` has it.
+_DIVIDE = ('norm', 'softmax', 'sigmoid')
+
 _Edit = Callable[[str, jax.Array], jax.Array]
 
 
@@ -51,6 +54,42 @@ def live(params: Mapping[str, Any], mixture: gx_nn.Mixture) -> np.ndarray:
   """Slots of a layer that hold an expert, bool `[E]`."""
   bias = _layer(params, mixture)[_moe.ROUTER]['bias']
   return np.asarray(bias, np.float32) > _moe.DEAD / 2
+
+
+def check_router(mixture: gx_nn.Mixture) -> None:
+  """Raises `TrainError` if experts of such a router never divide."""
+  if mixture.method.router not in _DIVIDE:
+    raise errors.TrainError(
+      f'{mixture.path!r} with router {mixture.method.router!r} cannot divide an'
+      f' expert and compute the same; expected one of {_DIVIDE}.'
+    )
+
+
+def check(
+  params: Mapping[str, Any],
+  mixture: gx_nn.Mixture,
+  *,
+  least: int,
+  most: int | None,
+) -> None:
+  """Refuses a layer that cannot divide an expert, with all it may grow to.
+
+  Args:
+    params: The parameters.
+    mixture: The layer.
+    least: Experts that it may fall to.
+    most: Experts that it may grow to; all its slots by default.
+
+  Raises:
+    TrainError: If a division on the way would change the function, or the
+      weights are packed.
+  """
+  slots = mixture.method.num_experts
+  most = min(most or slots, slots)
+  count = int(live(params, mixture).sum())
+  if min(count, least) < most:
+    # What holds for the last division does for those before.
+    _rule(mixture, _layer(params, mixture)[_moe.ROUTER], most - 1)
 
 
 def keep(
@@ -255,9 +294,10 @@ def _rule(
     What halves are multiplied by, `None` for copies; what logits fall by.
   """
   method = mixture.method
+  check_router(mixture)
   k = min(int(router['k']), method.top_k)
   threshold = float(router['threshold']) > _moe.NONE / 2
-  if k == 1 and method.router != 'expert_choice':
+  if k == 1:
     return None, 0.0
   if k > count and mixture.size > 1:
     if method.router == 'norm':

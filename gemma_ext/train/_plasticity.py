@@ -361,9 +361,15 @@ class Plastic:
       layers: As `gx.nn.mixtures_of` returns them.
       log: A file that gets a line of JSON for each birth and death.
       seed: Of the directions that experts are divided along.
+
+    Raises:
+      ParamsMismatchError: If there is no layer.
+      TrainError: If experts of a router never divide: 'gate', 'expert_choice'.
     """
     if not layers:
       raise errors.ParamsMismatchError('Plastic(layers=...) has no mixture.')
+    for mixture in layers.values():
+      _division.check_router(mixture)
     self._settings = settings
     self._layers = dict(layers)
     self._log = None if log is None else pathlib.Path(log)
@@ -413,11 +419,15 @@ class Plastic:
       Both with what was decided done, and the events of all layers.
 
     Raises:
-      TrainError: If nothing was observed, or a router is of a kind that cannot
-        divide without a change of the function.
+      TrainError: If nothing was observed, or a router could not divide without
+        a change of the function, with as many experts as its layer may grow to.
+        Nothing is changed then, from the first window on.
     """
     if not self._steps:
       raise errors.TrainError('Plastic.update: nothing was observed before.')
+    settings = self._settings
+    for mixture in self._layers.values():
+      _division.check(params, mixture, least=settings.least, most=settings.most)
     events: list[Event] = []
     for path, mixture in self._layers.items():
       load, gradient = (

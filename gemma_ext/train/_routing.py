@@ -41,8 +41,8 @@ def routing(intermediates: Mapping[str, Any]) -> Routing:
 
   Returns:
     By the path of a feed-forward layer: 'load' `[E]`, the share of tokens that
-    an expert got; 'probability' `[E]`; 'z'; 'active'. Means, where a layer ran
-    more than once.
+    an expert got; 'probability' `[E]`; 'live' `[E]`, 0 for an empty slot; 'z';
+    'active'. Means, where a layer ran more than once.
 
   Raises:
     ParamsMismatchError: If there is nothing, as the model has no mixture.
@@ -354,9 +354,8 @@ def _used(each: Mapping[str, Any]) -> np.ndarray:
 
 
 def _live(each: Mapping[str, Any]) -> Any:
-  """1 for the experts that are there: no softmax gives others anything."""
-  p = each['probability']
-  return (p > 0).astype(p.dtype)
+  """1 for the experts that are there, in use or not."""
+  return (each['live'] > 0).astype(each['probability'].dtype)
 
 
 def plot(found: Mapping[str, Mapping[str, Any]], path: Any) -> None:

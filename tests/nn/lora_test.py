@@ -17,6 +17,7 @@ import pytest
 
 import gemma_ext as gx
 from gemma_ext import errors
+from gemma_ext.kernels import _cpu
 from tests import tiny
 
 TOKENS = jnp.array([[2, 5, 6, 7, 8, 9, 10, 11]])
@@ -190,6 +191,99 @@ def test_kauldron_trains_with_partial_updates(family, lora_class, tmp_path):
     if path[-1] == 'b'
   ]
   assert min(moved) > 0
+
+
+# --------------------------------- mixtures ----------------------------------
+
+
+def _mixture(lora_class, **kwargs):
+  """One layer of eight experts with adapters, one expert a token."""
+  recipe = gx.Recipe.of(
+    {'mlp': gx.MoE(**{'num_experts': 8, 'top_k': 4} | kwargs)}
+  )
+  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
+  params = gx.compress(dense, tiny.params(dense), recipe, calibration=TOKENS)
+  router = params['layer_0']['mlp']['router']
+  router['k'] = jnp.ones_like(router['k'])
+  compressed = gx.nn.Compressed(model=dense, recipe=recipe)
+  lora = lora_class(rank=2, model=compressed, dtype=jnp.float32)
+  shapes = jax.eval_shape(lora.init, jax.random.key(0), TOKENS)['params']
+  flat = traverse_util.flatten_dict(peft.split_params(shapes).lora, sep='/')
+  rng = np.random.default_rng(0)
+  flat = {
+    path: jnp.float32(rng.standard_normal(x.shape) * ('/mlp/' in path) / 4)
+    for path, x in flat.items()
+  }
+  return compressed, lora, params, traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _logits(model, params, adapters=None):
+  if adapters is not None:
+    params = peft.merge_params(params, adapters)
+  return np.asarray(model.apply({'params': params}, TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+  'lora_class, router, shared',
+  [
+    (gx.nn.LoRA, 'norm', 0),
+    (gx.nn.LoRA, 'softmax', 8),
+    (gx.nn.LoRA, 'gate', 0),
+    (gm.nn.LoRA, 'sigmoid', 0),
+  ],
+)
+def test_adapters_of_a_mixture_are_those_of_its_weights(
+  lora_class, router, shared
+):
+  compressed, lora, params, adapters = _mixture(
+    lora_class, router=router, shared=shared
+  )
+  mlp = params['layer_0']['mlp']
+  added = adapters['layer_0']['mlp']
+  merged = dict(mlp)
+  for name, eqn in (('gating_einsum', 'fr,rnh->nhf'), ('linear', 'hr,rf->hf')):
+    pair = added[f'_LoRAEinsum_{name}']['lora']
+    merged[name] = mlp[name] + jnp.einsum(eqn, pair['a'], pair['b'])
+  merged = params | {'layer_0': params['layer_0'] | {'mlp': merged}}
+  got, want = _logits(lora, params, adapters), _logits(compressed, merged)
+  assert np.abs(want - _logits(compressed, params)).max() > 0.1
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize('router', ['norm', 'gate'])
+def test_adapters_of_packed_experts_follow_the_choice(router, monkeypatch):
+  compressed, lora, params, adapters = _mixture(
+    gx.nn.LoRA, router=router, weights=gx.Int(bits=4, group=32)
+  )
+  merged = {'params': peft.merge_params(params, adapters)}
+  _, sown = lora.apply(merged, TOKENS, mutable=['intermediates'])
+  (routing,) = sown['intermediates']['layer_0']['mlp']['routing']
+  unused = np.repeat(np.asarray(routing['load']) == 0, 256 // 8)
+  assert unused.any() and not unused.all()
+  down = adapters['layer_0']['mlp']['_LoRAEinsum_linear']['lora']
+  a = down['a']
+
+  def outputs():
+    found = []
+    for rows in (unused, ~unused):
+      down['a'] = jnp.where(rows[:, None], a + 1, a)
+      found.append(_logits(lora, params, adapters))
+    down['a'] = a
+    return _logits(lora, params, adapters), *found
+
+  want, same, other = outputs()
+  np.testing.assert_array_equal(same, want)
+  assert np.abs(other - want).max() > 0.01
+  assert np.abs(_logits(compressed, params) - want).max() > 0.1
+  if _cpu.library() is None:
+    return
+  monkeypatch.setenv('GEMMA_EXT_BACKEND', 'cpu')
+  jax.clear_caches()
+  fused = outputs()
+  jax.clear_caches()
+  np.testing.assert_allclose(fused[0], want, atol=0.02 * np.abs(want).max())
+  np.testing.assert_array_equal(fused[1], fused[0])
+  np.testing.assert_allclose(fused[2], other, atol=0.02 * np.abs(other).max())
 
 
 def _assert_base_is(params, actual):

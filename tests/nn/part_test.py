@@ -38,6 +38,15 @@ def _flat(params):
   return traverse_util.flatten_dict(params, sep='/')
 
 
+def _without(params, layer):
+  """The parameters with a layer that adds nothing."""
+  flat = _flat(params)
+  for name in ('attention', 'ffw'):
+    path = f'layer_{layer}/post_{name}_norm/scale'
+    flat[path] = jnp.full_like(flat[path], -1)  # They scale by 1 + this.
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
 @pytest.mark.parametrize('packed', [True, False])
 def test_head_rows_are_the_first_logits(packed):
   model, params = _model()
@@ -57,14 +66,69 @@ def test_layers_are_those_of_the_model():
   model, params = _model()
   part, cheap = gx.nn.part(model, params, layers=[0, 2])
   assert part.config.num_layers == 2
-  norms = [f'layer_1/post_{n}_norm/scale' for n in ('attention', 'ffw')]
-  flat = _flat(params)
-  for path in norms:
-    flat[path] = jnp.full_like(flat[path], -1)  # They scale by 1 + this.
-  without = traverse_util.unflatten_dict(flat, sep='/')
+  without = _without(params, 1)
   got, want = _logits(part, cheap), _logits(model, without)
   assert np.abs(want - _logits(model, params)).max() > 0.01
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+_MIXTURES = [
+  ('norm', gx.Keep()),
+  ('norm', gx.Int(bits=4, group=32)),
+  ('softmax', gx.Ternary(group=32, planes=2)),
+  ('gate', gx.Keep()),
+  ('gate', gx.Int(bits=4, group=32)),
+]
+
+
+def _mixture(router, weights):
+  """Layers 0 and 2 are mixtures, and one expert of eight runs."""
+  recipe = gx.Recipe.of(
+    {
+      'layer_[02]/mlp': gx.MoE(
+        num_experts=8, top_k=4, router=router, weights=weights
+      ),
+      'attn': gx.Int(bits=8),
+    }
+  )
+  dense = tiny.model('gemma3')
+  model = gx.nn.Compressed(model=dense, recipe=recipe)
+  params = gx.compress(dense, tiny.params(dense), recipe, calibration=TOKENS)
+  flat = _flat(params)
+  for i in (0, 2):
+    flat[f'layer_{i}/mlp/router/k'] = jnp.int32(1)
+  return model, traverse_util.unflatten_dict(flat, sep='/')
+
+
+@pytest.mark.parametrize(('router', 'weights'), _MIXTURES)
+def test_mixtures_stay_mixtures(router, weights):
+  model, params = _mixture(router, weights)
+  want = _logits(model, params)
+  part, cheap = gx.nn.part(model, params, head_rows=100)
+  got = _logits(part, cheap)
+  np.testing.assert_allclose(got, want[..., :100], rtol=1e-4, atol=1e-4)
+  # Some layers of it, the others left out by hand.
+  part, cheap = gx.nn.part(model, params, layers=[0, 2])
+  mixtures = gx.nn.mixtures_of(part.model, part.recipe)
+  assert sorted(mixtures) == ['layer_0/mlp', 'layer_1/mlp']
+  without = _without(params, 1)
+  got, want = _logits(part, cheap), _logits(model, without)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_planes_of_mixtures():
+  model, params = _mixture('norm', gx.Ternary(group=32, planes=2, tied=True))
+  part, cheap = gx.nn.part(model, params, planes=1)
+  latent = _flat(gx.nn.to_latent(model, params))
+  flat = _flat(params) | {
+    path: leaf.at[1:].set(0)
+    for path, leaf in latent.items()
+    if '/mlp/' in path and path.endswith('/codes')
+  }
+  assert flat['layer_0/mlp/linear/codes'].shape[0] == 2
+  want = _logits(model, traverse_util.unflatten_dict(flat, sep='/'))
+  assert np.abs(want - _logits(model, params)).max() > 0.01
+  np.testing.assert_allclose(_logits(part, cheap), want, rtol=1e-2, atol=1e-2)
 
 
 def test_planes_are_the_first_ones():

@@ -354,7 +354,12 @@ def test_alike_is_what_puts_out_the_same_for_its_own_tokens():
 
 @pytest.mark.parametrize(
   ('router', 'k', 'threshold'),
-  [('softmax', 2, None), ('sigmoid', 6, None), ('expert_choice', 1, None)],
+  [
+    ('softmax', 2, None),
+    ('sigmoid', 6, None),
+    ('expert_choice', 1, None),
+    ('gate', 1, None),
+  ],
 )
 def test_routers_that_cannot_divide_say_so(router, k, threshold):
   mixture, params = _layer(router, k, threshold=threshold)

@@ -20,12 +20,13 @@ from gemma_ext.train import _routing
 from tests import tiny
 
 
-def _sown(load, probability=None, z=4.0):
+def _sown(load, probability=None, z=4.0, live=None):
   load = jnp.asarray(load, jnp.float32)
   p = load / load.sum() if probability is None else jnp.asarray(probability)
   return {
     'load': load,
     'probability': p,
+    'live': jnp.ones(len(load)) if live is None else jnp.asarray(live),
     'z': jnp.float32(z),
     'active': load.sum() / len(load),
   }
@@ -50,7 +51,7 @@ def test_losses_on_known_loads():
   )
   np.testing.assert_allclose(train.RouterZ()(interms=interms), 4)
   # An expert that is not there makes no difference.
-  gone = _sown([0.5, 0.5, 0.0], [0.5, 0.5, 0.0])
+  gone = _sown([0.5, 0.5, 0.0], [0.5, 0.5, 0.0], live=[1, 1, 0])
   np.testing.assert_allclose(train.load_balance({'x': gone}), [1], rtol=1e-6)
   with pytest.raises(errors.ParamsMismatchError, match='No router has run'):
     train.routing({'layer_0': {'mlp': {'__call__': (jnp.ones(2),)}}})
@@ -76,8 +77,35 @@ def test_metrics_on_known_loads():
 
 
 def test_entropy_of_one_and_of_none():
-  assert _routing.entropy(_sown([1.0, 0.0], [1.0, 0.0])) == 1
+  alone = _sown([1.0, 0.0], [1.0, 0.0], live=[1, 0])
+  assert _routing.entropy(alone) == 1
   assert _routing.entropy(_sown([1.0, 0.0], [0.9, 0.1])) == 0
+
+
+def test_a_router_that_collapsed_looks_like_one():
+  """Of eight experts one is not there, five have no probability left."""
+  recipe = gx.Recipe.of(
+    {'mlp': gx.MoE(num_experts=8, top_k=2, router='softmax')}
+  )
+  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
+  model = gx.nn.Compressed(model=dense, recipe=recipe)
+  tokens = jnp.arange(3, 15)[None]
+  params = gx.compress(dense, tiny.params(dense), recipe, calibration=tokens)
+  router = params['layer_0']['mlp']['router']
+  bias = jnp.zeros(8).at[2:].set(-1e4).at[7].set(_moe.DEAD)
+  router['bias'] = bias.astype(router['bias'].dtype)
+  found = train.measure_routing(model, params, tokens)['layer_0/mlp']
+  assert (found['probability'][2:] == 0).all()
+  np.testing.assert_array_equal(found['live'], [1] * 7 + [0])
+  load = found['load'][:7]
+  np.testing.assert_allclose(_routing.relative_load(found), load / load.mean())
+  share = load[:2] / load.sum()
+  want = -(share * np.log(share)).sum() / math.log(7)
+  np.testing.assert_allclose(_routing.entropy(found), want, rtol=1e-5)
+  assert train.ExpertUtilisation().of(found) == pytest.approx(2 / 7)
+  (loss,) = train.load_balance({'mlp': found})
+  p = found['probability'][:2]
+  assert loss == pytest.approx(7 * float((share * p).sum()), rel=1e-5)
 
 
 def test_biases_balance_a_router():
@@ -92,7 +120,8 @@ def test_biases_balance_a_router():
   def step(params, rate):
     choice = gx.nn.route(method, params['mlp']['router'], x)
     load = (choice.gates() > 0).mean(axis=0)
-    sown = _sown(load, jax.nn.softmax(choice.logits).mean(axis=0))
+    live = params['mlp']['router']['bias'] > _moe.DEAD / 2
+    sown = _sown(load, jax.nn.softmax(choice.logits).mean(axis=0), live=live)
     return train.balance(params, {'mlp': {'routing': (sown,)}}, rate), sown
 
   _, before = step(params, 0.01)
