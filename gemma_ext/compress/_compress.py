@@ -57,20 +57,21 @@ def compress(
   Returns:
     Parameters for `gx.nn.Compressed(model=model, recipe=recipe)`. Parameters
     that no rule matches are the same arrays as in `params`. Layers that the
-    recipe makes mixtures are carved, see `carve`, unless `params` have a
-    router for them.
+    recipe makes mixtures are carved, see `carve`, but for those that `params`
+    have a router for.
 
   Raises:
     RecipeError: If the recipe does not fit the model, or has mixtures to carve
-      and there are no calibration tokens.
+      and there are no calibration tokens, or their routers are neither 'norm'
+      nor 'gate'.
     ParamsMismatchError: If the parameters do not belong to the model.
     NonFiniteError: If a weight holds NaN or infinity.
   """
   model, recipe = _plan.resolve(model, recipe)
   methods = gx_nn.methods_of(model, recipe)
   flat: dict[str, Any] = dict(check_params(model, params))
-  layers = gx_nn.mixtures_of(model, recipe)
-  if any(f'{path}/router/w' not in flat for path in layers):
+  layers = _carve.without_router(model, recipe, flat)
+  if layers:
     if calibration is None or isinstance(calibration, _statistics.Statistics):
       raise errors.RecipeError(
         'Carving experts needs text: pass calibration tokens, as'

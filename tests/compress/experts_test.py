@@ -73,6 +73,34 @@ def test_large_layers_are_cut_evenly_too(monkeypatch):
   assert (np.bincount(group) == 16).all()
 
 
+@pytest.mark.parametrize('router', ['softmax', 'sigmoid', 'expert_choice'])
+def test_routers_whose_weights_add_up_to_one_are_not_carved(router):
+  dense = tiny.model('gemma3')
+  method = gx.MoE(num_experts=4, top_k=4, router=router)
+  recipe = gx.Recipe.of({r'layer_\d+/mlp': method})
+  tokens = np.random.default_rng(0).integers(3, 500, (1, 8))
+  with pytest.raises(errors.RecipeError, match='upcycle'):
+    gx.compress.carve(dense, tiny.params(dense), recipe, tokens)
+  # Before it asks for text.
+  with pytest.raises(errors.RecipeError, match='upcycle'):
+    gx.compress(dense, tiny.params(dense), recipe)
+
+
+def test_layers_with_a_router_are_not_carved_again():
+  dense = tiny.model('gemma3')
+  recipe = gx.Recipe.of({r'layer_[02]/mlp': gx.MoE(num_experts=4, top_k=4)})
+  tokens = np.random.default_rng(0).integers(3, 500, (2, 24))
+  params = gx.compress.carve(dense, tiny.params(dense), recipe, tokens)
+  router = params['layer_0']['mlp']['router']
+  router['w'] = trained = router['w'] + 1
+  was = params['layer_0']['mlp']['linear']
+  del params['layer_2']['mlp']['router']
+  made = gx.compress(dense, params, recipe, calibration=tokens)
+  np.testing.assert_array_equal(made['layer_0']['mlp']['router']['w'], trained)
+  np.testing.assert_array_equal(made['layer_0']['mlp']['linear'], was)
+  assert set(made['layer_2']['mlp']['router']) == set(router)
+
+
 def curves_of(seed=0):
   rng = np.random.default_rng(seed)
   lost, nats, sizes, shared = {}, {}, {}, {}
