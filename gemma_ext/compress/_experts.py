@@ -10,7 +10,7 @@ at once; what a share costs in nats is measured, one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import heapq
@@ -28,7 +28,7 @@ from gemma_ext.compress import _calibrate
 from gemma_ext.compress import _divergence
 from gemma_ext.nn import _moe
 
-# Shares of the experts that a token may get at which a layer's cost is measured.
+# Shares of `top_k` at which a layer's cost is measured.
 _MEASURED = (0.75, 0.5)
 
 
@@ -226,9 +226,11 @@ def with_experts(
     k: Number by layer, others as they are; or a share of `top_k` for all.
 
   Raises:
-    RecipeError: If there is no such layer or number.
+    RecipeError: If there is no such layer or number, or its router is
+      'expert_choice', which does not ask how many.
   """
   mixtures = gx_nn.mixtures_of(model.model, model.recipe)
+  check_number(mixtures, k if isinstance(k, Mapping) else mixtures)
   if isinstance(k, (int, float)):
     k = {p: max(1, round(k * m.method.top_k)) for p, m in mixtures.items()}
   flat = dict(traverse_util.flatten_dict(dict(params), sep='/'))
@@ -242,6 +244,25 @@ def with_experts(
       )
     flat[f'{path}/{_moe.ROUTER}/k'] = jnp.int32(number)
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def check_number(
+  mixtures: Mapping[str, gx_nn.Mixture], paths: Iterable[str]
+) -> None:
+  """Raises RecipeError if a layer's experts are not as many as one says.
+
+  Args:
+    mixtures: By path.
+    paths: Of the layers in question.
+  """
+  for path in paths:
+    method = mixtures[path].method if path in mixtures else None
+    if method is not None and method.router == 'expert_choice':
+      raise errors.RecipeError(
+        f"The router of {path!r} is 'expert_choice': experts take their tokens,"
+        ' as many as its `top_k` says, and no number or budget at run time'
+        ' changes that.'
+      )
 
 
 def _lost(
