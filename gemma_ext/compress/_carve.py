@@ -34,6 +34,8 @@ from gemma_ext.nn import _config
 from gemma_ext.nn import _moe
 from gemma_ext.nn import _sites
 
+# Chosen experts have the weight one, so that all of them are the dense layer.
+ROUTERS = ('norm', 'gate')
 _COLLECTION = 'carving'
 # Tokens that neurons are compared on, and that routers are fitted on.
 _GROUP_TOKENS = 4096
@@ -47,8 +49,6 @@ _FLOOR = 8.0
 # Neurons up to which groups are an exact assignment.
 _EXACT = 4096
 _ROUNDS = 4
-# Chosen experts have the weight one, so that all of them are the dense layer.
-_ROUTERS = ('norm', 'gate')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,9 +140,9 @@ def without_router(
     if f'{path}/{_moe.ROUTER}/w' not in flat
   }
   for path, mixture in layers.items():
-    if mixture.method.router not in _ROUTERS:
+    if mixture.method.router not in ROUTERS:
       raise errors.RecipeError(
-        f'{path!r} has no router yet, and carving makes those of {_ROUTERS}:'
+        f'{path!r} has no router yet, and carving makes those of {ROUTERS}:'
         f' the weights of {mixture.method.router!r} add up to one at most, so'
         ' that slices of a dense layer would never be that layer. Carve with'
         ' one of these, or make the mixture with `gx.compress.upcycle`.'
