@@ -266,7 +266,9 @@ class MoE(Method):
   The hidden neurons of the layer are cut into `shared + num_experts` slices of
   the same size, each an expert of its own; the shared ones come first and run
   for every token. Both weights of the layer keep their shapes, and with every
-  expert running the layer is the dense one.
+  expert running the layer is the dense one, if the router is 'norm' or 'gate':
+  `gx.compress` carves these out of a dense layer, `gx.compress.upcycle` makes
+  mixtures for the others, whose weights add up to one at most.
 
   Attributes:
     num_experts: Experts that a router chooses from.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 from typing import Any
 
 from flax import linen as nn
@@ -15,6 +16,7 @@ import numpy as np
 import tqdm
 
 from gemma_ext import errors
+from gemma_ext import nn as gx_nn
 from gemma_ext.nn import _config
 from gemma_ext.nn import _sites
 
@@ -28,6 +30,7 @@ def second_moments(
   params: Mapping[str, Any],
   tokens: Any,
   *,
+  mixtures: Mapping[str, gx_nn.Mixture] | None = None,
   batch_size: int = 1,
   progress: bool = False,
 ) -> dict[str, jax.Array]:
@@ -41,6 +44,8 @@ def second_moments(
     model: The official model.
     params: Its dense parameters.
     tokens: Token ids `[batch, length]`, padded with 0.
+    mixtures: Layers that run as mixtures, by path, if the parameters have
+      routers: experts then count for the tokens that they get.
     batch_size: Sequences in one forward pass.
     progress: Whether to show a progress bar.
 
@@ -59,7 +64,13 @@ def second_moments(
   @jax.jit
   def step(params, tokens):
     mask = (tokens != PAD) & (tokens != BOS)
-    with nn.intercept_methods(_Recorder(mask)):
+    # Around the recorder, which sees what is left of the activations.
+    routed = (
+      gx_nn.packed_weights({}, dtype=model.dtype, mixtures=mixtures)
+      if mixtures
+      else contextlib.nullcontext()
+    )
+    with routed, nn.intercept_methods(_Recorder(mask)):
       _, state = probe.apply({'params': params}, tokens, mutable=[_COLLECTION])
     return state[_COLLECTION], jnp.sum(mask)
 

@@ -34,6 +34,8 @@ from gemma_ext.nn import _config
 from gemma_ext.nn import _moe
 from gemma_ext.nn import _sites
 
+# Chosen experts have the weight one, so that all of them are the dense layer.
+ROUTERS = ('norm', 'gate')
 _COLLECTION = 'carving'
 # Tokens that neurons are compared on, and that routers are fitted on.
 _GROUP_TOKENS = 4096
@@ -88,15 +90,16 @@ def carve(
   Returns:
     Dense parameters with the neurons of those layers in the order of their
     experts, and a 'router' beside each. With every expert running they are the
-    model that they were.
+    model that they were. Layers that have a router already stay as they are.
 
   Raises:
-    RecipeError: If the recipe does not fit the model.
+    RecipeError: If the recipe does not fit the model, or has mixtures to carve
+      whose routers are neither 'norm' nor 'gate'.
     ShapeError: If `tokens` is not a non-empty integer matrix of real tokens.
   """
   model, recipe = _plan.resolve(model, recipe)
-  layers = gx_nn.mixtures_of(model, recipe)
   flat = dict(traverse_util.flatten_dict(dict(params), sep='/'))
+  layers = without_router(model, recipe, flat)
   if not layers:
     return traverse_util.unflatten_dict(flat, sep='/')
   tokens = _calibrate.check_tokens(tokens)
@@ -116,6 +119,35 @@ def carve(
         array = array.astype(dtype)
       flat[f'{path}/{_moe.ROUTER}/{name}'] = array
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def without_router(
+  model: nn.Module, recipe: recipe_lib.Recipe, flat: Mapping[str, Any]
+) -> dict[str, gx_nn.Mixture]:
+  """Returns the mixtures that are still to be carved, by path.
+
+  Args:
+    model: The official model.
+    recipe: The recipe.
+    flat: Dense parameters by path.
+
+  Raises:
+    RecipeError: If their routers are of a kind that carving does not make.
+  """
+  layers = {
+    path: mixture
+    for path, mixture in gx_nn.mixtures_of(model, recipe).items()
+    if f'{path}/{_moe.ROUTER}/w' not in flat
+  }
+  for path, mixture in layers.items():
+    if mixture.method.router not in ROUTERS:
+      raise errors.RecipeError(
+        f'{path!r} has no router yet, and carving makes those of {ROUTERS}:'
+        f' the weights of {mixture.method.router!r} add up to one at most, so'
+        ' that slices of a dense layer would never be that layer. Carve with'
+        ' one of these, or make the mixture with `gx.compress.upcycle`.'
+      )
+  return layers
 
 
 def reorder(

@@ -50,27 +50,34 @@ def compress(
     recipe: The recipe, or what `Recipe.of` takes.
     calibration: Token ids of shape `[batch, length]`, padded with 0. If given,
       the error of every weight counts by the second moment of the input that
-      it meets on these tokens. With `Statistics`, errors are compensated, see
-      `compensate`. `None` counts all alike.
+      it meets on these tokens, in mixtures that have a router already as they
+      route. With `Statistics`, which are of the dense layers, errors are
+      compensated, see `compensate`. `None` counts all alike.
     progress: Whether to show a progress bar.
 
   Returns:
     Parameters for `gx.nn.Compressed(model=model, recipe=recipe)`. Parameters
     that no rule matches are the same arrays as in `params`. Layers that the
-    recipe makes mixtures are carved, see `carve`, unless `params` have a
-    router for them.
+    recipe makes mixtures are carved, see `carve`, but for those that `params`
+    have a router for.
 
   Raises:
     RecipeError: If the recipe does not fit the model, or has mixtures to carve
-      and there are no calibration tokens.
+      and there are no calibration tokens, or their routers are neither 'norm'
+      nor 'gate'; or if others are to be compensated.
     ParamsMismatchError: If the parameters do not belong to the model.
     NonFiniteError: If a weight holds NaN or infinity.
   """
   model, recipe = _plan.resolve(model, recipe)
   methods = gx_nn.methods_of(model, recipe)
   flat: dict[str, Any] = dict(check_params(model, params))
-  layers = gx_nn.mixtures_of(model, recipe)
-  if any(f'{path}/router/w' not in flat for path in layers):
+  layers = _carve.without_router(model, recipe, flat)
+  routed = {
+    path: mixture
+    for path, mixture in gx_nn.mixtures_of(model, recipe).items()
+    if path not in layers
+  }
+  if layers:
     if calibration is None or isinstance(calibration, _statistics.Statistics):
       raise errors.RecipeError(
         'Carving experts needs text: pass calibration tokens, as'
@@ -84,6 +91,8 @@ def compress(
       f'The rows of {sorted(ordered)} are to be in the order of what they cost:'
       ' pass calibration, tokens or `gx.compress.statistics`.'
     )
+  if ordered or isinstance(calibration, _statistics.Statistics):
+    _check_dense(routed)
   if ordered and not isinstance(calibration, _statistics.Statistics):
     calibration = _statistics.statistics(
       model, params, calibration, progress=progress
@@ -100,7 +109,7 @@ def compress(
     known = calibration
   elif calibration is not None and methods:
     curvatures = _calibrate.second_moments(
-      model, params, calibration, progress=progress
+      model, params, calibration, mixtures=routed, progress=progress
     )
 
   read = {site.path: site.layout for site in gx_nn.sites(model)}
@@ -139,6 +148,17 @@ def compress(
     flat[gx_nn.mean_path(path)] = mean
   flat |= kernels.side_by_side({path: flat[path] for path in methods})
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _check_dense(mixtures: Mapping[str, gx_nn.Mixture]) -> None:
+  """Raises RecipeError if dense layers do not tell what mixtures meet."""
+  for path, mixture in mixtures.items():
+    if mixture.method.router not in _carve.ROUTERS:
+      raise errors.RecipeError(
+        f'Statistics are of the dense layers, and {path!r} is never one: the'
+        f' weights of {mixture.method.router!r} add up to one at most. Pass'
+        ' calibration tokens, and no tables with ordered rows.'
+      )
 
 
 def fitting(

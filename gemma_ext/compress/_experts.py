@@ -10,7 +10,7 @@ at once; what a share costs in nats is measured, one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import heapq
@@ -28,7 +28,7 @@ from gemma_ext.compress import _calibrate
 from gemma_ext.compress import _divergence
 from gemma_ext.nn import _moe
 
-# Shares of a layer's experts at which its cost is measured.
+# Shares of `top_k` at which a layer's cost is measured.
 _MEASURED = (0.75, 0.5)
 
 
@@ -43,12 +43,15 @@ class Curves:
       measured, in nats a token; times `lost` it is a cost.
     sizes: By layer, parameters of an expert.
     shared: By layer, parameters of the shared experts.
+    most: By layer, the most experts that a token may get; all of them in layers
+      that are left out.
   """
 
   lost: dict[str, np.ndarray]
   nats: dict[str, float]
   sizes: dict[str, int]
   shared: dict[str, int]
+  most: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def parameters(self) -> int:
@@ -67,6 +70,10 @@ class Curves:
     """Returns the predicted divergence from all experts, nats a token."""
     return float(sum(self.nats[p] * self.lost[p][k[p]] for p in self.lost))
 
+  def limit(self, path: str) -> int:
+    """Returns the most experts that a token may get in a layer."""
+    return self.most.get(path, len(self.lost[path]) - 1)
+
   def to_json(self) -> dict[str, Any]:
     """Returns JSON values."""
     return {
@@ -74,6 +81,7 @@ class Curves:
       'nats': self.nats,
       'sizes': self.sizes,
       'shared': self.shared,
+      'most': self.most,
     }
 
 
@@ -86,7 +94,9 @@ def curves(
 ) -> Curves:
   """Measures the curves of every mixture of a model.
 
-  Takes some forward passes for each layer.
+  Takes some forward passes for each layer. Divergences are from the model with
+  `top_k` experts in every layer; what a layer with one expert costs is not
+  known, and taken to be nothing.
 
   Args:
     model: The model.
@@ -103,9 +113,10 @@ def curves(
   mixtures = mixtures_in(model)
   params = with_experts(model, params, 1.0)
   lost = _lost(model, params, tokens, mixtures)
+  most = {path: m.method.top_k for path, m in mixtures.items()}
   fewer = {
-    path: sorted({max(1, round(share * (len(row) - 1))) for share in _MEASURED})
-    for path, row in lost.items()
+    path: sorted({max(1, round(share * top)) for share in _MEASURED} - {top})
+    for path, top in most.items()
   }
   found, counts = _divergence.divergences_of_many(
     model,
@@ -115,17 +126,19 @@ def curves(
       f'{path}:{k}': with_experts(model, params, {path: k})
       for path, some in fewer.items()
       for k in some
-      if k < len(lost[path]) - 1
     },
     tokens,
     progress='cost of experts' if progress else '',
   )
   nats = {}
   for path, some in fewer.items():
+    # What `top_k` loses, the model that is compared with has lost as well.
     pairs = [
-      (found[f'{path}:{k}'].sum() / max(counts.sum(), 1.0), lost[path][k])
+      (
+        found[f'{path}:{k}'].sum() / max(counts.sum(), 1.0),
+        lost[path][k] - lost[path][most[path]],
+      )
       for k in some
-      if f'{path}:{k}' in found
     ]
     # The slope through 0 that fits all.
     top = sum(cost * share for cost, share in pairs)
@@ -135,6 +148,7 @@ def curves(
     nats=nats,
     sizes={p: 3 * m.size * m.features for p, m in mixtures.items()},
     shared={p: 3 * m.shared * m.features for p, m in mixtures.items()},
+    most=most,
   )
 
 
@@ -165,7 +179,7 @@ def choose(found: Curves, active: float) -> dict[str, int]:
       a token may use on average over layers, in (0, 1].
 
   Returns:
-    Experts by layer, at least one in each.
+    Experts by layer, from one to the most that a token may get there.
 
   Raises:
     RecipeError: If there is no such choice.
@@ -184,7 +198,7 @@ def choose(found: Curves, active: float) -> dict[str, int]:
     return found.nats[path] * drop / found.sizes[path]
 
   # The curves fall ever more slowly, so that the greedy choice is the best.
-  heap = [(-gain(p), p) for p, row in found.lost.items() if len(row) > 2]
+  heap = [(-gain(p), p) for p in found.lost if found.limit(p) > 1]
   heapq.heapify(heap)
   while heap:
     _, path = heapq.heappop(heap)
@@ -192,7 +206,7 @@ def choose(found: Curves, active: float) -> dict[str, int]:
       continue
     left -= found.sizes[path]
     k[path] += 1
-    if k[path] + 1 < len(found.lost[path]):
+    if k[path] < found.limit(path):
       heapq.heappush(heap, (-gain(path), path))
   return k
 
@@ -212,9 +226,11 @@ def with_experts(
     k: Number by layer, others as they are; or a share of `top_k` for all.
 
   Raises:
-    RecipeError: If there is no such layer or number.
+    RecipeError: If there is no such layer or number, or its router is
+      'expert_choice', which does not ask how many.
   """
   mixtures = gx_nn.mixtures_of(model.model, model.recipe)
+  check_number(mixtures, k if isinstance(k, Mapping) else mixtures)
   if isinstance(k, (int, float)):
     k = {p: max(1, round(k * m.method.top_k)) for p, m in mixtures.items()}
   flat = dict(traverse_util.flatten_dict(dict(params), sep='/'))
@@ -228,6 +244,25 @@ def with_experts(
       )
     flat[f'{path}/{_moe.ROUTER}/k'] = jnp.int32(number)
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def check_number(
+  mixtures: Mapping[str, gx_nn.Mixture], paths: Iterable[str]
+) -> None:
+  """Raises RecipeError if a layer's experts are not as many as one says.
+
+  Args:
+    mixtures: By path.
+    paths: Of the layers in question.
+  """
+  for path in paths:
+    method = mixtures[path].method if path in mixtures else None
+    if method is not None and method.router == 'expert_choice':
+      raise errors.RecipeError(
+        f"The router of {path!r} is 'expert_choice': experts take their tokens,"
+        ' as many as its `top_k` says, and no number or budget at run time'
+        ' changes that.'
+      )
 
 
 def _lost(

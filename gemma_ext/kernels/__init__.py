@@ -10,6 +10,7 @@ from gemma_ext.kernels._block import BlockSpec
 from gemma_ext.kernels._block import MOST_TOKENS
 from gemma_ext.kernels._block import NORMS
 from gemma_ext.kernels._block import why_not as why_not_block
+from gemma_ext.kernels._cpu import cuts
 from gemma_ext.kernels._dequantize import dequantize
 from gemma_ext.kernels._experts import experts_ffn
 from gemma_ext.kernels._experts_dense import experts_dense

@@ -13,7 +13,7 @@ Models with Offloading", arXiv 2312.17238.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent import futures
 import dataclasses
 import functools
@@ -38,8 +38,9 @@ from gemma_ext.nn import _stacked
 COLLECTION = 'experts'
 _ids = itertools.count()
 _THREADS = 4
-# Experts that are read ahead and that nobody has asked for yet.
-_STAGED = 256
+# Bytes of experts that are read ahead and that nobody has asked for yet; one
+# expert may be larger.
+_STAGED = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,6 +77,10 @@ class HostExperts:
     self._paths = list(self.layers)
     self._lock = threading.Lock()
     self._staged: dict[tuple[int, int], futures.Future] = {}
+    self._sizes = [
+      sum(a.nbytes // len(a) for a in layer.arrays)
+      for layer in self.layers.values()
+    ]
     self._pool = futures.ThreadPoolExecutor(_THREADS)
     self.announced = self.read_ahead = self.fetched = 0
 
@@ -84,21 +89,34 @@ class HostExperts:
     """Bytes of all experts."""
     return sum(a.nbytes for layer in self.layers.values() for a in layer.arrays)
 
+  @property
+  def staged_nbytes(self) -> int:
+    """Bytes of the experts that are read ahead."""
+    return sum(self._sizes[place] for place, _ in self._staged)
+
   def next_of(self, path: str) -> str | None:
     """The layer after a layer, if its experts are here too."""
     place = self._paths.index(path) + 1
     return self._paths[place] if place < len(self._paths) else None
 
   def announce(self, place: np.ndarray, experts: np.ndarray) -> None:
-    """Starts to read experts of a layer that may be asked for soon."""
+    """Starts to read experts of a layer that may be asked for soon.
+
+    No more of them than there is room for, in bytes.
+    """
+    keys = [(int(place), int(e)) for e in np.unique(experts) if e >= 0]
+    size = self._sizes[int(place)]
     with self._lock:
-      for e in np.unique(np.asarray(experts)):
-        key = int(place), int(e)
-        if e < 0 or key in self._staged:
+      for key in keys:
+        if key in self._staged:
           continue
-        if len(self._staged) >= _STAGED:
-          # The oldest was read in vain, or nothing would be read ahead again.
-          self._staged.pop(next(iter(self._staged))).cancel()
+        # The oldest were read in vain, or nothing would be read ahead again.
+        for old in [other for other in self._staged if other not in keys]:
+          if self.staged_nbytes + size <= _STAGED:
+            break
+          self._staged.pop(old).cancel()
+        if self._staged and self.staged_nbytes + size > _STAGED:
+          break
         self.announced += 1
         self._staged[key] = self._pool.submit(self._read, *key)
 
@@ -124,7 +142,15 @@ class Offloaded(_compressed.Compressed):
   """A compressed model whose experts are outside of the device.
 
   Its parameters have no experts, see `offload`; `apply` takes and returns the
-  collection 'experts', which `offload` returns empty.
+  collection 'experts', which `offload` returns empty:
+
+      out, state = model.apply(
+        {'params': params, 'experts': slots}, token, mutable=['experts']
+      )
+      slots = state['experts']
+
+  The official samplers and `gx.text.stream` do not carry it on, so that they
+  cannot decode with such a model.
 
   Attributes:
     store: The experts.
@@ -156,7 +182,8 @@ def offload(
     params: Its parameters.
     slots: Experts of a layer that the device keeps, at least `top_k`.
     directory: Where to keep the experts in files, which are mapped and not
-      read; in host memory by default.
+      read; in host memory by default. Files of another model are never
+      overwritten, which may be in use.
 
   Returns:
     The model, its parameters without experts, and its empty slots, the
@@ -165,6 +192,7 @@ def offload(
   Raises:
     RecipeError: If the model has no mixtures, or shared experts, or fewer
       slots than a token needs.
+    CheckpointExistsError: If the directory has such files already.
   """
   mixtures = _compressed.mixtures_of(model.model, model.recipe)
   if not mixtures or any(m.method.shared for m in mixtures.values()):
@@ -185,6 +213,8 @@ def offload(
     raise errors.RecipeError(
       f'{slots=}; expected {least} (top_k) to {most} (experts of a layer).'
     )
+  if directory is not None:
+    _check_empty(pathlib.Path(directory), mixtures)
   methods = _compressed.methods_of(model.model, model.recipe)
   flat = dict(traverse_util.flatten_dict(dict(params), sep='/'))
   layers = {}
@@ -216,6 +246,22 @@ def hit_rate(state: Mapping[str, Any]) -> float:
   return hits / max(hits + misses, 1)
 
 
+def _check_empty(directory: pathlib.Path, paths: Iterable[str]) -> None:
+  """Raises CheckpointExistsError if a layer has files in a directory."""
+  for path in paths:
+    for file in directory.glob(f'{_name(path)}_*.bin'):
+      raise errors.CheckpointExistsError(
+        f'{file} has the experts of a model already, which may be reading them.'
+        ' Name another directory, or delete what is in this one if no model'
+        ' needs it.'
+      )
+
+
+def _name(path: str) -> str:
+  """What the files of a layer begin with."""
+  return path.replace('/', '_')
+
+
 def _layer(mixture, path, methods, flat, directory) -> _Layer:
   """Takes the experts of a layer out of the parameters."""
   stacked = _stacked.take(mixture, methods, flat)
@@ -223,9 +269,10 @@ def _layer(mixture, path, methods, flat, directory) -> _Layer:
   for i, array in enumerate(stacked.arrays):
     array = np.ascontiguousarray(array)
     if directory is not None:
-      file = pathlib.Path(directory) / f'{path.replace("/", "_")}_{i}.bin'
+      file = pathlib.Path(directory) / f'{_name(path)}_{i}.bin'
       file.parent.mkdir(parents=True, exist_ok=True)
-      array.tofile(file)
+      with file.open('xb') as f:
+        array.tofile(f)
       array = np.memmap(file, dtype=array.dtype, mode='r', shape=array.shape)
     kept.append(array)
   stacked = dataclasses.replace(stacked, arrays=tuple(kept))
@@ -280,12 +327,28 @@ def _run(store, module, path, mixture, x, choice) -> jax.Array:
   if len(flat) > 1:
     y = _stream_all(layer, fetch, flat, chosen, weight)
   else:
+    _check_slots(module, path)
     state = module.get_variable(COLLECTION, 'cache')
     state = _load(layer, fetch, state, chosen[0])
     module.put_variable(COLLECTION, 'cache', state)
     at = jnp.where(chosen < 0, -1, state['slot_of'][jnp.maximum(chosen, 0)])
     y = _compute(layer, state['slots'], flat, at, weight)
   return y.reshape(x.shape)
+
+
+def _check_slots(module, path) -> None:
+  """Raises ParamsMismatchError if there are no slots, or they are fixed."""
+  there = module.has_variable(COLLECTION, 'cache')
+  if there and module.is_mutable_collection(COLLECTION):
+    return
+  raise errors.ParamsMismatchError(
+    f'The experts of {path!r} are outside of the device, so that one token'
+    f' needs the collection {COLLECTION!r}, to be changed: pass what `offload`'
+    " returned, `out, state = model.apply({'params': params,"
+    f" '{COLLECTION}': slots}}, token, mutable=['{COLLECTION}'])`, and"
+    f" `state['{COLLECTION}']` to the next call. The official samplers and"
+    ' `gx.text.stream` do not; there, take the model as it was before.'
+  )
 
 
 def _load(layer, fetch, state, chosen) -> dict[str, Any]:

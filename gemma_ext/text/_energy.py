@@ -26,9 +26,13 @@ from scipy import optimize
 
 from gemma_ext import compress as gx_compress
 from gemma_ext import errors
+from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
+from gemma_ext.compress import _experts
 
 _UNITS = {'%': 0.01, 'J': 1.0, 'mJ': 1e-3, 's': 1.0, 'ms': 1e-3}
+# Positions whose probabilities are in float32 at a time.
+_CHUNK = 64
 # Tables of which a token reads one row.
 _LOOKED_UP = ('per_layer_embeddings', 'per_layer_input_embedding')
 
@@ -40,7 +44,8 @@ class Cost:
   Attributes:
     nbytes: Bytes of weights that are read.
     operations: Multiplications and additions.
-    parameters: Weights that take part.
+    parameters: Weights that take part; those that are read, and multiplied by
+      zero, do not.
   """
 
   nbytes: float
@@ -165,7 +170,14 @@ def cost(
   params: Mapping[str, Any],
   k: Mapping[str, int] | None = None,
 ) -> Cost:
-  """Counts what decoding a token takes.
+  """Counts what decoding a token takes, with the kernels of the CPU.
+
+  They leave out what is not chosen where it is packed: experts that are whole
+  blocks of codes and whole groups, and single neurons that gates choose, of
+  which all gates are read. Of other mixtures everything is read and multiplied,
+  by zero, whatever is chosen: dense ones (`Keep`), experts that are smaller
+  than a block, 'expert_choice'. Where XLA runs packed layers, as on
+  accelerators, all mixtures are of that kind, which is not counted.
 
   Args:
     model: The model.
@@ -185,6 +197,9 @@ def cost(
     path: (mixture.method.shared + k[path]) / mixture.method.slices
     for path, mixture in mixtures.items()
   }
+  alone = {
+    path: _reads_chosen(mixture, methods) for path, mixture in mixtures.items()
+  }
   planes = {path: getattr(m, 'planes', 1) for path, (_, m) in methods.items()}
   packed = {path: site.layout.size for path, (site, _) in methods.items()}
   nbytes = operations = parameters = 0.0
@@ -192,22 +207,39 @@ def cost(
     place, _, name = path.rpartition('/')
     if any(table in path for table in _LOOKED_UP):
       continue
-    part = 1.0
+    active = read = 1.0
     for layer, value in share.items():
       if path.startswith(f'{layer}/') and '/router/' not in path:
-        part = value
+        active = value
         if mixtures[layer].by_neuron and '/gating_einsum' in path:
           # The gates choose: all of them are read.
-          part = (1 + value) / 2
-    nbytes += part * leaf.nbytes
+          active = (1 + value) / 2
+        # Those of `shard_experts` are arrays of their own.
+        if alone[layer] or path.startswith(f'{layer}/experts/'):
+          read = active
+    nbytes += read * leaf.nbytes
     if place in packed:
       if name == 'codes':
-        parameters += part * packed[place]
-        operations += 2 * part * packed[place] * planes[place]
+        parameters += active * packed[place]
+        operations += 2 * read * packed[place] * planes[place]
     else:
-      parameters += part * leaf.size
-      operations += 2 * part * leaf.size
+      parameters += active * leaf.size
+      operations += 2 * read * leaf.size
   return Cost(nbytes=nbytes, operations=operations, parameters=parameters)
+
+
+def _reads_chosen(
+  mixture: gx_nn.Mixture, methods: Mapping[str, tuple[gx_nn.Site, Any]]
+) -> bool:
+  """Whether weights of experts that are not chosen are left out, see `cost`."""
+  down = f'{mixture.path}/linear'
+  if mixture.method.router == 'expert_choice' or down not in methods:
+    return False
+  site, method = methods[down]
+  cols = site.layout.cols
+  return mixture.by_neuron or kernels.cuts(
+    gx_nn.format_of(method, cols), cols, mixture.size
+  )
 
 
 def experts_within(
@@ -233,13 +265,15 @@ def experts_within(
 
   Raises:
     RecipeError: If the model has no mixtures, or one expert a layer is beyond
-      the budget.
+      the budget, or a router is 'expert_choice'.
   """
-  mixtures = {}
+  mixtures, methods = {}, {}
   if isinstance(model, gx_nn.Compressed):
     mixtures = gx_nn.mixtures_of(model.model, model.recipe)
+    methods = gx_nn.methods_of(model.model, model.recipe)
   if not mixtures:
     raise errors.RecipeError('The model has no mixtures of experts to choose.')
+  _experts.check_number(mixtures, mixtures)
 
   def choice(share: float) -> dict[str, int]:
     """Of the routed experts, this share of all."""
@@ -270,9 +304,16 @@ def experts_within(
     return choice(high)
   if not fits(choice(low)):
     one = cost(model, params, choice(low))
+    why = ''
+    if not any(_reads_chosen(m, methods) for m in mixtures.values()):
+      why = (
+        ' All experts are read whatever is chosen: pack their weights, in'
+        ' experts of whole blocks of codes, see `gx.text.cost`.'
+      )
     raise errors.RecipeError(
       f'{budget} cannot be kept: with one expert a layer a token costs'
       f' {machine.joules_of(one):.3g} J and {machine.seconds_of(one):.3g} s.'
+      + why
     )
   for _ in range(20):
     middle = (low + high) / 2
@@ -331,9 +372,23 @@ def complexity(
 
 @functools.partial(jax.jit, static_argnames='model')
 def _entropy(params, tokens, *, model):
-  logits = model.apply({'params': params}, tokens[None]).logits[0]
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+  return _mean_entropy(model.apply({'params': params}, tokens[None]).logits[0])
+
+
+def _mean_entropy(logits: jax.Array) -> jax.Array:
+  """Mean over the rows of `[L, V]`, in nats, some rows at a time."""
+  length, vocab = logits.shape
+  pad = -length % _CHUNK
+  real = jnp.pad(jnp.ones(length, bool), (0, pad)).reshape(-1, _CHUNK)
+  rows = jnp.pad(logits, ((0, pad), (0, 0))).reshape(-1, _CHUNK, vocab)
+
+  def body(total, part):
+    some, real = part
+    log_p = jax.nn.log_softmax(some.astype(jnp.float32))
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return total + jnp.sum(jnp.where(real, entropy, 0)), None
+
+  return jax.lax.scan(body, jnp.float32(0), (rows, real))[0] / length
 
 
 def active_for(

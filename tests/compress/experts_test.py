@@ -5,6 +5,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,6 +74,34 @@ def test_large_layers_are_cut_evenly_too(monkeypatch):
   assert (np.bincount(group) == 16).all()
 
 
+@pytest.mark.parametrize('router', ['softmax', 'sigmoid', 'expert_choice'])
+def test_routers_whose_weights_add_up_to_one_are_not_carved(router):
+  dense = tiny.model('gemma3')
+  method = gx.MoE(num_experts=4, top_k=4, router=router)
+  recipe = gx.Recipe.of({r'layer_\d+/mlp': method})
+  tokens = np.random.default_rng(0).integers(3, 500, (1, 8))
+  with pytest.raises(errors.RecipeError, match='upcycle'):
+    gx.compress.carve(dense, tiny.params(dense), recipe, tokens)
+  # Before it asks for text.
+  with pytest.raises(errors.RecipeError, match='upcycle'):
+    gx.compress(dense, tiny.params(dense), recipe)
+
+
+def test_layers_with_a_router_are_not_carved_again():
+  dense = tiny.model('gemma3')
+  recipe = gx.Recipe.of({r'layer_[02]/mlp': gx.MoE(num_experts=4, top_k=4)})
+  tokens = np.random.default_rng(0).integers(3, 500, (2, 24))
+  params = gx.compress.carve(dense, tiny.params(dense), recipe, tokens)
+  router = params['layer_0']['mlp']['router']
+  router['w'] = trained = router['w'] + 1
+  was = params['layer_0']['mlp']['linear']
+  del params['layer_2']['mlp']['router']
+  made = gx.compress(dense, params, recipe, calibration=tokens)
+  np.testing.assert_array_equal(made['layer_0']['mlp']['router']['w'], trained)
+  np.testing.assert_array_equal(made['layer_0']['mlp']['linear'], was)
+  assert set(made['layer_2']['mlp']['router']) == set(router)
+
+
 def curves_of(seed=0):
   rng = np.random.default_rng(seed)
   lost, nats, sizes, shared = {}, {}, {}, {}
@@ -104,6 +133,13 @@ def test_choice_is_the_best_of_all(seed):
     assert curves.cost(k) == pytest.approx(best)
   full = gx.compress.choose_experts(curves, 1.0)
   assert list(full.values()) == [4, 4, 3]
+
+
+def test_choices_keep_the_most_that_tokens_may_get():
+  curves = curves_of()
+  curves = gx.compress.Curves(**{**vars(curves), 'most': {'l0': 2, 'l2': 1}})
+  assert gx.compress.choose_experts(curves, 1.0) == {'l0': 2, 'l1': 4, 'l2': 1}
+  assert curves.to_json()['most'] == {'l0': 2, 'l2': 1}
 
 
 def test_bad_choices():
@@ -138,3 +174,35 @@ def test_curves_of_a_model():
     gx.compress.with_experts(model, params, {'layer_1/mlp': 1})
   with pytest.raises(errors.RecipeError, match='no mixtures'):
     gx.compress.expert_curves(dense, tiny.params(dense), tokens)
+
+
+def test_curves_where_few_of_the_experts_may_run():
+  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32)
+  recipe = gx.Recipe.of({r'layer_\d+/mlp': gx.MoE(num_experts=8, top_k=4)})
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
+  tokens = np.random.default_rng(0).integers(3, 500, (2, 24))
+  params = gx.compress(dense, tiny.params(dense), recipe, calibration=tokens)
+  found = gx.compress.expert_curves(model, params, tokens)
+  (path,) = found.lost
+  assert len(found.lost[path]) == 9 and found.most == {path: 4}
+  assert found.parameters == 3 * 256 * 128
+  # The slope fits what 2 and 3 of the 4 cost.
+  cost = {
+    k: gx.compress.divergence(
+      model,
+      gx.compress.with_experts(model, params, 1.0),
+      model,
+      gx.compress.with_experts(model, params, {path: k}),
+      tokens,
+    )
+    for k in (2, 3)
+  }
+  beyond = {k: found.lost[path][k] - found.lost[path][4] for k in cost}
+  slope = sum(cost[k] * beyond[k] for k in cost)
+  slope /= sum(share**2 for share in beyond.values())
+  assert found.nats[path] == pytest.approx(slope, rel=1e-3)
+  assert found.nats[path] > 0
+  assert gx.compress.choose_experts(found, 0.99) == {path: 4}
+  budget = gx.text.Budget(active=0.25)
+  k = gx.text.experts_within(model, params, budget, curves=found)
+  assert k == {path: 2}

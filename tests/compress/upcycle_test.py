@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upcycling: a dense model as a wider mixture of its own copies."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,3 +123,43 @@ def test_native_mixtures_and_other_parameters_are_refused():
   params['layer_1']['mlp']['linear'] = jnp.zeros((4, 128))
   with pytest.raises(errors.ParamsMismatchError, match='layer_1/mlp/linear'):
     gx.compress.upcycle(dense, params, num_experts=2, top_k=1)
+
+
+@pytest.mark.parametrize('router', ['softmax', 'norm'])
+def test_mixtures_are_calibrated_as_they_route(router):
+  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32)
+  wider, params, recipe = gx.compress.upcycle(
+    dense,
+    tiny.params(dense),
+    num_experts=4,
+    top_k=1,
+    router=router,
+    reinitialise=0,
+  )
+  # Nobody gets the last one.
+  leaf = params['layer_0']['mlp']['router']
+  leaf['bias'] = leaf['bias'].at[3].set(-1e4)
+  mixtures = gx.nn.mixtures_of(wider, recipe)
+  path = 'layer_0/mlp/linear'
+  found = gx.compress.second_moments(wider, params, _TOKENS, mixtures=mixtures)
+  got = np.asarray(found[path]).reshape(4, 256)
+  want = gx.compress.second_moments(dense, tiny.params(dense), _TOKENS)[path]
+  # Every token goes to one of the copies.
+  np.testing.assert_allclose(got.sum(axis=0), want, rtol=1e-4)
+  assert not got[3].any() and got[:3].any()
+  weights = gx.Int(bits=4, group=32)
+  method = dataclasses.replace(recipe.rules[0][1], weights=weights)
+  packed = gx.Recipe.of({recipe.rules[0][0]: method})
+  made = gx.compress(wider, params, packed, calibration=_TOKENS)
+  error = gx.compress.divergence(
+    gx.nn.Compressed(model=wider, recipe=recipe),
+    params,
+    gx.nn.Compressed(model=wider, recipe=packed),
+    made,
+    _TOKENS,
+  )
+  assert error < 0.05
+  if router == 'softmax':
+    known = gx.compress.statistics(wider, params, _TOKENS)
+    with pytest.raises(errors.RecipeError, match='Statistics are of the dense'):
+      gx.compress(wider, params, packed, calibration=known)

@@ -12,9 +12,11 @@ import pytest
 import gemma_ext as gx
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
+from gemma_ext.nn import _offload
 from tests import tiny
 
 TOKENS = np.random.default_rng(0).integers(3, 500, (1, 12))
+_LAST = 'layer_2/mlp'
 
 
 @functools.lru_cache
@@ -97,6 +99,61 @@ def test_least_recently_used_goes_first():
   used = np.asarray(cache['used'])
   assert used.max() == cache['clock'] == 20
   assert used.min() < used.max()
+
+
+def test_files_of_another_model_are_not_overwritten(tmp_path):
+  model, params = made(num_experts=4, top_k=1)
+  token = jnp.array([[5]])
+
+  def logits(away, few, state):
+    variables = {'params': few, 'experts': state}
+    return away.apply(variables, token, mutable=['experts'])[0].logits
+
+  first = gx_nn.offload(model, params, slots=1, directory=tmp_path)
+  want = logits(*first)
+  other = jax.tree.map(lambda leaf: leaf * 2, params)
+  with pytest.raises(errors.CheckpointExistsError, match='another directory'):
+    gx_nn.offload(model, other, slots=1, directory=tmp_path)
+  np.testing.assert_array_equal(logits(*first), want)
+  gx_nn.offload(model, other, slots=1, directory=tmp_path / 'other')
+
+
+def test_decoding_says_what_it_needs():
+  model, params = made(num_experts=4, top_k=1)
+  away, few, state = gx_nn.offload(model, params, slots=1)
+  token = jnp.array([[5]])
+  with pytest.raises(errors.ParamsMismatchError, match=r'mutable=\[.experts'):
+    away.apply({'params': few, 'experts': state}, token)
+  with pytest.raises(errors.ParamsMismatchError, match='next call'):
+    away.apply({'params': few}, token, mutable=['experts'])
+  checkpoint = away, few, tiny.tokenizer(3)
+  with pytest.raises(errors.ParamsMismatchError, match='gx.text.stream'):
+    ''.join(gx.text.stream(checkpoint, 'The capital', max_new_tokens=2))
+
+
+def test_reading_ahead_is_bounded_in_bytes(monkeypatch):
+  model, params = made()
+  store = gx_nn.offload(model, params, slots=3)[0].store
+  each = store.nbytes // (3 * 8)
+  monkeypatch.setattr(_offload, '_STAGED', 4 * each + each // 2)
+  announce = lambda place, experts: store.announce(place, np.array(experts))
+  announce(0, [0, 1, 2])
+  announce(1, [5, 6, -1])
+  # The first of layer 0 had to go.
+  assert store.staged_nbytes == 4 * each
+  # Then all others do, and one of layer 2 has no room.
+  announce(2, [0, 1, 2, 3, 4])
+  assert store.staged_nbytes == 4 * each
+  assert store.announced == 3 + 2 + 4
+  for e in range(4):
+    for got, want in zip(store.fetch(2, e), store.layers[_LAST].arrays):
+      np.testing.assert_array_equal(got, want[e])
+  assert store.read_ahead == 4 and store.staged_nbytes == 0
+  # One is read ahead however large it is.
+  monkeypatch.setattr(_offload, '_STAGED', 1)
+  announce(0, [3, 4])
+  announce(1, [3, 4])
+  assert store.staged_nbytes == each
 
 
 def test_bad_requests():

@@ -13,6 +13,7 @@ import gemma_ext as gx
 from gemma_ext import errors
 from gemma_ext import nn as gx_nn
 from gemma_ext import text
+from gemma_ext.text import _energy
 from tests import tiny
 
 WEIGHTS = gx.Int(bits=8, group=32)
@@ -49,6 +50,75 @@ def test_cost_counts_bytes_and_weights():
   assert dense.parameters == sum(
     leaf.size for leaf in jax.tree.leaves(tiny.params(model.model))
   )
+
+
+def zeros(**fields):
+  """A mixture of 256 neurons, and parameters of the shapes that it needs."""
+  fields = dict(num_experts=8, top_k=8) | fields
+  recipe = gx.Recipe.of({'mlp': gx.MoE(**fields)})
+  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32)
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+  )
+  fill = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
+  return model, jax.tree.map(fill, shapes['params'])
+
+
+@pytest.mark.parametrize(
+  ('fields', 'left'),
+  [
+    # Slices of 32 codes of a byte each are whole blocks.
+    ({'weights': WEIGHTS}, 3),
+    # Of 2 bits they are a quarter of one.
+    ({'weights': gx.Ternary(group=32)}, 0),
+    ({'num_experts': 2, 'top_k': 2, 'weights': gx.Ternary(group=32)}, 3),
+    ({'weights': gx.Keep()}, 0),
+    # All gates are read, and up and down of those that run.
+    ({'router': 'gate', 'weights': gx.Ternary(group=32)}, 2),
+    ({'router': 'gate', 'weights': gx.Keep()}, 0),
+    ({'router': 'expert_choice', 'weights': WEIGHTS}, 0),
+  ],
+)
+def test_cost_counts_what_is_read(fields, left):
+  model, params = zeros(**fields)
+  count = fields.get('num_experts', 8)
+  full, half = (
+    text.cost(model, params, {'layer_0/mlp': k}) for k in (count, count // 2)
+  )
+  mlp = params['layer_0']['mlp']
+  nbytes = sum(
+    leaf.nbytes
+    for name in ('gating_einsum', 'linear')
+    for leaf in jax.tree.leaves(mlp[name])
+  )
+  # Of three matrices, half of those that are left out in part.
+  assert full.nbytes - half.nbytes == pytest.approx(nbytes * left / 6)
+  planes = getattr(fields['weights'], 'planes', 1)
+  assert full.operations - half.operations == 256 * 128 * left * planes
+  matrices = 2 if fields.get('router') == 'gate' else 3
+  assert full.parameters - half.parameters == 256 * 128 * matrices / 2
+
+
+def test_budgets_that_no_choice_keeps_say_why():
+  model, params = zeros()
+  machine = text.Machine()
+  half = text.Budget(joules=machine.joules_of(text.cost(model, params)) * 0.99)
+  with pytest.raises(errors.RecipeError, match='All experts are read'):
+    text.with_budget(model, params, half)
+  # Shares of active parameters are as before.
+  some = text.with_budget(model, params, '50%')
+  assert int(some['layer_0']['mlp']['router']['k']) == 4
+
+
+def test_expert_choice_has_no_number_to_set():
+  model, params = zeros(router='expert_choice')
+  for k in (0.5, {'layer_0/mlp': 1}):
+    with pytest.raises(errors.RecipeError, match='expert_choice'):
+      gx.compress.with_experts(model, params, k)
+  for budget in ('50%', '1mJ', '9s'):
+    with pytest.raises(errors.RecipeError, match='expert_choice'):
+      text.with_budget(model, params, budget)
 
 
 @pytest.mark.parametrize('active', [0.375, 0.5, 0.75, 1.0])
@@ -147,3 +217,15 @@ def test_hard_prompts_get_more():
   assert shares == [0.25, 0.25, 0.625, 1.0, 1.0]
   with pytest.raises(errors.ShapeError):
     text.complexity(model, params, [])
+
+
+def test_entropies_are_computed_some_rows_at_a_time():
+  logits = np.random.default_rng(0).standard_normal((150, 40)) * 3
+  p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  want = -(p * np.log(p)).sum(axis=1).mean()
+  entropy = jax.jit(_energy._mean_entropy)
+  assert float(entropy(logits)) == pytest.approx(want, rel=1e-5)
+  shape = jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16)
+  memory = entropy.lower(shape).compile().memory_analysis()
+  # One of all rows in float32 would be 32 MB.
+  assert memory.temp_size_in_bytes < 20e6
