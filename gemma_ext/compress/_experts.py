@@ -170,6 +170,19 @@ def mixtures_in(model: nn.Module) -> dict[str, gx_nn.Mixture]:
   return found
 
 
+def routed(model: nn.Module) -> dict[str, gx_nn.Mixture]:
+  """Returns all layers with a router, by path: a recipe's, and Gemma 4's own.
+
+  Args:
+    model: The model; one that is not `Compressed` has none.
+  """
+  if not isinstance(model, gx_nn.Compressed):
+    return {}
+  return gx_nn.mixtures_of(model.model, model.recipe) | gx_nn.native_mixtures(
+    model.model
+  )
+
+
 def choose(found: Curves, active: float) -> dict[str, int]:
   """Chooses k for every layer, at the least predicted cost.
 
@@ -218,7 +231,9 @@ def with_experts(
 ) -> dict[str, Any]:
   """Returns parameters with which tokens get so many experts at most.
 
-  Nothing is compiled anew: the number is one of the parameters.
+  Nothing is compiled anew: the number is one of the parameters. Layers that
+  Gemma 4 has of its own get it too; the weights of the experts that are left
+  still sum to one.
 
   Args:
     model: The model.
@@ -229,7 +244,7 @@ def with_experts(
     RecipeError: If there is no such layer or number, or its router is
       'expert_choice', which does not ask how many.
   """
-  mixtures = gx_nn.mixtures_of(model.model, model.recipe)
+  mixtures = routed(model)
   check_number(mixtures, k if isinstance(k, Mapping) else mixtures)
   if isinstance(k, (int, float)):
     k = {p: max(1, round(k * m.method.top_k)) for p, m in mixtures.items()}

@@ -14,6 +14,7 @@ from gemma_ext.nn._lora import LoRA
 from gemma_ext.nn._moe import Choice
 from gemma_ext.nn._moe import Mixture
 from gemma_ext.nn._moe import route
+from gemma_ext.nn._native import mixtures as native_mixtures
 from gemma_ext.nn._offload import hit_rate
 from gemma_ext.nn._offload import offload
 from gemma_ext.nn._offload import Offloaded

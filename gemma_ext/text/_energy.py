@@ -174,10 +174,11 @@ def cost(
 
   They leave out what is not chosen where it is packed: experts that are whole
   blocks of codes and whole groups, and single neurons that gates choose, of
-  which all gates are read. Of other mixtures everything is read and multiplied,
-  by zero, whatever is chosen: dense ones (`Keep`), experts that are smaller
-  than a block, 'expert_choice'. Where XLA runs packed layers, as on
-  accelerators, all mixtures are of that kind, which is not counted.
+  which all gates are read; of Gemma 4's own mixtures, dense ones too. Of others
+  everything is read and multiplied, by zero, whatever is chosen: dense ones
+  (`Keep`), experts that are smaller than a block, 'expert_choice'. Where XLA
+  runs packed layers, as on accelerators, all mixtures are of that kind, which
+  is not counted.
 
   Args:
     model: The model.
@@ -186,20 +187,20 @@ def cost(
       say by default.
   """
   methods: dict[str, Any] = {}
-  mixtures: dict[str, gx_nn.Mixture] = {}
+  mixtures = _experts.routed(model)
   if isinstance(model, gx_nn.Compressed):
     methods = gx_nn.methods_of(model.model, model.recipe)
-    mixtures = gx_nn.mixtures_of(model.model, model.recipe)
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   if k is None:
-    k = {path: int(flat[f'{path}/router/k']) for path in mixtures}
+    k = {
+      path: int(flat.get(f'{path}/router/k', mixture.method.top_k))
+      for path, mixture in mixtures.items()
+    }
   share = {
     path: (mixture.method.shared + k[path]) / mixture.method.slices
     for path, mixture in mixtures.items()
   }
-  alone = {
-    path: _reads_chosen(mixture, methods) for path, mixture in mixtures.items()
-  }
+  alone = _read_alone(model, mixtures, methods)
   planes = {path: getattr(m, 'planes', 1) for path, (_, m) in methods.items()}
   packed = {path: site.layout.size for path, (site, _) in methods.items()}
   nbytes = operations = parameters = 0.0
@@ -209,7 +210,7 @@ def cost(
       continue
     active = read = 1.0
     for layer, value in share.items():
-      if path.startswith(f'{layer}/') and '/router/' not in path:
+      if re.match(f'{layer}/(gating_einsum|linear|experts)(/|$)', path):
         active = value
         if mixtures[layer].by_neuron and '/gating_einsum' in path:
           # The gates choose: all of them are read.
@@ -228,18 +229,25 @@ def cost(
   return Cost(nbytes=nbytes, operations=operations, parameters=parameters)
 
 
-def _reads_chosen(
-  mixture: gx_nn.Mixture, methods: Mapping[str, tuple[gx_nn.Site, Any]]
-) -> bool:
-  """Whether weights of experts that are not chosen are left out, see `cost`."""
-  down = f'{mixture.path}/linear'
-  if mixture.method.router == 'expert_choice' or down not in methods:
-    return False
-  site, method = methods[down]
-  cols = site.layout.cols
-  return mixture.by_neuron or kernels.cuts(
-    gx_nn.format_of(method, cols), cols, mixture.size
-  )
+def _read_alone(
+  model: nn.Module,
+  mixtures: Mapping[str, gx_nn.Mixture],
+  methods: Mapping[str, tuple[gx_nn.Site, Any]],
+) -> dict[str, bool]:
+  """Whether weights that are not chosen are left out, by path; see `cost`."""
+  own = gx_nn.native_mixtures(model.model) if mixtures else {}
+  found = dict.fromkeys(own, True)
+  for path, mixture in mixtures.items():
+    if path in own:
+      continue
+    down = f'{path}/linear'
+    found[path] = mixture.by_neuron and down in methods
+    if mixture.method.router != 'expert_choice' and down in methods:
+      site, method = methods[down]
+      cols = site.layout.cols
+      fmt = gx_nn.format_of(method, cols)
+      found[path] |= kernels.cuts(fmt, cols, mixture.size)
+  return found
 
 
 def experts_within(
@@ -267,9 +275,8 @@ def experts_within(
     RecipeError: If the model has no mixtures, or one expert a layer is beyond
       the budget, or a router is 'expert_choice'.
   """
-  mixtures, methods = {}, {}
+  mixtures, methods = _experts.routed(model), {}
   if isinstance(model, gx_nn.Compressed):
-    mixtures = gx_nn.mixtures_of(model.model, model.recipe)
     methods = gx_nn.methods_of(model.model, model.recipe)
   if not mixtures:
     raise errors.RecipeError('The model has no mixtures of experts to choose.')
@@ -305,7 +312,7 @@ def experts_within(
   if not fits(choice(low)):
     one = cost(model, params, choice(low))
     why = ''
-    if not any(_reads_chosen(m, methods) for m in mixtures.values()):
+    if not any(_read_alone(model, mixtures, methods).values()):
       why = (
         ' All experts are read whatever is chosen: pack their weights, in'
         ' experts of whole blocks of codes, see `gx.text.cost`.'

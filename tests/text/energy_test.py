@@ -229,3 +229,29 @@ def test_entropies_are_computed_some_rows_at_a_time():
   memory = entropy.lower(shape).compile().memory_analysis()
   # One of all rows in float32 would be 32 MB.
   assert memory.temp_size_in_bytes < 20e6
+
+
+def test_mixtures_of_gemma_4_keep_budgets():
+  dense = tiny.model('gemma4_moe')
+  recipe = gx.Recipe.of({r'layer_\d+/mlp/(gating|linear).*': WEIGHTS})
+  shapes = jax.eval_shape(
+    dense.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32)
+  )['params']
+  params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  params = gx.compress(dense, params, recipe)
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
+  full, every = text.cost(model, params), jax.tree.leaves(params)
+  # Two of four experts of 3 * 128 * 128 in each of two layers, and one.
+  half = 2 * 2 * 3 * 128 * 128
+  nbytes = sum(leaf.nbytes for leaf in every)
+  assert nbytes - full.nbytes == pytest.approx(half * (1 + 2 / 32))
+  less = text.with_budget(model, params, '25%')
+  for layer in ('layer_0', 'layer_1'):
+    assert int(less[layer]['mlp']['router']['k']) == 1
+  gone = full.parameters - text.cost(model, less).parameters
+  assert gone == half / 2 - 2  # The two numbers are parameters.
+  seconds = (full.nbytes + text.cost(model, less).nbytes) / 2 / 20e9
+  same = text.with_budget(model, params, f'{seconds}s')
+  assert int(same['layer_0']['mlp']['router']['k']) == 1
+  with pytest.raises(errors.RecipeError, match='which may have 1 to 2'):
+    gx.compress.with_experts(model, params, {'layer_0/mlp': 3})
