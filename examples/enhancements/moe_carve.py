@@ -7,8 +7,16 @@ follows from what leaving some out costs there. Then the layers, their routers
 and all norms are distilled from the dense model.
 
 python -m gemma_ext.train --config=examples/enhancements/moe_carve.py
+
+The less is left out, the lower the rates that do good: with three quarters of
+the neurons, a quarter of those below. --config.dtype=float32 takes two thirds
+of the time on CPUs without bfloat16 instructions.
+
 python -m gemma_ext.train --config=examples/enhancements/moe_carve.py \
-    --config.active=0.75 --config.output=out/moe-75
+    --config.active=0.75 --config.output=out/moe-75 \
+    '--config.stages[0].optimizer.steps=150' \
+    '--config.stages[0].optimizer.dense_rate=1e-4' \
+    '--config.stages[0].optimizer.norm_rate=1e-4'
 """
 
 from kauldron import konfig
@@ -33,7 +41,7 @@ def get_config():
     active=0.5,
     output='out/moe-50',
     text='sample',
-    tokens=229_376,
+    tokens=163_840,
     fit_tokens=16_384,
     seed=0,
     save_seconds=600.0,
@@ -44,7 +52,7 @@ def get_config():
         batch_windows=1,
         vocabulary=16_384,
         rest=2048,
-        optimizer=train.Gradient(steps=600, dense_rate=5e-4, norm_rate=3e-4),
+        optimizer=train.Gradient(steps=300, dense_rate=4e-4, norm_rate=3e-4),
       ),
     ),
   )
