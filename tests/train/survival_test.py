@@ -31,7 +31,7 @@ from gemma_ext.train import _branch
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_KILLS = int(os.environ.get('SURVIVAL_KILLS', 7))
+_KILLS = int(os.environ.get('SURVIVAL_KILLS', 5))
 _PAIR_KILLS = int(os.environ.get('SURVIVAL_KILLS', 2))
 _FORK = os.environ.get('SURVIVAL_FORK', '1') != '0'
 _HEARTBEAT = 10
