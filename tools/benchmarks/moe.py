@@ -77,6 +77,13 @@ def _define_flags(values: flags.FlagValues) -> None:
   string('text', 'sample', 'Text, as evaluate takes it; it is split.')
   integer('tokens', 32_768, 'Tokens to carve on.')
   integer('max_tokens', 20_440, 'Tokens to measure on.')
+  flags.DEFINE_enum(
+    'dtype',
+    'bfloat16',
+    ['bfloat16', 'float32'],
+    'Of what is not packed.',
+    flag_values=values,
+  )
   string('json', None, 'File for the results.')
   string('plot', None, 'PNG to draw.')
 
@@ -86,7 +93,7 @@ class _Bench:
 
   def __init__(self, args: Any):
     self.args = args
-    self.dense = ckpts.load(args.checkpoint, dtype=jnp.bfloat16)
+    self.dense = ckpts.load(args.checkpoint, dtype=jnp.dtype(args.dtype))
     documents = data.split(tuple(data.load_documents(args.text)))
     cut = functools.partial(data.windows, self.dense.tokenizer, length=_WINDOW)
     self.windows = cut(documents.test.documents, max_tokens=args.max_tokens)
@@ -126,6 +133,7 @@ class _Bench:
     return {
       'name': name,
       'perplexity': found.to_json()['perplexity'],
+      'dtype': self.args.dtype,
       'ratio': paired['ratio'],
       'ci95': paired['ci95'],
       **more,
@@ -254,7 +262,7 @@ def _uniform(bench: _Bench, share: float) -> dict[str, int]:
 
 
 def _healed(bench: _Bench, folder: str) -> dict[str, Any]:
-  loaded = ckpts.load(folder, dtype=jnp.bfloat16)
+  loaded = ckpts.load(folder, dtype=jnp.dtype(bench.args.dtype))
   mixtures = gx_nn.mixtures_of(loaded.model.model, loaded.recipe)
   if not mixtures:
     raise errors.RecipeError(f'{folder} has no mixtures of experts.')
