@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+import gemma_ext as gx
 from gemma_ext import text
 from tests import tiny
 from tools.benchmarks import _shapes
@@ -18,6 +19,8 @@ def small(monkeypatch):
   monkeypatch.setitem(_shapes.MODELS, '270m', tiny.TinyGemma3)
   monkeypatch.setattr('tools.benchmarks._shapes.TOKENS', (5, 500))
   monkeypatch.setattr(energy, '_CACHE', 256)
+  # Experts of 32 neurons are whole blocks and groups of these.
+  monkeypatch.setattr(energy, '_WEIGHTS', gx.Int(bits=8, group=32))
   argv = ['--shape=270m', '--experts=8', '--tokens=1', '--calibration=14%,64%']
   return [*argv, '--budgets=25%,50%,75%,100%']
 
