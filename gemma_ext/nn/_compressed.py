@@ -277,7 +277,8 @@ class _Interceptor:
       einsum = _sites.einsum_of(module)
       if einsum is not None and einsum.path == self.masks[-1].module.path:
         run = lambda *args: self(next_fun, args, {}, context)
-        return self._masked(einsum.weight_name, run, *args, **kwargs)
+        mask = self.masks[-1]
+        return self._masked(mask, einsum.weight_name, run, *args, **kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
       weight = self._weight(module, module.weight_name)
       if weight is not None:
@@ -384,12 +385,11 @@ class _Interceptor:
     both = [self._weight(each, each.weight_name) for each in children]
     return _native.run(module, both, x, chosen, weight, self.send)
 
-  def _masked(self, name, run, eqn, x):
+  def _masked(self, mask: _Mask, name, run, eqn, x):
     """An einsum of the mixture under way, with what is wrapped around it.
 
     An adapter reads what the einsum reads, and is part of what it returns.
     """
-    mask = self.masks[-1]
     self.masks.append(None)  # Once, not again within.
     try:
       y = run(eqn, x * mask.values if name == _moe.DOWN else x)

@@ -173,7 +173,7 @@ def _routed(
   mixtures: _Mixtures, methods: _Methods
 ) -> dict[str, recipe_lib.Method]:
   """Methods of the weights of mixtures, by path."""
-  found = {}
+  found: dict[str, recipe_lib.Method] = {}
   for path, mixture in mixtures.items():
     gate, down = f'{path}/{_moe.GATE}', f'{path}/{_moe.DOWN}'
     method = mixture.method
