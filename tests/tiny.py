@@ -31,7 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 import sentencepiece as spm
 
+import gemma_ext as gx
 from gemma_ext import ckpts
+from gemma_ext import recipe as recipe_lib
 
 VOCAB_SIZE = 512
 
@@ -309,3 +311,20 @@ def folder(path: pathlib.Path, *, texts: int, words: int = 400) -> pathlib.Path:
     text = ' '.join(rng.choice(known, words))
     (path / f'text_{i}.txt').write_text(text)
   return path
+
+
+def routed(dense: Any, recipe: gx.Recipe, tokens: Any) -> dict[str, Any]:
+  """Parameters of a tiny model whose mixtures may have any router.
+
+  Carved for 'norm' where carving does not make the router: the parameters of
+  all but 'gate' have the same shapes.
+  """
+
+  def carvable(method: recipe_lib.Method) -> recipe_lib.Method:
+    if isinstance(method, gx.MoE) and method.router != 'gate':
+      return dataclasses.replace(method, router='norm')
+    return method
+
+  rules = tuple((match, carvable(method)) for match, method in recipe.rules)
+  carved = gx.Recipe(rules=rules)
+  return gx.compress(dense, params(dense), carved, calibration=tokens)

@@ -273,11 +273,11 @@ class _Interceptor:
       return self._feed_forward(next_fun, module, *args, **kwargs)
     if isinstance(module, _native.MIXTURE) and method in _native.METHODS:
       return self._native(next_fun, module, method, *args, **kwargs)
-    if method == '__call__' and self.masks and self.masks[-1] is not None:
+    mask = self.masks[-1] if self.masks else None
+    if method == '__call__' and mask is not None:
       einsum = _sites.einsum_of(module)
-      if einsum is not None and einsum.path == self.masks[-1].module.path:
+      if einsum is not None and einsum.path == mask.module.path:
         run = lambda *args: self(next_fun, args, {}, context)
-        mask = self.masks[-1]
         return self._masked(mask, einsum.weight_name, run, *args, **kwargs)
     if isinstance(module, _sites.EINSUMS) and method == '__call__':
       weight = self._weight(module, module.weight_name)

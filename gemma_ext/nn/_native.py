@@ -125,20 +125,18 @@ def run(
   weight = jnp.take_along_axis(weight, chosen, axis=-1)
   chosen = jnp.where(weight > 0, chosen, -1)
   weight = weight * module.per_expert_scale[jnp.maximum(chosen, 0)]
-  arrays = [
-    _dense(getattr(module, name)) if each is None else each
-    for name, each in zip(WEIGHTS, both, strict=True)
-  ]
-  packed = [w for w in both if _is_packed(w)]
   formats, bits, axes = None, 16, [0, 0]
-  if len(packed) == 2:
-    formats = (packed[0].fmt, packed[1].fmt)
-    bits = max(w.x_bits for w in packed)
-    axes = [_stacked.axis_of(w.fmt) for w in packed for _ in range(2)]
-    arrays = [w.leaf[name] for w in packed for name in ('codes', 'scale')]
+  if all(_is_packed(w) for w in both):
+    formats = (both[0].fmt, both[1].fmt)
+    bits = max(w.x_bits for w in both)
+    axes = [_stacked.axis_of(w.fmt) for w in both for _ in range(2)]
+    arrays = [w.leaf[name] for w in both for name in ('codes', 'scale')]
   else:
     # Of two layouts, or trained: as the dense one.
-    arrays = [jnp.asarray(w) for w in arrays]
+    arrays = [
+      _dense(getattr(module, name)) if each is None else jnp.asarray(each)
+      for name, each in zip(WEIGHTS, both, strict=True)
+    ]
   compute = functools.partial(_compute, formats, bits)
   if send is not None:
     return send(module, compute, x, chosen, weight, arrays, axes)

@@ -33,6 +33,8 @@ from gemma_ext.compress import _experts
 _UNITS = {'%': 0.01, 'J': 1.0, 'mJ': 1e-3, 's': 1.0, 'ms': 1e-3}
 # Positions whose probabilities are in float32 at a time.
 _CHUNK = 64
+# Weights of experts, beside a router.
+_EXPERTS = re.compile(r'(.*)/(gating_einsum|linear|experts)(?:/|$)')
 # Tables of which a token reads one row.
 _LOOKED_UP = ('per_layer_embeddings', 'per_layer_input_embedding')
 
@@ -209,15 +211,16 @@ def cost(
     if any(table in path for table in _LOOKED_UP):
       continue
     active = read = 1.0
-    for layer, value in share.items():
-      if re.match(f'{layer}/(gating_einsum|linear|experts)(/|$)', path):
-        active = value
-        if mixtures[layer].by_neuron and '/gating_einsum' in path:
-          # The gates choose: all of them are read.
-          active = (1 + value) / 2
-        # Those of `shard_experts` are arrays of their own.
-        if alone[layer] or path.startswith(f'{layer}/experts/'):
-          read = active
+    match = _EXPERTS.match(path)
+    layer, part = match.groups() if match else ('', '')
+    if layer in share:
+      active = share[layer]
+      if mixtures[layer].by_neuron and part == 'gating_einsum':
+        # The gates choose: all of them are read.
+        active = (1 + active) / 2
+      # Those of `shard_experts` are arrays of their own.
+      if alone[layer] or part == 'experts':
+        read = active
     nbytes += read * leaf.nbytes
     if place in packed:
       if name == 'codes':

@@ -200,11 +200,8 @@ def _mixture(lora_class, **kwargs):
   """One layer of eight experts with adapters, one expert a token."""
   fields = {'num_experts': 8, 'top_k': 4} | kwargs
   recipe = gx.Recipe.of({'mlp': gx.MoE(**fields)})
-  # Others are not carved; the parameters of their routers have these shapes.
-  kind = 'gate' if fields.get('router') == 'gate' else 'norm'
-  carved = gx.Recipe.of({'mlp': gx.MoE(**fields | {'router': kind})})
   dense = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
-  params = gx.compress(dense, tiny.params(dense), carved, calibration=TOKENS)
+  params = tiny.routed(dense, recipe, TOKENS)
   router = params['layer_0']['mlp']['router']
   router['k'] = jnp.ones_like(router['k'])
   compressed = gx.nn.Compressed(model=dense, recipe=recipe)

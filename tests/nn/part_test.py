@@ -83,17 +83,11 @@ _MIXTURES = [
 
 def _mixture(router, weights):
   """Layers 0 and 2 are mixtures, and one expert of eight runs."""
-
-  def recipe_of(router):
-    method = gx.MoE(num_experts=8, top_k=4, router=router, weights=weights)
-    return gx.Recipe.of({'layer_[02]/mlp': method, 'attn': gx.Int(bits=8)})
-
-  recipe = recipe_of(router)
-  # Others are not carved; the parameters of their routers have these shapes.
-  carved = recipe_of('gate' if router == 'gate' else 'norm')
+  method = gx.MoE(num_experts=8, top_k=4, router=router, weights=weights)
+  recipe = gx.Recipe.of({'layer_[02]/mlp': method, 'attn': gx.Int(bits=8)})
   dense = tiny.model('gemma3')
   model = gx.nn.Compressed(model=dense, recipe=recipe)
-  params = gx.compress(dense, tiny.params(dense), carved, calibration=TOKENS)
+  params = tiny.routed(dense, recipe, TOKENS)
   flat = _flat(params)
   for i in (0, 2):
     flat[f'layer_{i}/mlp/router/k'] = jnp.int32(1)

@@ -36,11 +36,8 @@ def mesh_of(devices: int = 8, axis: str = 'experts') -> jax.sharding.Mesh:
 def made(weights='dense', **kwargs):
   fields = dict(num_experts=8, top_k=3, weights=WEIGHTS[weights]) | kwargs
   recipe = gx.Recipe.of({r'layer_\d+/mlp': gx.MoE(**fields)})
-  # Others are not carved; the parameters of their routers have these shapes.
-  kind = 'gate' if fields.get('router') == 'gate' else 'norm'
-  carved = gx.Recipe.of({r'layer_\d+/mlp': gx.MoE(**fields | {'router': kind})})
   dense = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
-  params = gx.compress(dense, tiny.params(dense), carved, calibration=TOKENS)
+  params = tiny.routed(dense, recipe, TOKENS)
   return gx_nn.Compressed(model=dense, recipe=recipe), params
 
 
