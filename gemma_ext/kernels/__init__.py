@@ -13,7 +13,9 @@ from gemma_ext.kernels._block import why_not as why_not_block
 from gemma_ext.kernels._cpu import cuts
 from gemma_ext.kernels._dequantize import dequantize
 from gemma_ext.kernels._experts import experts_ffn
+from gemma_ext.kernels._experts_dense import Adapters
 from gemma_ext.kernels._experts_dense import experts_dense
+from gemma_ext.kernels._experts_dense import NO_ADAPTERS
 from gemma_ext.kernels._formats import choose_group
 from gemma_ext.kernels._formats import Format
 from gemma_ext.kernels._formats import IntFormat

@@ -36,6 +36,7 @@ def experts_ffn(
   shared: int = 0,
   backend: str | None = None,
   x_bits: int = 16,
+  adapters: _experts_dense.Adapters = _experts_dense.NO_ADAPTERS,
 ) -> jax.Array:
   """Computes some slices of a gated feed-forward layer, chosen for each row.
 
@@ -46,7 +47,7 @@ def experts_ffn(
   all slices as one layer of H = S f neurons, slice after slice. Wide ones are
   slower at decode, as every row of D is read in pieces.
 
-  Differentiable as `matmul` is, and with respect to `weight`.
+  Differentiable as `matmul` is, and with respect to `weight` and `adapters`.
 
   Args:
     x: Activations `[..., I]`, floating.
@@ -63,6 +64,7 @@ def experts_ffn(
       down projection that are made of whole blocks of codes (docs/formats.md)
       and of whole groups, or lie within one.
     x_bits: What 'cpu' rounds x and the hidden activations to, as for `matmul`.
+    adapters: Added to stacked weights, none of them shared; on 'xla' only.
 
   Returns:
     `[..., O]` in `x.dtype`. 'xla' rounds hidden activations to `x.dtype`; 'cpu'
@@ -86,18 +88,29 @@ def experts_ffn(
     gate, gate_fmt, _params.rows_of(gate, gate_fmt), x.shape[-1], part=True
   )
   _params.validate(down, down_fmt, rows, hidden, part=True)
+  adapted = any(pair is not None for pair in adapters)
+  if adapted:
+    if not stacked or shared:
+      raise errors.ShapeError(
+        f'Adapters are for stacked slices, none shared; got {shared=},'
+        f' {"stacked" if stacked else "wide"}.'
+      )
+    _experts_dense.check_adapters(adapters, rows[0], f, x, rows[-1])
   between = jax.ShapeDtypeStruct((*x.shape[:-1], hidden), x.dtype)
   why_not = (
-    _cpu.why_not(x, gate, gate_fmt)
+    ('there are adapters' if adapted else '')
+    or _cpu.why_not(x, gate, gate_fmt)
     or _cpu.why_not(between, down, down_fmt)
     or _why_not_cut(down_fmt, hidden, f)
   )
   backend = _backends.choose(backend, why_not)
   flat, route = _experts_dense.flatten(x, chosen, weight)
   gate, down = _params.own(gate, gate_fmt), _params.own(down, down_fmt)
-  run = _xla if backend == 'xla' else _packed
   static = (gate_fmt, down_fmt), f, shared, x_bits
-  y = run(static, flat, dict(gate), dict(down), *route)
+  if backend == 'xla':
+    y = _xla(static, flat, dict(gate), dict(down), *route, adapters)
+  else:
+    y = _packed(static, flat, dict(gate), dict(down), *route)
   return y.reshape(*x.shape[:-1], rows[-1])
 
 
@@ -142,7 +155,9 @@ def _why_not_cut(fmt, hidden: int, size: int) -> str:
   )
 
 
-def _xla(static, x, gate, down, chosen, weight):
+def _xla(
+  static, x, gate, down, chosen, weight, adapters=_experts_dense.NO_ADAPTERS
+):
   formats, size, shared, _ = static
   if len(_params.rows_of(gate, formats[0])) == 3:
     # As if they had been chosen.
@@ -150,7 +165,7 @@ def _xla(static, x, gate, down, chosen, weight):
     after = jnp.where(chosen < 0, -1, chosen + shared)
     chosen = jnp.concatenate([always, after], axis=1, dtype=jnp.int32)
     weight = jnp.pad(weight, ((0, 0), (shared, 0)), constant_values=1)
-    return _xla_stacked(formats, x, gate, down, chosen, weight)
+    return _xla_stacked(formats, x, gate, down, chosen, weight, adapters)
   both = _matmul.matmul_xla(x, gate, formats[0])
   slices = both.shape[-1] // size
   n, k = chosen.shape
@@ -164,7 +179,7 @@ def _xla(static, x, gate, down, chosen, weight):
   return _matmul.matmul_xla(hidden, down, formats[1])
 
 
-def _xla_stacked(formats, x, gate, down, chosen, weight):
+def _xla_stacked(formats, x, gate, down, chosen, weight, adapters):
   axes = [int(isinstance(f, _formats.TernaryFormat)) for f in formats]
   count, _, size = _params.rows_of(gate, formats[0])
   rows = _params.rows_of(down, formats[1])[1]
@@ -188,17 +203,23 @@ def _xla_stacked(formats, x, gate, down, chosen, weight):
       g, d = pick(
         lambda v, axis: jax.lax.dynamic_index_in_dim(v, e, axis, False)
       )
+      own = jax.tree.map(lambda a: a[e], adapters)
       both = _matmul.matmul_xla(x, g, formats[0])
+      if own.gate is not None:
+        more = _experts_dense.low_rank(own.gate, x).reshape(both.shape)
+        both = (both + more).astype(x.dtype)
       hidden = jax.nn.gelu(both[:, 0]) * both[:, 1]
-      return _matmul.matmul_xla(hidden, d, formats[1])
+      y = _matmul.matmul_xla(hidden, d, formats[1])
+      return y + _experts_dense.low_rank(own.down, hidden)
 
     y = _experts_dense.by_block(x, chosen, weight, count, expert, rows)
   elif chosen.size <= _experts_dense.FEW_PAIRS:
     e = jnp.maximum(chosen.reshape(-1), 0)
     some = dense(*pick(lambda v, axis: jnp.take(v, e, axis)))
-    y = _experts_dense.few(x, chosen, weight, *some)
+    own = jax.tree.map(lambda a: a[e], adapters)
+    y = _experts_dense.few(x, chosen, weight, *some, own)
   else:
-    y = _experts_dense.ragged(x, chosen, weight, *dense(gate, down))
+    y = _experts_dense.ragged(x, chosen, weight, *dense(gate, down), adapters)
   return y.astype(x.dtype)
 
 

@@ -9,7 +9,9 @@ multiply many rows, sorted, in `jax.lax.ragged_dot`.
 """
 
 from collections.abc import Callable
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,29 @@ _MOST = 128
 _SEVERAL = 4
 
 
+class Adapters(NamedTuple):
+  """What is added to the weights of experts, of a low rank R (LoRA).
+
+  Attributes:
+    gate: `[E, I, R]` and `[E, R, 2, f]`, whose products are added to G and U.
+    down: `[E, f, R]` and `[E, R, O]`, to D. Each may be `None`.
+  """
+
+  gate: tuple[jax.Array, jax.Array] | None = None
+  down: tuple[jax.Array, jax.Array] | None = None
+
+
+NO_ADAPTERS = Adapters()
+
+
 def experts_dense(
   x: jax.Array,
   gate: jax.Array,
   down: jax.Array,
   chosen: jax.Array,
   weight: jax.Array,
+  *,
+  adapters: Adapters = NO_ADAPTERS,
 ) -> jax.Array:
   """Sums the chosen experts of every row of x, each times its weight.
 
@@ -43,6 +62,7 @@ def experts_dense(
     chosen: Numbers of experts, integers `[..., K]`; -1 for none. One that is
       named twice counts twice.
     weight: `[..., K]`, floating.
+    adapters: Added to the weights, without making their sum.
 
   Returns:
     `[..., O]` in `x.dtype`. Products are summed in float32, hidden activations
@@ -64,19 +84,21 @@ def experts_dense(
       f'Weights are {list(gate.shape)} and {list(down.shape)} for x'
       f' {list(x.shape)}; expected [E, 2, f, I] and [E, f, O].'
     )
+  check_adapters(adapters, gate.shape[0], gate.shape[2], x, down.shape[-1])
   flat, route = flatten(x, chosen, weight)
   if jax.default_backend() == 'cpu':
 
     def expert(e: jax.Array, rows: jax.Array) -> jax.Array:
       at = lambda w: jax.lax.dynamic_index_in_dim(w, e, 0, keepdims=False)
-      return _ffn(rows, at(gate), at(down))
+      return _ffn(rows, at(gate), at(down), jax.tree.map(at, adapters))
 
     y = by_block(flat, *route, gate.shape[0], expert, down.shape[-1])
   elif route[0].size <= FEW_PAIRS:
     e = jnp.maximum(route[0].reshape(-1), 0)
-    y = few(flat, *route, gate[e], down[e])
+    some = jax.tree.map(lambda a: a[e], adapters)
+    y = few(flat, *route, gate[e], down[e], some)
   else:
-    y = ragged(flat, *route, gate, down)
+    y = ragged(flat, *route, gate, down, adapters)
   return y.astype(x.dtype).reshape(*x.shape[:-1], down.shape[-1])
 
 
@@ -98,6 +120,46 @@ def check_routes(x: jax.Array, chosen: jax.Array, weight: jax.Array) -> None:
       f' {weight.dtype}{list(weight.shape)}; expected floating [..., I],'
       ' integers [..., K] and floating [..., K].'
     )
+
+
+def check_adapters(
+  adapters: Adapters, experts: int, f: int, x: jax.Array, out: int
+) -> None:
+  """Raises ShapeError unless adapters fit their weights."""
+  for pair, ins, outs in (
+    (adapters.gate, x.shape[-1], (2, f)),
+    (adapters.down, f, (out,)),
+  ):
+    if pair is None:
+      continue
+    a, b = (tuple(each.shape) for each in pair)
+    rank = a[-1] if a else 0
+    if (a, b) != ((experts, ins, rank), (experts, rank, *outs)):
+      raise errors.ShapeError(
+        f'Adapters are {list(a)} and {list(b)}; expected'
+        f' {[experts, ins, "R"]} and {[experts, "R", *outs]}.'
+      )
+
+
+def low_rank(
+  pair: tuple[jax.Array, jax.Array] | None, x: jax.Array
+) -> jax.Array | float:
+  """What an adapter of one expert adds to the products of rows of x.
+
+  Args:
+    pair: `[I, R]` and `[R, ...]`, or `None`.
+    x: `[B, I]`.
+
+  Returns:
+    `[B, *]`, float32, what the adapter has behind R as one; or 0.
+  """
+  if pair is None:
+    return 0.0
+  a, b = pair
+  dot = lambda x, w: jnp.dot(
+    x, w.astype(x.dtype), preferred_element_type=jnp.float32
+  )
+  return dot(dot(x, a).astype(x.dtype), b.reshape(len(b), -1))
 
 
 def flatten(
@@ -164,15 +226,22 @@ def few(
   weight: jax.Array,  # float32[N, K]
   gate: jax.Array,  # [N K, 2, f, I]: those that were chosen
   down: jax.Array,  # [N K, f, O]
+  adapters: Adapters = NO_ADAPTERS,  # Of [N K] experts.
 ) -> jax.Array:  # float32[N, O]
   """Every row of x with weights that were gathered for it."""
   n, k = chosen.shape
   rows = jnp.repeat(x, k, axis=0)
   both = jnp.einsum(
     'pi,pcfi->pcf', rows, gate, preferred_element_type=jnp.float32
-  ).astype(x.dtype)
+  )
+  each = jax.vmap(lambda pair, x: low_rank(pair, x[None])[0])
+  if adapters.gate is not None:
+    both += each(adapters.gate, rows).reshape(both.shape)
+  both = both.astype(x.dtype)
   hidden = jax.nn.gelu(both[:, 0]) * both[:, 1]
   y = jnp.einsum('pf,pfo->po', hidden, down, preferred_element_type=jnp.float32)
+  if adapters.down is not None:
+    y += each(adapters.down, hidden)
   return _combine(y.reshape(n, k, -1), chosen, weight)
 
 
@@ -182,6 +251,7 @@ def ragged(
   weight: jax.Array,  # float32[N, K]
   gate: jax.Array,  # [E, 2, f, I]
   down: jax.Array,  # [E, f, O]
+  adapters: Adapters = NO_ADAPTERS,  # Of [E] experts.
 ) -> jax.Array:  # float32[N, O]
   """Rows of x sorted by expert, in `jax.lax.ragged_dot`."""
   n, k = chosen.shape
@@ -189,16 +259,24 @@ def ragged(
   key = jnp.where(chosen < 0, count, chosen).reshape(-1)
   order = jnp.argsort(key)
   sizes = jnp.bincount(key, length=count + 1)[:count].astype(jnp.int32)
-  both = jax.lax.ragged_dot(
-    x[order // k],
-    gate.reshape(count, 2 * f, -1).swapaxes(1, 2),
-    sizes,
-    preferred_element_type=jnp.float32,
-  ).astype(x.dtype)
+
+  def dot(rows, w, pair):
+    run = functools.partial(
+      jax.lax.ragged_dot,
+      group_sizes=sizes,
+      preferred_element_type=jnp.float32,
+    )
+    y = run(rows, w)
+    if pair is not None:
+      a, b = (each.astype(x.dtype) for each in pair)
+      b = b.reshape(*b.shape[:2], -1)
+      y += run(run(rows, a).astype(x.dtype), b)
+    return y
+
+  both = gate.reshape(count, 2 * f, -1).swapaxes(1, 2)
+  both = dot(x[order // k], both, adapters.gate).astype(x.dtype)
   hidden = jax.nn.gelu(both[:, :f]) * both[:, f:]
-  y = jax.lax.ragged_dot(
-    hidden, down, sizes, preferred_element_type=jnp.float32
-  )
+  y = dot(hidden, down, adapters.down)
   back = jnp.zeros_like(order).at[order].set(jnp.arange(n * k))
   return _combine(y[back].reshape(n, k, -1), chosen, weight)
 
@@ -213,6 +291,7 @@ def _ffn(
   x: jax.Array,  # [B, I]
   gate: jax.Array,  # [2, f, I]
   down: jax.Array,  # [f, O]
+  adapters: Adapters,  # Of this expert.
 ) -> jax.Array:  # float32[B, O]
   dtype = x.dtype if x.shape[0] >= _SEVERAL else jnp.dtype(jnp.float32)
   f = gate.shape[1]
@@ -225,5 +304,7 @@ def _ffn(
       preferred_element_type=jnp.float32,
     )
 
-  both = dot(x, gate.reshape(2 * f, -1), 1).astype(x.dtype)
-  return dot(jax.nn.gelu(both[:, :f]) * both[:, f:], down, 0)
+  both = dot(x, gate.reshape(2 * f, -1), 1) + low_rank(adapters.gate, x)
+  both = both.astype(x.dtype)
+  hidden = jax.nn.gelu(both[:, :f]) * both[:, f:]
+  return dot(hidden, down, 0) + low_rank(adapters.down, hidden)

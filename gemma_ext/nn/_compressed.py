@@ -194,35 +194,6 @@ def mixtures_of(
   return _moe.mixtures(recipe.resolve(sites), sites)
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Mask:
-  """A mixture under way.
-
-  Attributes:
-    module: The feed-forward module.
-    mixture: What it is.
-    router: Its router.
-    values: What multiplies the hidden activations, once experts are chosen.
-  """
-
-  module: nn.Module
-  mixture: _moe.Mixture
-  router: Mapping[str, jax.Array]
-  values: jax.Array | None = None
-
-  def choose(self, x: jax.Array, dtype: Any) -> None:
-    """Chooses by what the router reads."""
-    gates, logits = _moe.gates_of(self.mixture.method, self.router, x)
-    _moe.sow(self.module, self.mixture, gates, logits)
-    self.values = _moe.mask(self.mixture, gates, dtype)
-
-  def experts(self, x: jax.Array) -> _moe.Choice:
-    """The same as a list."""
-    choice = _moe.route(self.mixture.method, self.router, x)
-    _moe.sow(self.module, self.mixture, choice.gates(), choice.logits)
-    return choice
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Interceptor:
   """Gives the official modules their weights packed.
@@ -247,7 +218,7 @@ class _Interceptor:
   mixtures: dict[str, _moe.Mixture] = dataclasses.field(default_factory=dict)
   offload: Callable[..., jax.Array] | None = None
   send: Callable[..., jax.Array] | None = None
-  masks: list[_Mask | None] = dataclasses.field(default_factory=list)
+  masks: list[_moe.Mask | None] = dataclasses.field(default_factory=list)
 
   # See `_fused.may_fuse`.
   fuses = True
@@ -350,7 +321,7 @@ class _Interceptor:
   def _mixture(self, official, module, mixture, x):
     """A feed-forward layer that is a mixture."""
     router = _moe.router_param(module, mixture)
-    mask = _Mask(module=module, mixture=mixture, router=router)
+    mask = _moe.Mask(module=module, mixture=mixture, router=router)
     self.masks.append(mask)
     try:
       if mixture.method.router == 'gate':
@@ -360,7 +331,8 @@ class _Interceptor:
       else:
         if self.offload is not None:
           path = '/'.join(module.path[self.depth :])
-          return self.offload(module, path, mixture, x, mask.experts(x))
+          choice = mask.experts(x)
+          return self.offload(module, path, x, choice.chosen, choice.weight)
         weights = self._experts_alone(module, mixture, x)
         if weights is not None:
           return _fused.experts(mixture, x, mask.experts(x), *weights)
@@ -378,14 +350,18 @@ class _Interceptor:
       return official(*args, **kwargs)
     if method == _native.ROUTE:
       return _native.route(module, *args, *official(*args, **kwargs))
-    if not _fused.unseen():
+    if not _fused.unseen(_sites.RAGGED_WEIGHT):
       return official(*args, **kwargs)
     x, chosen, weight = args
+    if self.offload is not None and self.send is None:
+      chosen, weight = _native.taken(module, chosen, weight)
+      path = '/'.join(module.path[self.depth :])
+      return self.offload(module, path, x, chosen, weight)
     children = [getattr(module, name) for name in _native.WEIGHTS]
     both = [self._weight(each, each.weight_name) for each in children]
     return _native.run(module, both, x, chosen, weight, self.send)
 
-  def _masked(self, mask: _Mask, name, run, eqn, x):
+  def _masked(self, mask: _moe.Mask, name, run, eqn, x):
     """An einsum of the mixture under way, with what is wrapped around it.
 
     An adapter reads what the einsum reads, and is part of what it returns.

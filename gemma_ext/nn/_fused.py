@@ -33,13 +33,24 @@ _FEW = 8
 _FEW_NEURONS = 2
 
 
-def unseen() -> bool:
+def unseen(*calls: type[nn.Module]) -> bool:
   """Whether nobody but interceptors with `fuses` sees the modules within.
 
   LoRA, calibration and others want the calls that a fused one leaves out.
+
+  Args:
+    *calls: The classes of which calls would be left out; of any by default.
+      Interceptors may say in `sees` which classes they are after.
   """
   stack = flax_module._global_interceptor_stack  # pylint: disable=protected-access
-  return all(getattr(i, 'fuses', False) for i in stack)
+
+  def blind(interceptor: Any) -> bool:
+    sees = getattr(interceptor, 'sees', None)
+    if getattr(interceptor, 'fuses', False):
+      return True
+    return bool(calls) and sees is not None and not set(sees) & set(calls)
+
+  return all(blind(i) for i in stack)
 
 
 def may_fuse() -> bool:

@@ -10,6 +10,7 @@ parameter paths of the official one, so that `select('lora')`,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -23,7 +24,10 @@ from gemma_ext import _patterns
 from gemma_ext import errors
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
+from gemma_ext.nn import _native
+from gemma_ext.nn import _offload
 from gemma_ext.nn import _scopes
+from gemma_ext.nn import _sharded
 from gemma_ext.nn import _sites
 
 
@@ -36,6 +40,8 @@ class LoRA(nn.Module):
     dtype: Type of the adapters.
     target: Regular expression on module paths (whole segments, as in
       `Recipe`), e.g. `attn`. All einsums of the text model by default.
+    experts: Whether to adapt the experts that Gemma 4 has of its own, too,
+      each with an adapter of its own, where `target` matches their weights.
 
   Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
   arXiv 2106.09685.
@@ -47,6 +53,7 @@ class LoRA(nn.Module):
   model: nn.Module
   dtype: Any = jnp.bfloat16
   target: str = '.*'
+  experts: bool = False
 
   def __post_init__(self):
     if type(self.rank) is not int or self.rank < 1:
@@ -66,11 +73,15 @@ class LoRA(nn.Module):
     depth = len(self.path)
 
     def replace(module: nn.Module) -> nn.Module:
-      if not isinstance(module, _sites.EINSUMS):
+      if not isinstance(module, (*_sites.EINSUMS, _sites.RAGGED_WEIGHT)):
         return module
       path = '/'.join(module.path[depth:] + (module.weight_name,))
       if path not in targets:
         return module
+      if isinstance(module, _sites.RAGGED_WEIGHT):
+        return _LoRAExperts(
+          name=_native.ADAPTER, rank=self.rank, dtype=self.dtype, wrapped=module
+        )
       # The two einsums of a feed-forward layer share a scope, so their
       # adapters need names of their own; the official wrapper gives the same.
       name = None
@@ -80,7 +91,7 @@ class LoRA(nn.Module):
         name=name, rank=self.rank, dtype=self.dtype, wrapped=module
       )
 
-    with peft.ModuleInterceptor(replace):
+    with nn.intercept_methods(_Replacing(replace)):
       return self.model(*args, **kwargs)
 
   def _targets(self) -> frozenset[str]:
@@ -89,21 +100,45 @@ class LoRA(nn.Module):
     if isinstance(model, _compressed.Compressed):
       model = model.model
     pattern = _patterns.compiled(self.target)
-    targets = frozenset(
-      site.path
-      for site in _sites.sites(model)
-      if site.kind is _sites.Kind.EINSUM and pattern.fullmatch(site.path)
-    )
+    matched = [s for s in _sites.sites(model) if pattern.fullmatch(s.path)]
+    kinds = {_sites.Kind.EINSUM}
+    if self.experts:
+      kinds.add(_sites.Kind.EXPERTS)
+    targets = frozenset(site.path for site in matched if site.kind in kinds)
     if not targets:
+      hint = ''
+      if any(site.kind is _sites.Kind.EXPERTS for site in matched):
+        hint = ' It does match experts: `LoRA(experts=True)` adapts them.'
       raise errors.UnmatchedRuleError(
         f'LoRA target {self.target!r} matches no einsum of'
-        f' {type(model).__name__}.'
+        f' {type(model).__name__}.{hint}'
       )
+    self._check_read(targets)
     return targets
+
+  def _check_read(self, targets: frozenset[str]) -> None:
+    """Raises RecipeError if the model computes targets elsewhere."""
+    model = self.model
+    away: set[str] = set()
+    if isinstance(model, (_offload.Offloaded, _sharded.Sharded)):
+      away |= set(_compressed.mixtures_of(model.model, model.recipe))
+    if isinstance(model, _offload.Offloaded):
+      away |= set(_native.mixtures(model.model))
+    lost = sorted(
+      t for t in targets if any(t.startswith(p + '/') for p in away)
+    )
+    if lost:
+      raise errors.RecipeError(
+        f'{lost[0]!r} and {len(lost) - 1} more targets of LoRA are weights of'
+        ' experts that are outside of the device or divided over several, where'
+        " no adapter reaches them. Choose others, e.g. target='attn', or adapt"
+        ' the model as it was before.'
+      )
 
   def _stamped(self) -> nn.Module:
     """The model, told apart from the same one with other adapters."""
-    text = f' LoRA({self.rank}, {jnp.dtype(self.dtype)}, {self.target!r})'
+    text = f' LoRA({self.rank}, {jnp.dtype(self.dtype)}, {self.target!r},'
+    text += f' {self.experts})'
     if isinstance(self.model, _compressed.Compressed):
       inner = _config.stamp(self.model.model, text)
       if inner is self.model.model:
@@ -120,6 +155,21 @@ class LoRA(nn.Module):
     if name.startswith('__'):
       raise AttributeError(name)
     return getattr(self.model, name)
+
+
+class _Replacing:
+  """The official interceptor, which says what it is after.
+
+  What adapts experts is read from their parameters where they are computed.
+  """
+
+  sees = _sites.EINSUMS
+
+  def __init__(self, replace: Callable[[nn.Module], nn.Module]):
+    self._run = peft.ModuleInterceptor(replace).interceptor
+
+  def __call__(self, next_fun, args, kwargs, context):
+    return self._run(next_fun, args, kwargs, context)
 
 
 class _LoRAEinsum(nn.Module):
@@ -144,3 +194,52 @@ class _LoRAEinsum(nn.Module):
       shape=self.wrapped.shape,
     )
     return self.wrapped(eqn, x) + adapter(x)
+
+
+class _LoRAExperts(nn.Module):
+  """The weights of experts plus an adapter for each."""
+
+  _: dataclasses.KW_ONLY
+
+  rank: int
+  dtype: Any
+  wrapped: nn.Module
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    weight = self.wrapped()
+    # [E, 2, f, D] reads D; [E, f, D] reads f.
+    count, *outs, ins = weight.shape
+    gate = weight.ndim == 4
+    if not gate:
+      outs, ins = [ins], outs[0]
+    adapter = _ExpertsAdapter(
+      name='lora',
+      rank=self.rank,
+      dtype=self.dtype,
+      shapes=((count, ins), (count, *outs)),
+    )
+    a, b = (each.astype(weight.dtype) for each in adapter())
+    return weight + jnp.einsum(
+      'eir,er...->e...i' if gate else 'efr,ero->efo', a, b
+    )
+
+
+class _ExpertsAdapter(nn.Module):
+  """As `peft.LoRAEinsumAdapter`, of many weights."""
+
+  _: dataclasses.KW_ONLY
+
+  rank: int
+  dtype: Any
+  shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+  @nn.compact
+  def __call__(self) -> tuple[jax.Array, jax.Array]:
+    (count, ins), (_, *outs) = self.shapes
+    init = nn.initializers.kaiming_uniform(batch_axis=(0,))
+    a = self.param('a', init, (count, ins, self.rank), self.dtype)
+    b = self.param(
+      'b', nn.initializers.zeros_init(), (count, self.rank, *outs), self.dtype
+    )
+    return a, b

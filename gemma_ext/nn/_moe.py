@@ -424,3 +424,32 @@ def mask(mixture: Mixture, gates: jax.Array, dtype: Any) -> jax.Array:
     return gates
   ones = jnp.ones((*gates.shape[:-1], mixture.shared), dtype)
   return jnp.concatenate([ones, gates], axis=-1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Mask:
+  """A mixture under way.
+
+  Attributes:
+    module: The feed-forward module.
+    mixture: What it is.
+    router: Its router.
+    values: What multiplies the hidden activations, once experts are chosen.
+  """
+
+  module: nn.Module
+  mixture: Mixture
+  router: Mapping[str, jax.Array]
+  values: jax.Array | None = None
+
+  def choose(self, x: jax.Array, dtype: Any) -> None:
+    """Chooses by what the router reads."""
+    gates, logits = gates_of(self.mixture.method, self.router, x)
+    sow(self.module, self.mixture, gates, logits)
+    self.values = mask(self.mixture, gates, dtype)
+
+  def experts(self, x: jax.Array) -> Choice:
+    """The same as a list."""
+    choice = route(self.mixture.method, self.router, x)
+    sow(self.module, self.mixture, choice.gates(), choice.logits)
+    return choice

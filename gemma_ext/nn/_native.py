@@ -18,6 +18,7 @@ from gemma.gm.nn.gemma4 import _moe as gemma4_moe
 import jax
 import jax.numpy as jnp
 
+from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _moe
 from gemma_ext.nn import _packed
@@ -28,6 +29,8 @@ from gemma_ext.nn import _stacked
 MIXTURE = gemma4_moe.MoERagged
 ROUTE, RUN = '_router', '_run_ffw_and_routing'
 METHODS = (ROUTE, RUN)
+# Where `LoRA` keeps what it adds to the weights of experts.
+ADAPTER = '_LoRAExperts'
 WEIGHTS = ('gating_einsum', 'linear')
 
 
@@ -100,6 +103,48 @@ def route(
   return gates, chosen
 
 
+def guess(
+  method: recipe_lib.MoE, params: Mapping[str, Any], x: jax.Array
+) -> jax.Array:
+  """Which experts a router would choose for what another layer reads.
+
+  Args:
+    method: As `mixtures` has it.
+    params: Of the module of the router.
+    x: `[..., D]`.
+
+  Returns:
+    Numbers of experts, the best first, -1 for those beyond a budget: int32
+    `[..., K]`.
+  """
+  wide = functools.partial(jnp.asarray, dtype=jnp.float32)
+  # Scales that all logits share change nothing.
+  logits = (wide(x) * wide(params['router_scale'])) @ wide(
+    params['router_logits']['w']
+  )
+  chosen = jax.lax.top_k(logits, method.top_k)[1]
+  k = params.get(_moe.ROUTER, {}).get('k', method.top_k)
+  return jnp.where(jnp.arange(method.top_k) < k, chosen, -1)
+
+
+def taken(
+  module: Any, chosen: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns which experts run and what their outputs are multiplied by.
+
+  Args:
+    module: The bound module.
+    chosen: Numbers of experts `[..., K]`.
+    weight: As `route` returns it, `[..., E]`.
+
+  Returns:
+    Numbers of experts, -1 for none, and weights, both `[..., K]`.
+  """
+  weight = jnp.take_along_axis(weight, chosen, axis=-1)
+  chosen = jnp.where(weight > 0, chosen, -1)
+  return chosen, weight * module.per_expert_scale[jnp.maximum(chosen, 0)]
+
+
 def run(
   module: Any,
   both: Sequence[Any],
@@ -122,9 +167,7 @@ def run(
   Returns:
     `[..., D]`, in the type of x.
   """
-  weight = jnp.take_along_axis(weight, chosen, axis=-1)
-  chosen = jnp.where(weight > 0, chosen, -1)
-  weight = weight * module.per_expert_scale[jnp.maximum(chosen, 0)]
+  chosen, weight = taken(module, chosen, weight)
   formats, bits, axes = None, 16, [0, 0]
   if all(_is_packed(w) for w in both):
     formats = (both[0].fmt, both[1].fmt)
@@ -137,7 +180,14 @@ def run(
       _dense(getattr(module, name)) if each is None else jnp.asarray(each)
       for name, each in zip(WEIGHTS, both, strict=True)
     ]
-  compute = functools.partial(_compute, formats, bits)
+  # Arrays of experts as well: those pairs that are there.
+  pairs = [
+    getattr(module, name).get_variable('params', ADAPTER) for name in WEIGHTS
+  ]
+  given = tuple(pair is not None for pair in pairs)
+  arrays += [p['lora'][name] for p in pairs if p for name in ('a', 'b')]
+  axes += [0] * (len(arrays) - len(axes))
+  compute = functools.partial(_compute, formats, bits, given)
   if send is not None:
     return send(module, compute, x, chosen, weight, arrays, axes)
   rows = lambda a: a.reshape(-1, a.shape[-1])
@@ -157,5 +207,12 @@ def _dense(module: Any) -> jax.Array:
   return leaf['w'] if isinstance(leaf, Mapping) else leaf
 
 
-def _compute(formats, bits, arrays, x, chosen, weight) -> jax.Array:
-  return _stacked.compute(formats, arrays, x, chosen, weight, x_bits=bits)
+def _compute(formats, bits, given, arrays, x, chosen, weight) -> jax.Array:
+  weights = 2 if formats is None else 4
+  more = iter(arrays[weights:])
+  pairs = [(next(more), next(more)) if there else None for there in given]
+  return _stacked.compute(
+    *(formats, arrays[:weights], x, chosen, weight),
+    x_bits=bits,
+    adapters=kernels.Adapters(*pairs),
+  )

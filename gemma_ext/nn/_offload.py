@@ -33,6 +33,7 @@ from gemma_ext import errors
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
 from gemma_ext.nn import _moe
+from gemma_ext.nn import _native
 from gemma_ext.nn import _stacked
 
 COLLECTION = 'experts'
@@ -50,10 +51,12 @@ class _Layer:
   Attributes:
     mixture: What the layer is.
     stacked: Its experts.
+    native: Whether the model has the layer of its own.
   """
 
   mixture: _moe.Mixture
   stacked: _stacked.Stacked
+  native: bool = False
 
   @property
   def arrays(self) -> tuple[np.ndarray, ...]:
@@ -177,6 +180,8 @@ def offload(
 ) -> tuple[Offloaded, dict[str, Any], dict[str, Any]]:
   """Moves the experts of a model out of the device.
 
+  Those of `gx.MoE` and those that Gemma 4 has of its own.
+
   Args:
     model: A model with mixtures, their weights packed or dense, none shared.
     params: Its parameters.
@@ -191,10 +196,12 @@ def offload(
 
   Raises:
     RecipeError: If the model has no mixtures, or shared experts, or fewer
-      slots than a token needs.
+      slots than a token needs, or a mixture with one weight packed and the
+      other dense.
     CheckpointExistsError: If the directory has such files already.
   """
-  mixtures = _compressed.mixtures_of(model.model, model.recipe)
+  native = _native.mixtures(model.model)
+  mixtures = _compressed.mixtures_of(model.model, model.recipe) | native
   if not mixtures or any(m.method.shared for m in mixtures.values()):
     raise errors.RecipeError(
       'Offloading is for models with mixtures of experts, none of them shared;'
@@ -217,9 +224,20 @@ def offload(
     _check_empty(pathlib.Path(directory), mixtures)
   methods = _compressed.methods_of(model.model, model.recipe)
   flat = dict(traverse_util.flatten_dict(dict(params), sep='/'))
+  sites = _native.weights(model.model)
   layers = {}
   for path, mixture in mixtures.items():
-    layers[path] = _layer(mixture, path, methods, flat, directory)
+    if path in native:
+      stacked = _stacked.take_native(
+        path, _native.WEIGHTS, sites, methods, flat
+      )
+    else:
+      stacked = _stacked.take(mixture, methods, flat)
+    layers[path] = _Layer(
+      mixture=mixture,
+      stacked=_moved(stacked, path, directory),
+      native=path in native,
+    )
   # Of two models only what is in the config tells their traces apart.
   stamped = _config.stamp(model.model, f' offload {next(_ids)}')
   made = Offloaded(
@@ -262,9 +280,10 @@ def _name(path: str) -> str:
   return path.replace('/', '_')
 
 
-def _layer(mixture, path, methods, flat, directory) -> _Layer:
-  """Takes the experts of a layer out of the parameters."""
-  stacked = _stacked.take(mixture, methods, flat)
+def _moved(
+  stacked: _stacked.Stacked, path: str, directory: os.PathLike | str | None
+) -> _stacked.Stacked:
+  """Returns the experts of a layer in files, or in arrays of their own."""
   kept = []
   for i, array in enumerate(stacked.arrays):
     array = np.ascontiguousarray(array)
@@ -275,8 +294,7 @@ def _layer(mixture, path, methods, flat, directory) -> _Layer:
         array.tofile(f)
       array = np.memmap(file, dtype=array.dtype, mode='r', shape=array.shape)
     kept.append(array)
-  stacked = dataclasses.replace(stacked, arrays=tuple(kept))
-  return _Layer(mixture=mixture, stacked=stacked)
+  return dataclasses.replace(stacked, arrays=tuple(kept))
 
 
 def _empty(store: HostExperts, slots: int) -> dict[str, Any]:
@@ -301,23 +319,26 @@ def _empty(store: HostExperts, slots: int) -> dict[str, Any]:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def _run(store, module, path, mixture, x, choice) -> jax.Array:
+def _run(store, module, path, x, chosen, weight) -> jax.Array:
   """A layer whose experts are in a store."""
   layer = store.layers[path]
   width = x.shape[-1]
   flat = x.reshape(-1, width)
-  chosen = choice.chosen.reshape(len(flat), -1)
-  weight = choice.weight.reshape(chosen.shape)
+  chosen = chosen.reshape(len(flat), -1)
+  weight = weight.reshape(chosen.shape)
   place = np.int32(store.place_of(path))
   following = store.next_of(path)
   if following is not None and len(flat) == 1:
     tree = module.scope.root.variables()['params']
-    for name in (*following.split('/'), _moe.ROUTER):
+    for name in following.split('/'):
       tree = tree[name]
-    guess = _moe.route(store.layers[following].mixture.method, tree, flat)
-    io_callback(
-      store.announce, None, np.int32(place + 1), guess.chosen[0], ordered=False
-    )
+    after = store.layers[following]
+    if after.native:
+      guess = _native.guess(after.mixture.method, tree, flat[0])
+    else:
+      router = tree[_moe.ROUTER]
+      guess = _moe.route(after.mixture.method, router, flat).chosen[0]
+    io_callback(store.announce, None, np.int32(place + 1), guess, ordered=False)
   fetch = functools.partial(
     jax.pure_callback,
     functools.partial(store.fetch, place),

@@ -58,13 +58,14 @@ class Sharded(_compressed.Compressed):
   @contextlib.contextmanager
   def _intercept(self):
     methods = _compressed.methods_of(self.model, self.recipe)
+    mixtures = _compressed.mixtures_of(self.model, self.recipe)
     send = functools.partial(
       dispatch, mesh=self.mesh, axis=self.axis, room=self.room
     )
     with _compressed.packed_weights(
       methods,
-      mixtures=_compressed.mixtures_of(self.model, self.recipe),
-      offload=functools.partial(_mixture, send, methods),
+      mixtures=mixtures,
+      offload=functools.partial(_mixture, send, methods, mixtures),
       send=functools.partial(_native_mixture, send),
       dtype=self.model.dtype,
       depth=len(self.path),
@@ -278,8 +279,11 @@ def _on_device(run, axis, devices, own, slots, x, chosen, weight, *arrays):
   }
 
 
-def _mixture(send, methods, module, path, mixture, x, choice) -> jax.Array:
+def _mixture(
+  send, methods, mixtures, module, path, x, chosen, weight
+) -> jax.Array:
   """A layer of `gx.MoE`."""
+  mixture = mixtures[path]
   leaf = module.get_variable('params', EXPERTS, {})
   shared = mixture.method.shared
   packed = f'{path}/{_moe.GATE}' in methods
@@ -300,9 +304,7 @@ def _mixture(send, methods, module, path, mixture, x, choice) -> jax.Array:
   run = functools.partial(_compute, formats, bits)
   at = _stacked.axis_of(formats[0]) if formats else 0
   arrays = [leaf[name] for name in names]
-  y, counts = send(
-    run, x, choice.chosen, choice.weight, arrays, [at] * len(arrays)
-  )
+  y, counts = send(run, x, chosen, weight, arrays, [at] * len(arrays))
   _sow(module, counts)
   if shared:
     every = [leaf[f'shared_{name}'] for name in names]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _moe
@@ -92,6 +93,54 @@ def take(
   )
 
 
+def take_native(
+  place: str,
+  names: Sequence[str],
+  sites: Mapping[str, _sites.Site],
+  methods: _Methods,
+  flat: dict[str, Any],
+) -> Stacked:
+  """Takes the experts of one of Gemma 4's own mixtures out of the parameters.
+
+  Args:
+    place: Path of the layer.
+    names: Names of its weights, those of gate and of down.
+    sites: The weights of all experts, by path.
+    methods: Site and method by path.
+    flat: Parameters by path; those of the experts are gone afterwards.
+
+  Raises:
+    RecipeError: If one weight is packed and the other is not.
+  """
+  paths = [
+    p for name in names for p in sites if p.startswith(f'{place}/{name}')
+  ]
+  packed = [path for path in paths if path in methods]
+  if not packed:
+    arrays = tuple(np.asarray(flat.pop(path)) for path in paths)
+    return Stacked(formats=None, arrays=arrays, axes=(0, 0), x_bits=16)
+  if packed != paths:
+    raise errors.RecipeError(
+      f'Of the experts of {place!r} {packed} are packed and the others are not;'
+      ' let one rule match both weights.'
+    )
+  each = [methods[path][1] for path in paths]
+  formats = tuple(
+    _packed.format_of(method, sites[path].layout.cols)
+    for method, path in zip(each, paths)
+  )
+  axes = tuple(axis_of(fmt) for fmt in formats for _ in _LEAF)
+  leaves = [flat.pop(f'{path}/{leaf}') for path in paths for leaf in _LEAF]
+  return Stacked(
+    formats=formats,
+    arrays=tuple(
+      np.moveaxis(np.asarray(a), i, 0) for a, i in zip(leaves, axes)
+    ),
+    axes=axes,
+    x_bits=max(getattr(method, 'x_bits', 16) for method in each),
+  )
+
+
 def axis_of(fmt: Any) -> int:
   """The axis of experts in the arrays of stacked weights of a format."""
   return int(isinstance(fmt, kernels.TernaryFormat))
@@ -105,6 +154,7 @@ def compute(
   weight: jax.Array,
   *,
   x_bits: int = 16,
+  adapters: kernels.Adapters = kernels.NO_ADAPTERS,
 ) -> jax.Array:
   """Sums the chosen slices of every row of x, each times its weight.
 
@@ -115,14 +165,19 @@ def compute(
     chosen: Numbers of slices, `[N, K]`; -1 for none.
     weight: `[N, K]`.
     x_bits: What activations may be rounded to.
+    adapters: Of the slices.
   """
   if formats is None:
-    dense = [w.astype(x.dtype) for w in arrays]
-    return kernels.experts_dense(x, dense[0], dense[1], chosen, weight)
+    both, out = (w.astype(x.dtype) for w in arrays)
+    return kernels.experts_dense(
+      x, both, out, chosen, weight, adapters=adapters
+    )
   gate = dict(zip(_LEAF, arrays[:2], strict=True))
   down = dict(zip(_LEAF, arrays[2:], strict=True))
   return kernels.experts_ffn(
-    x, gate, formats[0], down, formats[1], chosen, weight, x_bits=x_bits
+    *(x, gate, formats[0], down, formats[1], chosen, weight),
+    x_bits=x_bits,
+    adapters=adapters,
   )
 
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of sparse feed-forward layers against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -314,6 +316,67 @@ def test_dense_experts_equal_float64(how, n):
   assert _error(got, want) < 2.0**-18
   if n > 1:
     assert not np.any(got[-1])
+
+
+def _adapters(count, f, rank=3):
+  rng = np.random.default_rng(7)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  return kernels.Adapters(
+    gate=(draw(count, WIDE, rank), draw(count, rank, 2, f)),
+    down=(draw(count, f, rank), draw(count, rank, OUT)),
+  )
+
+
+@pytest.mark.parametrize('how', ['blocks', 'few', 'ragged', 'packed'])
+def test_adapters_are_added_to_weights(how):
+  rng = np.random.default_rng(0)
+  count, f, n = 6, 24, 5
+  g = rng.standard_normal((count, 2, f, WIDE))
+  d = rng.standard_normal((count, f, OUT))
+  x, (chosen, weight) = _x(n), _routes(n, 3, count)
+  own = _adapters(count, f)
+  gate, down = jnp.asarray(g, jnp.float32), jnp.asarray(d, jnp.float32)
+  if how == 'blocks':
+    run = functools.partial(kernels.experts_dense, x, gate, down, chosen)
+    got = run(weight, adapters=own)
+  elif how == 'few':
+    e = jnp.maximum(chosen.reshape(-1), 0)
+    some = jax.tree.map(lambda a: a[e], own)
+    got = _experts_dense.few(x, chosen, weight, gate[e], down[e], some)
+  elif how == 'ragged':
+    got = _experts_dense.ragged(x, chosen, weight, gate, down, own)
+  else:
+    formats = [kernels.IntFormat(bits=8)] * 2
+    pair = _weights(formats, f, count, True)
+    run = functools.partial(kernels.experts_ffn, x, pair[0], formats[0])
+    got = run(pair[1], formats[1], chosen, weight, adapters=own)
+    wide = lambda p, fmt, cols: np.asarray(
+      kernels.dequantize(p, fmt, cols), 'd'
+    )
+    g = wide(pair[0], formats[0], WIDE)
+    d = wide(pair[1], formats[1], f).swapaxes(1, 2)
+  of = lambda pair, eqn: np.einsum(eqn, *(np.asarray(a, 'd') for a in pair))
+  g, d = g + of(own.gate, 'eir,ercf->ecfi'), d + of(own.down, 'efr,ero->efo')
+  want = _reference(x, g, d.swapaxes(1, 2), chosen, weight)
+  assert _error(got, want) < 2.0**-16
+
+
+def test_adapters_are_checked():
+  x, (chosen, weight) = _x(2), _routes(2, 2, 3)
+  ones = lambda *shape: jnp.ones(shape, jnp.float32)
+  dense = ones(3, 2, 4, WIDE), ones(3, 4, OUT), chosen, weight
+  with pytest.raises(errors.ShapeError, match=r"3, 4, 'R'"):
+    own = _adapters(3, 4)._replace(down=(ones(3, 5, 2), ones(3, 2, OUT)))
+    kernels.experts_dense(x, *dense, adapters=own)
+  *formats, size = FORMATS[0]
+  own = _adapters(3, size)
+  with pytest.raises(errors.ShapeError, match='wide'):
+    gate, down = _weights(formats, size, 3, False)
+    kernels.experts_ffn(
+      *(x, gate, formats[0], down, formats[1], chosen, weight),
+      size=size,
+      adapters=own,
+    )
 
 
 def test_gradients_of_dense_experts():

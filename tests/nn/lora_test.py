@@ -285,6 +285,18 @@ def test_adapters_of_packed_experts_follow_the_choice(router, monkeypatch):
   np.testing.assert_allclose(fused[2], other, atol=0.02 * np.abs(other).max())
 
 
+@pytest.mark.parametrize('how', ['offloaded', 'sharded'])
+def test_adapters_that_no_expert_would_read_are_refused(how):
+  compressed, _, params, _ = _mixture(gx.nn.LoRA)
+  if how == 'offloaded':
+    away, *_ = gx.nn.offload(compressed, params, slots=4)
+  else:
+    mesh = jax.make_mesh((4,), ('experts',))
+    away, _ = gx.nn.shard_experts(compressed, params, mesh=mesh)
+  with pytest.raises(errors.RecipeError, match="'layer_0/mlp/gating.*attn"):
+    gx.nn.LoRA(rank=2, model=away).init(jax.random.key(0), TOKENS)
+
+
 def _assert_base_is(params, actual):
   actual = traverse_util.flatten_dict(actual)
   for path, leaf in traverse_util.flatten_dict(params).items():

@@ -6,12 +6,15 @@ import dataclasses
 import functools
 
 from flax import linen as nn
+from flax import traverse_util
+from gemma import peft
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gemma_ext as gx
+from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext.kernels import _cpu
@@ -189,3 +192,132 @@ def test_layers_that_do_more_are_left_to_the_official_code(monkeypatch):
   got = logits(model, params, few)
   jax.clear_caches()
   check(got, want, 1e-2)
+
+
+@pytest.mark.parametrize('weights', ['dense', 'ternary'])
+def test_experts_outside_of_the_device(weights, tmp_path):
+  model, params = made(weights)
+  away, few, state = gx_nn.offload(model, params, slots=3, directory=tmp_path)
+  assert 'linear' not in few['layer_0']['mlp']
+  # All tokens at once: every expert comes once.
+  got = away.apply({'params': few, 'experts': state}, jnp.asarray(TOKENS))
+  check(got.logits, logits(model, params))
+
+  @jax.jit
+  def step(state, token):
+    variables = {'params': few, 'experts': state}
+    out, new = away.apply(variables, token, mutable=['experts'])
+    return out.logits, new['experts']
+
+  for token in (5, 6, 5, 7, 5):
+    token = jnp.array([[token]])
+    got, state = step(state, token)
+    check(got, logits(model, params, token))
+  assert 0 < gx_nn.hit_rate(state) < 1
+  store = away.store
+  assert store.announced > 0
+  # What the second layer reads is guessed from what the first one does.
+  assert 0 < store.read_ahead <= store.fetched
+
+
+def test_offloading_needs_both_weights_alike():
+  dense = tiny.model('gemma4_moe')
+  recipe = gx.Recipe.of({r'layer_\d+/mlp/linear': gx.Int(bits=4, group=32)})
+  model = gx_nn.Compressed(model=dense, recipe=recipe)
+  params = gx.compress(dense, tiny.params(dense), recipe)
+  with pytest.raises(errors.RecipeError, match='match both'):
+    gx_nn.offload(model, params, slots=3)
+
+
+# ----------------------------------- LoRA ------------------------------------
+
+
+def adapted(model, params, **kwargs):
+  """A model with adapters, parameters with random ones, and what they add."""
+  lora = gx_nn.LoRA(rank=2, model=model, dtype=jnp.float32, **kwargs)
+  shapes = jax.eval_shape(lora.init, jax.random.key(0), jnp.asarray(TOKENS))
+  flat = traverse_util.flatten_dict(
+    peft.split_params(shapes['params']).lora, sep='/'
+  )
+  rng = np.random.default_rng(0)
+  flat = {
+    path: jnp.float32(rng.standard_normal(x.shape) / 4)
+    for path, x in flat.items()
+  }
+  adapters = traverse_util.unflatten_dict(flat, sep='/')
+  return lora, peft.merge_params(params, adapters), adapters
+
+
+def unpacked(params):
+  """The same with experts of 4 bits dense, as the official model has them."""
+  fmt = kernels.IntFormat(bits=4, group=32)
+
+  def one(path, leaf):
+    if not isinstance(leaf, dict) or 'codes' not in leaf:
+      return leaf
+    dense = kernels.dequantize(leaf, fmt, 128)
+    return dense if 'gating' in path else dense.swapaxes(-1, -2)
+
+  walk = lambda tree, path='': {
+    k: walk(v, f'{path}/{k}')
+    if isinstance(v, dict) and 'codes' not in v
+    else one(path + k, v)
+    for k, v in tree.items()
+  }
+  return walk(dict(params))
+
+
+@pytest.mark.parametrize('weights', ['none', 'dense', 'int4'])
+def test_adapters_of_experts(weights, monkeypatch):
+  """They equal sums of weights, and packed weights stay packed."""
+  if weights == 'none':
+    model = tiny.model('gemma4_moe')
+    params = tiny.params(model)
+  else:
+    model, params = made(weights)
+  # Not the router, which is an einsum of the same layer.
+  target = r'layer_\d+/mlp/(gating_einsum|linear)'
+  lora, both, adapters = adapted(model, params, target=target, experts=True)
+  dense = tiny.model('gemma4_moe')
+  merged = unpacked(params) if weights == 'int4' else params
+  for layer, added in adapters.items():
+    mlp = dict(merged[layer]['mlp'])
+    for name, eqn in (
+      ('gating_einsum', 'eir,ercf->ecfi'),
+      ('linear', 'efr,ero->efo'),
+    ):
+      pair = added['mlp'][name]['_LoRAExperts']['lora']
+      more = jnp.einsum(eqn, pair['a'], pair['b'])
+      mlp[name] = jax.tree.map(lambda w, more=more: w + more, mlp[name])
+    merged = merged | {layer: merged[layer] | {'mlp': mlp}}
+  want = logits(dense, merged)
+  assert np.abs(want - logits(dense, merged, TOKENS[:, ::-1])).max() > 0.1
+  if weights == 'int4':
+    refuse = lambda self: pytest.fail('unpacks')
+    monkeypatch.setattr(gx_nn.PackedWeight, 'dequantize', refuse)
+  check(logits(lora, both), want)
+  # Not those of other tokens, and not none.
+  assert np.abs(logits(model, params) - want).max() > 0.1
+
+
+def test_attention_is_adapted_beside_packed_experts(monkeypatch):
+  model, params = made('int4')
+  lora, both, _ = adapted(model, params, target='attn')
+  want = logits(lora, both)
+  refuse = lambda self: pytest.fail('unpacks')
+  monkeypatch.setattr(gx_nn.PackedWeight, 'dequantize', refuse)
+  got = jax.jit(functools.partial(logits, lora))(both)
+  check(got, want)
+
+
+def test_adapters_that_would_not_be_read_are_refused():
+  model, params = made('dense')
+  away, few, state = gx_nn.offload(model, params, slots=3)
+  variables = {'params': few, 'experts': state}
+  for kwargs, match in (
+    ({'experts': True}, 'outside of the device'),
+    ({'target': r'layer_\d+/mlp/linear'}, r'LoRA\(experts=True'),
+  ):
+    lora = gx_nn.LoRA(rank=2, model=away, **kwargs)
+    with pytest.raises(errors.RecipeError, match=match):
+      lora.apply(variables, jnp.asarray(TOKENS))
