@@ -25,15 +25,14 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
   os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
+# The tests, and the programs that they start, compile thousands of tiny
+# programs and run most of them once: that takes half the time without XLA's
+# optimisations. To test with them: JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+
 # After the lines above, on purpose.
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-# The tests compile thousands of tiny programs and run most of them once:
-# that takes half the time without XLA's optimisations. To test with them:
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test
-if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
-  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(autouse=True, scope='module')

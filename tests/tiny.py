@@ -200,6 +200,11 @@ def model(family: str, *, dtype: Any = jnp.float32) -> Any:
   return _CLASSES[family](dtype=dtype, tokens='batch.input', **kwargs)
 
 
+def shallow(*, dtype: Any = jnp.float32) -> TinyGemma3Shallow:
+  """Returns the tiny Gemma 3 of one layer."""
+  return TinyGemma3Shallow(dtype=dtype, tokens='batch.input')
+
+
 def params(model: Any, seed: int = 0) -> dict[str, Any]:
   """Returns random parameters of a tiny model, in the nested layout.
 
@@ -294,9 +299,11 @@ def tokenizer(version: int | str = 3) -> gm.text.Tokenizer:
   return cls(path=str(path))
 
 
-def checkpoint(path: pathlib.Path, *, seed: int = 0) -> pathlib.Path:
+def checkpoint(
+  path: pathlib.Path, *, seed: int = 0, one_layer: bool = False
+) -> pathlib.Path:
   """Writes a dense Gemma 3 and its tokenizer; returns its path."""
-  dense = model('gemma3')
+  dense = shallow() if one_layer else model('gemma3')
   return ckpts.save(
     path, model=dense, params=params(dense, seed), tokenizer=tokenizer(3)
   )

@@ -24,8 +24,8 @@ _WORDS = 'the capital of a group is one river that flows'.split()
 def made(tmp_path_factory):
   """A folder with a suite, its checkpoints and data, run once."""
   folder = tmp_path_factory.mktemp('suite')
-  tiny.checkpoint(folder / 'dense')
-  tiny.checkpoint(folder / 'other', seed=5)
+  tiny.checkpoint(folder / 'dense', one_layer=True)
+  tiny.checkpoint(folder / 'other', seed=5, one_layer=True)
   (folder / 'texts').mkdir()
   rng = np.random.default_rng(0)
   for i in range(12):

@@ -312,7 +312,7 @@ def test_files_that_are_not_valid(change, message):
 def test_allocate_gives_a_recipe_within_the_budget(monkeypatch):
   monkeypatch.setattr(_sensitivity, 'CANDIDATES', _METHODS[2:4])
   monkeypatch.setattr(_sensitivity, 'BANDS', 2)
-  model = tiny.TinyGemma3Shallow()
+  model = tiny.shallow()
   params = tiny.params(model)
   recipe = gx.allocate(model, params, '40%', _tokens(batch=2))
   dense = sum(x.nbytes for x in jax.tree.leaves(params))

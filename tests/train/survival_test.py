@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole command killed at random moments, in one process and in two.
 
-A moment is drawn in two steps: a phase of the run, in turn, and a time within
-what the phase took when nothing was killed.
+A moment is drawn in two steps: a phase of the run, in turn, few kills spread
+over the run, and a time within what the phase took when nothing was killed.
 
 Most of a start is imports. Runs that are to be killed later are therefore
 forked from a process that has done them, and read what the first run compiled.
@@ -31,8 +31,8 @@ from gemma_ext.train import _branch
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_KILLS = int(os.environ.get('SURVIVAL_KILLS', 5))
-_PAIR_KILLS = int(os.environ.get('SURVIVAL_KILLS', 2))
+_KILLS = int(os.environ.get('SURVIVAL_KILLS', 3))
+_PAIR_KILLS = int(os.environ.get('SURVIVAL_KILLS', 1))
 _FORK = os.environ.get('SURVIVAL_FORK', '1') != '0'
 _HEARTBEAT = 10
 _SERVER = """
@@ -338,6 +338,14 @@ def _kill(run: _Run, phase: str, delay: float, index: int | None) -> bool:
   return running
 
 
+def _spread(phases: tuple[str, ...], count: int) -> list[str]:
+  """Some of the phases, from all over the run."""
+  count = min(count, len(phases))
+  return [
+    phases[(2 * i + 1) * len(phases) // (2 * count)] for i in range(count)
+  ]
+
+
 def _survive(
   folder: pathlib.Path, count: int, kills: int, server: _Server | None
 ) -> None:
@@ -351,7 +359,7 @@ def _survive(
     assert rounds <= 3 + kills // 2, done
     # Imports have nothing to lose, and are slow; and who waits for a process
     # that never came does so for minutes.
-    for phase in _Run.phases[count > 1 or rounds > 1 :]:
+    for phase in _spread(_Run.phases[count > 1 or rounds > 1 :], kills):
       delay = float(rng.uniform(0, lengths[phase]))
       run = _Run(folder, count, None if phase == 'start' else server)
       # Of several processes one or all of them.
