@@ -215,11 +215,12 @@ def _xla_stacked(formats, x, gate, down, chosen, weight, adapters):
     y = _experts_dense.by_block(x, chosen, weight, count, expert, rows)
   elif chosen.size <= _experts_dense.FEW_PAIRS:
     e = jnp.maximum(chosen.reshape(-1), 0)
-    some = dense(*pick(lambda v, axis: jnp.take(v, e, axis)))
+    g, d = dense(*pick(lambda v, axis: jnp.take(v, e, axis)))
     own = jax.tree.map(lambda a: a[e], adapters)
-    y = _experts_dense.few(x, chosen, weight, *some, own)
+    y = _experts_dense.few(x, chosen, weight, g, d, own)
   else:
-    y = _experts_dense.ragged(x, chosen, weight, *dense(gate, down), adapters)
+    g, d = dense(gate, down)
+    y = _experts_dense.ragged(x, chosen, weight, g, d, adapters)
   return y.astype(x.dtype)
 
 

@@ -143,7 +143,7 @@ def check_adapters(
 
 def low_rank(
   pair: tuple[jax.Array, jax.Array] | None, x: jax.Array
-) -> jax.Array | float:
+) -> jax.Array:
   """What an adapter of one expert adds to the products of rows of x.
 
   Args:
@@ -151,10 +151,10 @@ def low_rank(
     x: `[B, I]`.
 
   Returns:
-    `[B, *]`, float32, what the adapter has behind R as one; or 0.
+    `[B, *]`, float32, what the adapter has behind R as one; or zeros `[1, 1]`.
   """
   if pair is None:
-    return 0.0
+    return jnp.zeros((1, 1), jnp.float32)
   a, b = pair
   dot = lambda x, w: jnp.dot(
     x, w.astype(x.dtype), preferred_element_type=jnp.float32
