@@ -19,7 +19,9 @@ import shutil
 import tempfile
 from typing import Any
 
+from flax import traverse_util
 from gemma import gm
+from gemma import peft
 from gemma.gm.nn import _config as gemma3_config
 from gemma.gm.nn import _modules as gemma3_modules
 from gemma.gm.nn.gemma3n import _config as gemma3n_config
@@ -335,3 +337,40 @@ def routed(dense: Any, recipe: gx.Recipe, tokens: Any) -> dict[str, Any]:
   rules = tuple((match, carvable(method)) for match, method in recipe.rules)
   carved = gx.Recipe(rules=rules)
   return gx.compress(dense, params(dense), carved, calibration=tokens)
+
+
+def unpacked(model: gx.nn.Compressed, params: Any) -> dict[str, Any]:
+  """Returns the dense parameters that packed ones stand for."""
+
+  @jax.jit
+  def unpack(flat):
+    for path, (site, method) in gx.nn.methods_of(
+      model.model, model.recipe
+    ).items():
+      leaf = {name: flat.pop(f'{path}/{name}') for name in ('codes', 'scale')}
+      fmt = gx.nn.format_of(method, site.layout.cols)
+      flat[path] = gx.nn.PackedWeight(
+        leaf=leaf, fmt=fmt, layout=site.layout, dtype=model.dtype
+      ).dequantize()
+    return flat
+
+  flat = unpack(traverse_util.flatten_dict(params, sep='/'))
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def adapters(lora: Any, tokens: Any, *, within: str = '') -> dict[str, Any]:
+  """Random adapters of a model in `gx.nn.LoRA` or the official one.
+
+  Args:
+    lora: The model.
+    tokens: What it takes.
+    within: Those whose path does not have this are zeros.
+  """
+  shapes = jax.eval_shape(lora.init, jax.random.key(0), tokens)['params']
+  flat = traverse_util.flatten_dict(peft.split_params(shapes).lora, sep='/')
+  rng = np.random.default_rng(0)
+  flat = {
+    path: jnp.float32(rng.standard_normal(x.shape) * (within in path) / 4)
+    for path, x in flat.items()
+  }
+  return traverse_util.unflatten_dict(flat, sep='/')

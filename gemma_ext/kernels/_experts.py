@@ -205,12 +205,10 @@ def _xla_stacked(formats, x, gate, down, chosen, weight, adapters):
       )
       own = jax.tree.map(lambda a: a[e], adapters)
       both = _matmul.matmul_xla(x, g, formats[0])
-      if own.gate is not None:
-        more = _experts_dense.low_rank(own.gate, x).reshape(both.shape)
-        both = (both + more).astype(x.dtype)
+      both = _experts_dense.adapted(both, own.gate, x).astype(x.dtype)
       hidden = jax.nn.gelu(both[:, 0]) * both[:, 1]
       y = _matmul.matmul_xla(hidden, d, formats[1])
-      return y + _experts_dense.low_rank(own.down, hidden)
+      return _experts_dense.adapted(y, own.down, hidden)
 
     y = _experts_dense.by_block(x, chosen, weight, count, expert, rows)
   elif chosen.size <= _experts_dense.FEW_PAIRS:

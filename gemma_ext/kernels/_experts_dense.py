@@ -141,25 +141,27 @@ def check_adapters(
       )
 
 
-def low_rank(
-  pair: tuple[jax.Array, jax.Array] | None, x: jax.Array
+def adapted(
+  y: jax.Array, pair: tuple[jax.Array, jax.Array] | None, x: jax.Array
 ) -> jax.Array:
-  """What an adapter of one expert adds to the products of rows of x.
+  """Adds what the adapter of one expert adds to its products, if it has one.
 
   Args:
+    y: Products of rows of x with a weight, `[B, ...]`.
     pair: `[I, R]` and `[R, ...]`, or `None`.
     x: `[B, I]`.
 
   Returns:
-    `[B, *]`, float32, what the adapter has behind R as one; or zeros `[1, 1]`.
+    The sum in float32; y itself where there is no adapter.
   """
   if pair is None:
-    return jnp.zeros((1, 1), jnp.float32)
+    return y
   a, b = pair
   dot = lambda x, w: jnp.dot(
     x, w.astype(x.dtype), preferred_element_type=jnp.float32
   )
-  return dot(dot(x, a).astype(x.dtype), b.reshape(len(b), -1))
+  more = dot(dot(x, a).astype(x.dtype), b.reshape(len(b), -1))
+  return y + more.reshape(y.shape)
 
 
 def flatten(
@@ -234,14 +236,11 @@ def few(
   both = jnp.einsum(
     'pi,pcfi->pcf', rows, gate, preferred_element_type=jnp.float32
   )
-  each = jax.vmap(lambda pair, x: low_rank(pair, x[None])[0])
-  if adapters.gate is not None:
-    both += each(adapters.gate, rows).reshape(both.shape)
-  both = both.astype(x.dtype)
+  each = jax.vmap(lambda y, pair, x: adapted(y[None], pair, x[None])[0])
+  both = each(both, adapters.gate, rows).astype(x.dtype)
   hidden = jax.nn.gelu(both[:, 0]) * both[:, 1]
   y = jnp.einsum('pf,pfo->po', hidden, down, preferred_element_type=jnp.float32)
-  if adapters.down is not None:
-    y += each(adapters.down, hidden)
+  y = each(y, adapters.down, hidden)
   return _combine(y.reshape(n, k, -1), chosen, weight)
 
 
@@ -304,7 +303,7 @@ def _ffn(
       preferred_element_type=jnp.float32,
     )
 
-  both = dot(x, gate.reshape(2 * f, -1), 1) + low_rank(adapters.gate, x)
-  both = both.astype(x.dtype)
+  both = dot(x, gate.reshape(2 * f, -1), 1)
+  both = adapted(both, adapters.gate, x).astype(x.dtype)
   hidden = jax.nn.gelu(both[:, :f]) * both[:, f:]
-  return dot(hidden, down, 0) + low_rank(adapters.down, hidden)
+  return adapted(dot(hidden, down, 0), adapters.down, hidden)

@@ -123,7 +123,8 @@ def packed_weights(
     depth: Length of the path of the module that the paths start from.
     head_rows: Rows of the vocabulary that get logits; all by default.
     mixtures: Layers that are mixtures, by path, as `mixtures_of` returns them.
-    offload: Runs mixtures whose experts are elsewhere, see `_offload`.
+    offload: Runs mixtures whose experts are elsewhere, see `_offload`; those
+      of Gemma 4 too, unless there is `send`.
     send: Runs the experts of Gemma 4's own mixtures elsewhere, see `_native`.
   """
   return nn.intercept_methods(

@@ -10,7 +10,7 @@ parameter paths of the official one, so that `select('lora')`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -213,13 +213,8 @@ class _LoRAExperts(nn.Module):
     gate = weight.ndim == 4
     if not gate:
       outs, ins = [ins], outs[0]
-    adapter = _ExpertsAdapter(
-      name='lora',
-      rank=self.rank,
-      dtype=self.dtype,
-      shapes=((count, ins), (count, *outs)),
-    )
-    a, b = (each.astype(weight.dtype) for each in adapter())
+    adapter = _ExpertsAdapter(name='lora', rank=self.rank, dtype=self.dtype)
+    a, b = (each.astype(weight.dtype) for each in adapter(count, ins, outs))
     return weight + jnp.einsum(
       'eir,er...->e...i' if gate else 'efr,ero->efo', a, b
     )
@@ -232,11 +227,11 @@ class _ExpertsAdapter(nn.Module):
 
   rank: int
   dtype: Any
-  shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
   @nn.compact
-  def __call__(self) -> tuple[jax.Array, jax.Array]:
-    (count, ins), (_, *outs) = self.shapes
+  def __call__(
+    self, count: int, ins: int, outs: Sequence[int]
+  ) -> tuple[jax.Array, jax.Array]:
     init = nn.initializers.kaiming_uniform(batch_axis=(0,))
     a = self.param('a', init, (count, ins, self.rank), self.dtype)
     b = self.param(

@@ -17,7 +17,9 @@ from flax import linen as nn
 from gemma.gm.nn.gemma4 import _moe as gemma4_moe
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _moe
@@ -62,6 +64,54 @@ def weights(model: nn.Module) -> dict[str, _sites.Site]:
     for site in _sites.sites(model)
     if site.kind is _sites.Kind.EXPERTS
   }
+
+
+def take(
+  place: str,
+  sites: Mapping[str, _sites.Site],
+  methods: Mapping[str, tuple[_sites.Site, recipe_lib.Method]],
+  flat: dict[str, Any],
+) -> _stacked.Stacked:
+  """Takes the experts of one of Gemma 4's own mixtures out of the parameters.
+
+  Args:
+    place: Path of the layer.
+    sites: The weights of all experts, by path.
+    methods: Site and method by path.
+    flat: Parameters by path; those of the experts are gone afterwards.
+
+  Raises:
+    RecipeError: If one weight is packed and the other is not.
+  """
+  paths = [
+    p for name in WEIGHTS for p in sites if p.startswith(f'{place}/{name}')
+  ]
+  packed = [path for path in paths if path in methods]
+  if not packed:
+    arrays = tuple(np.asarray(flat.pop(path)) for path in paths)
+    return _stacked.Stacked(formats=None, arrays=arrays, axes=(0, 0), x_bits=16)
+  if packed != paths:
+    raise errors.RecipeError(
+      f'Of the experts of {place!r} {packed} are packed and the others are not;'
+      ' let one rule match both weights.'
+    )
+  each = [methods[path][1] for path in paths]
+  formats = tuple(
+    _packed.format_of(method, sites[path].layout.cols)
+    for method, path in zip(each, paths)
+  )
+  axes = tuple(_stacked.axis_of(fmt) for fmt in formats for _ in _stacked.LEAF)
+  leaves = [
+    flat.pop(f'{path}/{leaf}') for path in paths for leaf in _stacked.LEAF
+  ]
+  return _stacked.Stacked(
+    formats=formats,
+    arrays=tuple(
+      np.moveaxis(np.asarray(a), i, 0) for a, i in zip(leaves, axes)
+    ),
+    axes=axes,
+    x_bits=max(getattr(method, 'x_bits', 16) for method in each),
+  )
 
 
 def route(
@@ -173,7 +223,7 @@ def run(
     formats = (both[0].fmt, both[1].fmt)
     bits = max(w.x_bits for w in both)
     axes = [_stacked.axis_of(w.fmt) for w in both for _ in range(2)]
-    arrays = [w.leaf[name] for w in both for name in ('codes', 'scale')]
+    arrays = [w.leaf[name] for w in both for name in _stacked.LEAF]
   else:
     # Of two layouts, or trained: as the dense one.
     arrays = [

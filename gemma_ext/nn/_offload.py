@@ -228,9 +228,7 @@ def offload(
   layers = {}
   for path, mixture in mixtures.items():
     if path in native:
-      stacked = _stacked.take_native(
-        path, _native.WEIGHTS, sites, methods, flat
-      )
+      stacked = _native.take(path, sites, methods, flat)
     else:
       stacked = _stacked.take(mixture, methods, flat)
     layers[path] = _Layer(

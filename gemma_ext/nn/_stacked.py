@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _moe
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _sites
 
-_LEAF = ('codes', 'scale')
+# What a packed weight is made of.
+LEAF = ('codes', 'scale')
 _Methods = Mapping[str, tuple[_sites.Site, recipe_lib.Method]]
 
 
@@ -65,8 +65,8 @@ def take(
     _packed.format_of(methods[names[0]][1], mixture.features),
     _packed.format_of(methods[names[1]][1], mixture.hidden),
   )
-  gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in _LEAF}
-  down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in _LEAF}
+  gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in LEAF}
+  down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in LEAF}
   axis = axis_of(formats[0])
   found = []
   for each in gate.values():
@@ -90,54 +90,6 @@ def take(
   found.append(np.moveaxis(scale, -2, 0))
   return Stacked(
     formats=formats, arrays=tuple(found), axes=(axis,) * 4, x_bits=bits
-  )
-
-
-def take_native(
-  place: str,
-  names: Sequence[str],
-  sites: Mapping[str, _sites.Site],
-  methods: _Methods,
-  flat: dict[str, Any],
-) -> Stacked:
-  """Takes the experts of one of Gemma 4's own mixtures out of the parameters.
-
-  Args:
-    place: Path of the layer.
-    names: Names of its weights, those of gate and of down.
-    sites: The weights of all experts, by path.
-    methods: Site and method by path.
-    flat: Parameters by path; those of the experts are gone afterwards.
-
-  Raises:
-    RecipeError: If one weight is packed and the other is not.
-  """
-  paths = [
-    p for name in names for p in sites if p.startswith(f'{place}/{name}')
-  ]
-  packed = [path for path in paths if path in methods]
-  if not packed:
-    arrays = tuple(np.asarray(flat.pop(path)) for path in paths)
-    return Stacked(formats=None, arrays=arrays, axes=(0, 0), x_bits=16)
-  if packed != paths:
-    raise errors.RecipeError(
-      f'Of the experts of {place!r} {packed} are packed and the others are not;'
-      ' let one rule match both weights.'
-    )
-  each = [methods[path][1] for path in paths]
-  formats = tuple(
-    _packed.format_of(method, sites[path].layout.cols)
-    for method, path in zip(each, paths)
-  )
-  axes = tuple(axis_of(fmt) for fmt in formats for _ in _LEAF)
-  leaves = [flat.pop(f'{path}/{leaf}') for path in paths for leaf in _LEAF]
-  return Stacked(
-    formats=formats,
-    arrays=tuple(
-      np.moveaxis(np.asarray(a), i, 0) for a, i in zip(leaves, axes)
-    ),
-    axes=axes,
-    x_bits=max(getattr(method, 'x_bits', 16) for method in each),
   )
 
 
@@ -172,8 +124,8 @@ def compute(
     return kernels.experts_dense(
       x, both, out, chosen, weight, adapters=adapters
     )
-  gate = dict(zip(_LEAF, arrays[:2], strict=True))
-  down = dict(zip(_LEAF, arrays[2:], strict=True))
+  gate = dict(zip(LEAF, arrays[:2], strict=True))
+  down = dict(zip(LEAF, arrays[2:], strict=True))
   return kernels.experts_ffn(
     *(x, gate, formats[0], down, formats[1], chosen, weight),
     x_bits=x_bits,

@@ -54,23 +54,6 @@ def _compress(model, recipe, seed=0):
   return gx.nn.Compressed(model=model, recipe=recipe), params
 
 
-def _dense(model, recipe, params):
-  """The dense parameters that packed ones stand for."""
-
-  @jax.jit
-  def unpack(flat):
-    for path, (site, method) in gx.nn.methods_of(model, recipe).items():
-      leaf = {name: flat.pop(f'{path}/{name}') for name in ('codes', 'scale')}
-      fmt = gx.nn.format_of(method, site.layout.cols)
-      flat[path] = gx.nn.PackedWeight(
-        leaf=leaf, fmt=fmt, layout=site.layout, dtype=model.dtype
-      ).dequantize()
-    return flat
-
-  flat = unpack(traverse_util.flatten_dict(params, sep='/'))
-  return traverse_util.unflatten_dict(flat, sep='/')
-
-
 def _logits(model, params, tokens=TOKENS):
   return np.asarray(model.apply({'params': params}, tokens).logits, np.float32)
 
@@ -81,7 +64,7 @@ def test_equals_dense_model_of_dequantised_weights(family, recipe):
   recipe = RECIPES[recipe]
   model = tiny.model(family)
   compressed, params = _compress(model, recipe)
-  expected = _logits(model, _dense(model, recipe, params))
+  expected = _logits(model, tiny.unpacked(compressed, params))
   actual = _logits(compressed, params)
   assert np.abs(expected).max() > 0.1
   np.testing.assert_allclose(actual, expected, atol=1e-4)
@@ -132,7 +115,7 @@ def test_dense_then_recipe_a_then_b_then_dense_in_one_process():
     compressed, packed = _compress(model, recipe)
     np.testing.assert_allclose(
       _logits(compressed, packed),
-      _logits(model, _dense(model, recipe, packed)),
+      _logits(model, tiny.unpacked(compressed, packed)),
       atol=1e-4,
     )
     answers.append(_logits(compressed, packed))
@@ -198,7 +181,7 @@ def test_bfloat16_model_gives_bfloat16_logits_near_float32():
   compressed, params = _compress(model, recipe)
   out = compressed.apply({'params': params}, TOKENS).logits
   assert out.dtype == jnp.bfloat16
-  expected = _logits(model, _dense(model, recipe, params))
+  expected = _logits(model, tiny.unpacked(compressed, params))
   error = np.abs(np.asarray(out, np.float32) - expected).max()
   assert error < 0.05 * np.abs(expected).max()
 
@@ -210,7 +193,10 @@ def test_official_sampler(family):
   compressed, params = _compress(model, recipe)
   tokenizer = tiny.tokenizer(model.INFO.tokenizer_version)
   out = []
-  for m, p in ((compressed, params), (model, _dense(model, recipe, params))):
+  for m, p in (
+    (compressed, params),
+    (model, tiny.unpacked(compressed, params)),
+  ):
     sampler = gm.text.Sampler(
       model=m,
       params=p,

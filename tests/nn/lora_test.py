@@ -200,20 +200,14 @@ def _mixture(lora_class, **kwargs):
   """One layer of eight experts with adapters, one expert a token."""
   fields = {'num_experts': 8, 'top_k': 4} | kwargs
   recipe = gx.Recipe.of({'mlp': gx.MoE(**fields)})
-  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
+  dense = tiny.shallow()
   params = tiny.routed(dense, recipe, TOKENS)
   router = params['layer_0']['mlp']['router']
   router['k'] = jnp.ones_like(router['k'])
   compressed = gx.nn.Compressed(model=dense, recipe=recipe)
   lora = lora_class(rank=2, model=compressed, dtype=jnp.float32)
-  shapes = jax.eval_shape(lora.init, jax.random.key(0), TOKENS)['params']
-  flat = traverse_util.flatten_dict(peft.split_params(shapes).lora, sep='/')
-  rng = np.random.default_rng(0)
-  flat = {
-    path: jnp.float32(rng.standard_normal(x.shape) * ('/mlp/' in path) / 4)
-    for path, x in flat.items()
-  }
-  return compressed, lora, params, traverse_util.unflatten_dict(flat, sep='/')
+  adapters = tiny.adapters(lora, TOKENS, within='/mlp/')
+  return compressed, lora, params, adapters
 
 
 def _logits(model, params, adapters=None):

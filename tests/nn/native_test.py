@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 from flax import linen as nn
-from flax import traverse_util
 from gemma import peft
 import jax
 import jax.numpy as jnp
@@ -235,36 +234,8 @@ def test_offloading_needs_both_weights_alike():
 def adapted(model, params, **kwargs):
   """A model with adapters, parameters with random ones, and what they add."""
   lora = gx_nn.LoRA(rank=2, model=model, dtype=jnp.float32, **kwargs)
-  shapes = jax.eval_shape(lora.init, jax.random.key(0), jnp.asarray(TOKENS))
-  flat = traverse_util.flatten_dict(
-    peft.split_params(shapes['params']).lora, sep='/'
-  )
-  rng = np.random.default_rng(0)
-  flat = {
-    path: jnp.float32(rng.standard_normal(x.shape) / 4)
-    for path, x in flat.items()
-  }
-  adapters = traverse_util.unflatten_dict(flat, sep='/')
+  adapters = tiny.adapters(lora, jnp.asarray(TOKENS))
   return lora, peft.merge_params(params, adapters), adapters
-
-
-def unpacked(params):
-  """The same with experts of 4 bits dense, as the official model has them."""
-  fmt = kernels.IntFormat(bits=4, group=32)
-
-  def one(path, leaf):
-    if not isinstance(leaf, dict) or 'codes' not in leaf:
-      return leaf
-    dense = kernels.dequantize(leaf, fmt, 128)
-    return dense if 'gating' in path else dense.swapaxes(-1, -2)
-
-  walk = lambda tree, path='': {
-    k: walk(v, f'{path}/{k}')
-    if isinstance(v, dict) and 'codes' not in v
-    else one(path + k, v)
-    for k, v in tree.items()
-  }
-  return walk(dict(params))
 
 
 @pytest.mark.parametrize('weights', ['none', 'dense', 'int4'])
@@ -279,7 +250,7 @@ def test_adapters_of_experts(weights, monkeypatch):
   target = r'layer_\d+/mlp/(gating_einsum|linear)'
   lora, both, adapters = adapted(model, params, target=target, experts=True)
   dense = tiny.model('gemma4_moe')
-  merged = unpacked(params) if weights == 'int4' else params
+  merged = tiny.unpacked(model, params) if weights == 'int4' else params
   for layer, added in adapters.items():
     mlp = dict(merged[layer]['mlp'])
     for name, eqn in (

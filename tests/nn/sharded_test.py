@@ -36,7 +36,7 @@ def mesh_of(devices: int = 8, axis: str = 'experts') -> jax.sharding.Mesh:
 def made(weights='dense', **kwargs):
   fields = dict(num_experts=8, top_k=3, weights=WEIGHTS[weights]) | kwargs
   recipe = gx.Recipe.of({r'layer_\d+/mlp': gx.MoE(**fields)})
-  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
+  dense = tiny.shallow()
   params = tiny.routed(dense, recipe, TOKENS)
   return gx_nn.Compressed(model=dense, recipe=recipe), params
 

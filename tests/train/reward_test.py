@@ -97,7 +97,7 @@ class _Given(kd.ckpts.InitTransform):
 
 
 def _trainer(function, *, steps=12, workdir='.', **changes):
-  model = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
+  model = tiny.shallow()
   reward = train.TaskReward(
     model=model,
     tokenizer=tiny.tokenizer(3),

@@ -87,7 +87,7 @@ def test_a_router_that_collapsed_looks_like_one():
   recipe = gx.Recipe.of(
     {'mlp': gx.MoE(num_experts=8, top_k=2, router='softmax')}
   )
-  dense = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
+  dense = tiny.shallow()
   model = gx.nn.Compressed(model=dense, recipe=recipe)
   tokens = jnp.arange(3, 15)[None]
   params = model.init(jax.random.key(0), tokens)['params']
@@ -156,7 +156,7 @@ class _Tokens:
 
 def _trainer(workdir, recipe=_RECIPE, **changes):
   model = gx.nn.Compressed(
-    model=tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input'),
+    model=tiny.shallow(),
     recipe=recipe,
   )
   fields = {

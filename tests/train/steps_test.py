@@ -42,7 +42,7 @@ class Given(kd.ckpts.InitTransform):
 @functools.cache
 def _model(dtype):
   """A compressed model and its parameters."""
-  dense = tiny.TinyGemma3Shallow(dtype=dtype, tokens='batch.input')
+  dense = tiny.shallow(dtype=dtype)
   params = gx.compress(dense, tiny.params(dense), _RECIPE)
   return gx.nn.Compressed(model=dense, recipe=_RECIPE), params
 

@@ -94,7 +94,6 @@ def get_config():
 def _environment(folder: pathlib.Path, *, fill: bool) -> dict[str, str]:
   out = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     'PYTHONPATH': str(_ROOT),
     'XLA_FLAGS': '',
   }

@@ -6,7 +6,6 @@ import json
 import pathlib
 import re
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -47,7 +46,7 @@ def test_shipped_configs_resolve(name):
 def folder(tmp_path_factory) -> pathlib.Path:
   """A tiny checkpoint, a text, and the shipped configs for a tiny model."""
   folder = tmp_path_factory.mktemp('trainer')
-  model = tiny.TinyGemma3Shallow(dtype=jnp.float32, tokens='batch.input')
+  model = tiny.shallow()
   ckpts.save(
     folder / 'dense',
     model=model,
