@@ -39,14 +39,19 @@ demo: $(STAMP)  ## The real Gemma 3 270M, compressed and measured.
 # Types are checked beside the first tests, which leave a core idle while they
 # start. What they find comes after the tests; if nothing, pytest's closing
 # lines come last.
-.PHONY: test
-test: $(STAMP)  ## Lint, types, all tests, coverage.
+#
+# `test` leaves out what tests/slow.txt lists.
+.PHONY: test test-all
+test: MARKS := -m 'not slow'
+test: $(STAMP)  ## Lint, types, tests but the slow ones, coverage.
+test-all: $(STAMP)  ## Lint, types, every test, coverage.
+test test-all:
 	@$(MAKE) --no-print-directory lint
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; status=0; \
 	$(RUN) mypy > "$$log" 2>&1 & types=$$!; \
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(RUN) pytest -q --durations=15 \
 	  -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder \
-	  --cov=gemma_ext --cov-report=term --cov-fail-under=85 $(PYTEST_ARGS) \
+	  --cov=gemma_ext --cov-report=term --cov-fail-under=85 $(MARKS) $(PYTEST_ARGS) \
 	  || status=$$?; \
 	wait $$types || { cat "$$log"; status=1; }; \
 	exit $$status

@@ -58,23 +58,36 @@ def room_for_programs():
 _FIRST = (
   'kernels/sanitize_test.py',
   'train/survival_test.py',
+  'compress/main_test.py',
+  'families_test.py',
   'compress/allocate_test.py',
   'benchmarks/programs_test.py',
-  'compress/main_test.py',
   'train/sharded_test.py',
+  'train/heal_test.py',
   'text/speculative_test.py',
   'nn/compressed_test.py',
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+  """Registers the mark of the tests of `slow.txt`."""
+  config.addinivalue_line('markers', 'slow: listed in tests/slow.txt')
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(
   config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-  """Puts the longest files first where there are several workers."""
+  """Marks slow tests, puts the longest files first for several workers."""
+  here = pathlib.Path(__file__).parent
+  place = lambda item: item.path.relative_to(here).as_posix()
+  slow = set((here / 'slow.txt').read_text().splitlines())
+  for item in items:
+    names = (item.name, item.name.partition('[')[0])
+    if any(f'{place(item)}::{name}' in slow for name in names):
+      item.add_marker('slow')
   if hasattr(config, 'workerinput'):
     rank = {name: i for i, name in enumerate(_FIRST)}
-    here = pathlib.Path(__file__).parent
-    place = lambda item: item.path.relative_to(here).as_posix()
     items.sort(key=lambda item: rank.get(place(item), len(rank)))
 
 
