@@ -81,11 +81,20 @@ def pytest_collection_modifyitems(
   """Marks slow tests, puts the longest files first for several workers."""
   here = pathlib.Path(__file__).parent
   place = lambda item: item.path.relative_to(here).as_posix()
-  slow = set((here / 'slow.txt').read_text().splitlines())
+  listed = (here / 'slow.txt').read_text().splitlines()
+  slow = {line for line in listed if not line.startswith('#')}
+  found = set()
   for item in items:
-    names = (item.name, item.name.partition('[')[0])
-    if any(f'{place(item)}::{name}' in slow for name in names):
+    names = {item.name, item.name.partition('[')[0]}
+    if lines := slow & {f'{place(item)}::{name}' for name in names}:
       item.add_marker('slow')
+      found |= lines
+  files = {place(item) for item in items}
+  unknown = {s for s in slow - found if s.partition('::')[0] in files}
+  if unknown and not any('::' in arg for arg in config.args):
+    raise pytest.UsageError(
+      f'tests/slow.txt lists tests that are not: {sorted(unknown)}'
+    )
   if hasattr(config, 'workerinput'):
     rank = {name: i for i, name in enumerate(_FIRST)}
     items.sort(key=lambda item: rank.get(place(item), len(rank)))
