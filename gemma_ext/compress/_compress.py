@@ -119,7 +119,7 @@ def compress(
     w = site.part(flat[site.whole], orders.get(site.whole))
     if site.centered:
       w = w.astype(jnp.float32) - means[site.whole]
-    if site.rows is None and site.layout != read[site.path]:
+    if site.rows is None and site.layout.in_axes != read[site.path].in_axes:
       # Stored by neuron: what is known of the inputs is along the other axis.
       weights = known and known.outputs.get(site.path)
       return compress_weight(
@@ -207,7 +207,8 @@ def compress_weight(
     w: Dense weight in the shape of the official tree.
     site: Its site.
     method: How to compress it.
-    curvature: Weights of the squared error along the input axis, `[cols]`.
+    curvature: Weights of the squared error along the input axis, `[cols]`, of
+      all slices.
     hessian: Second moments of the inputs, `[cols, cols]`, or `Factored`, to
       compensate errors with, where the method leaves its codes free.
     slopes: `[cols, cols]`: rows w are fitted so that, on average, their product
@@ -219,7 +220,9 @@ def compress_weight(
   Raises:
     NonFiniteError: If the weight holds NaN or infinity.
   """
-  fmt = gx_nn.format_of(method, site.layout.cols)
+  # Errors may move from slice to slice, so that these are cut afterwards.
+  layout = site.layout.uncut
+  fmt = gx_nn.format_of(method, layout.cols)
   fit = _registry.fit_of(method)
   if hessian is not None:
     if not isinstance(hessian, _compensate.Factored):
@@ -227,8 +230,8 @@ def compress_weight(
     curvature = jnp.diagonal(hessian.hessian)
     if _compensate.is_free(method):
       fit = functools.partial(_compensated, hessian=hessian)
-  rows, cols = site.layout.rows, site.layout.cols
-  matrix = site.layout.to_rows(jnp.asarray(w)).reshape((-1, cols))
+  cols = layout.cols
+  matrix = layout.to_rows(jnp.asarray(w)).reshape((-1, cols))
   step = max(1, _BLOCK // cols)
   if hessian is not None:
     # Fewer, and always as many: each number of rows compiles anew.
@@ -252,13 +255,15 @@ def compress_weight(
       kept = float(_kept(block, code, scale, slopes))
       if abs(kept - 1) > _NEAR_ONE:
         code, scale = fit(block / kept, method, fmt, curvature)
-    codes.append(fmt.pack(code[..., :count, :]))
-    scales.append(fmt.pack_scale(scale[..., :count, :]))
+    code, scale = (site.layout.cut(x[..., :count, :]) for x in (code, scale))
+    codes.append(fmt.pack(code))
+    scales.append(fmt.pack_scale(scale))
   # Codes and scales end in [rows, bytes]; planes come before the rows.
   code, scale = (
     parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
     for parts in (codes, scales)
   )
+  rows, cols = site.layout.rows, site.layout.cols
   return {
     'codes': code.reshape(fmt.codes_shape(rows, cols)),
     'scale': scale.reshape(fmt.scale_shape(rows, cols)),

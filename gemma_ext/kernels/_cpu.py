@@ -193,7 +193,7 @@ def cuts(fmt: _formats.Format, cols: int, size: int) -> bool:
 def experts(
   x: jax.Array,  # [N, I]
   gate: Mapping[str, jax.Array],  # of [2, S * f, I], or [S, 2, f, I]
-  down: Mapping[str, jax.Array],  # of [O, S * f], or [S, O, f]
+  down: Mapping[str, jax.Array],  # of [O, S * f] or [S, O, f]
   chosen: jax.Array,  # int32[N, K]
   weight: jax.Array,  # float32[N, K]
   formats: tuple[_formats.Format, _formats.Format],
@@ -211,8 +211,9 @@ def experts(
   down_rows = _params.rows_of(down, formats[1])
   stacked = len(gate_rows) == 3
   count = gate_rows[0] if stacked else gate_rows[1] // size
-  kinds = _kinds(formats, x.shape[-1], size if stacked else size * count)
-  cut = np.array([stacked, shared, count - shared, size], np.int64)
+  apart = len(down_rows) == 2
+  kinds = _kinds(formats, x.shape[-1], size if apart else size * count)
+  cut = np.array([stacked, apart, shared, count - shared, size], np.int64)
 
   @jax.custom_batching.custom_vmap
   def call(x, chosen, weight, *weights):

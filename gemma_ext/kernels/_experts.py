@@ -42,10 +42,11 @@ def experts_ffn(
 
   A slice is f neurons of `(gelu(x G^T) * (x U^T)) D^T`, gelu by tanh as Gemma
   has it. The first `shared` of S slices always run, with weight 1; the others
-  are the experts. Weights come in one of two layouts: stacked, an axis of
-  slices before the others, as the official MoE of Gemma 4 has them; or wide,
-  all slices as one layer of H = S f neurons, slice after slice. Wide ones are
-  slower at decode, as every row of D is read in pieces.
+  are the experts. Weights come in one of three layouts: stacked, an axis of
+  slices before the others, as the official MoE of Gemma 4 has them; wide, all
+  slices as one layer of H = S f neurons, slice after slice; or cut, G and U
+  wide and D stacked. Wide ones are slower at decode, as every row of D is read
+  in pieces.
 
   Differentiable as `matmul` is, and with respect to `weight` and `adapters`.
 
@@ -53,12 +54,12 @@ def experts_ffn(
     x: Activations `[..., I]`, floating.
     gate: Packed weight `[S, 2, f, I]` or `[2, H, I]`: G, then U.
     gate_fmt: Its format.
-    down: Packed weight `[S, O, f]` or `[O, H]`.
+    down: Packed weight `[S, O, f]`, or with a wide gate also `[O, H]`.
     down_fmt: Its format.
     chosen: Numbers of experts, integers `[..., K]`, 0 for the first after the
       shared slices; -1 for none. One that is named twice counts twice.
     weight: What each is multiplied by, floating `[..., K]`.
-    size: f, for the wide layout.
+    size: f, for a wide gate.
     shared: Slices that always run.
     backend: 'xla' or 'cpu', as for `matmul`. 'cpu' needs slices of the wide
       down projection that are made of whole blocks of codes (docs/formats.md)
@@ -81,9 +82,10 @@ def experts_ffn(
   _backends.check(backend, x_bits)
   _matmul.check_x(x)
   _experts_dense.check_routes(x, chosen, weight)
-  stacked, f = _layout(gate, gate_fmt, down, down_fmt, size, shared)
+  f = _size(gate, gate_fmt, down, down_fmt, size, shared)
   rows = _params.rows_of(down, down_fmt)
-  hidden = f if stacked else _params.rows_of(gate, gate_fmt)[1]
+  stacked = len(_params.rows_of(gate, gate_fmt)) == 3
+  hidden = f if len(rows) == 2 else _params.rows_of(gate, gate_fmt)[1]
   _params.validate(
     gate, gate_fmt, _params.rows_of(gate, gate_fmt), x.shape[-1], part=True
   )
@@ -93,7 +95,7 @@ def experts_ffn(
     if not stacked or shared:
       raise errors.ShapeError(
         f'Adapters are for stacked slices, none shared; got {shared=},'
-        f' {"stacked" if stacked else "wide"}.'
+        f' {"stacked" if stacked else "a wide gate"}.'
       )
     _experts_dense.check_adapters(adapters, rows[0], f, x, rows[-1])
   between = jax.ShapeDtypeStruct((*x.shape[:-1], hidden), x.dtype)
@@ -114,18 +116,18 @@ def experts_ffn(
   return y.reshape(*x.shape[:-1], rows[-1])
 
 
-def _layout(gate, gate_fmt, down, down_fmt, size, shared) -> tuple[bool, int]:
-  """Whether experts are stacked, and the neurons of a slice."""
+def _size(gate, gate_fmt, down, down_fmt, size, shared) -> int:
+  """Neurons of a slice."""
   rows = _params.rows_of(gate, gate_fmt)
   outs = _params.rows_of(down, down_fmt)
-  wide = len(rows) == 2 and rows[0] == 2 and len(outs) == 1
+  wide = len(rows) == 2 and rows[0] == 2 and len(outs) in (1, 2)
   stacked = (
     len(rows) == 3 and rows[1] == 2 and len(outs) == 2 and outs[0] == rows[0]
   )
   if not wide and not stacked:
     raise errors.ShapeError(
       f'Weights have rows {rows} and {outs}; expected [S, 2, f] and [S, O], or'
-      ' [2, H] and [O].'
+      ' [2, H] and [S, O] or [O].'
     )
   if stacked:
     if size not in (None, rows[2]):
@@ -139,11 +141,16 @@ def _layout(gate, gate_fmt, down, down_fmt, size, shared) -> tuple[bool, int]:
         f'{size=}; expected a divisor of the {rows[1]} neurons.'
       )
     slices = rows[1] // size
+    if len(outs) == 2 and outs[0] != slices:
+      raise errors.ShapeError(
+        f'{outs[0]} slices of down and {slices} of gate, {rows[1]} neurons at'
+        f' {size=}; expected as many.'
+      )
   if not 0 <= shared < slices:
     raise errors.ShapeError(
       f'{shared=} of {slices} slices; expected fewer, at least 0.'
     )
-  return stacked, size
+  return size
 
 
 def _why_not_cut(fmt, hidden: int, size: int) -> str:
@@ -175,7 +182,12 @@ def _xla(
   mask = mask.at[jnp.arange(n)[:, None], at].add(weight, mode='drop')
   hidden = jax.nn.gelu(both[:, 0]) * both[:, 1]
   hidden = hidden.reshape(n, slices, size) * mask[..., None]
-  hidden = hidden.reshape(n, slices * size).astype(x.dtype)
+  hidden = hidden.astype(x.dtype)
+  if len(_params.rows_of(down, formats[1])) == 2:
+    d = _dequantize.dense(down, formats[1], size, x.dtype)
+    y = jnp.einsum('nsf,sof->no', hidden, d, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+  hidden = hidden.reshape(n, slices * size)
   return _matmul.matmul_xla(hidden, down, formats[1])
 
 

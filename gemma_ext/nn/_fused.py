@@ -239,12 +239,20 @@ def feed_forward(
   )
 
 
-def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
-  """Whether `feed_forward` may stand in for the official code."""
+def feed_forward_fits(
+  x: jax.Array, *weights: _packed.PackedWeight, many: bool = False
+) -> bool:
+  """Whether `feed_forward` may stand in for the official code.
+
+  Args:
+    x: Input.
+    *weights: The weights.
+    many: Whether for more rows than those of a step, too.
+  """
   latent = any(
     jnp.issubdtype(w.leaf['codes'].dtype, jnp.floating) for w in weights
   )
-  return not latent and is_step(x)
+  return not latent and (many or is_step(x))
 
 
 def is_step(x: jax.Array) -> bool:
@@ -330,5 +338,7 @@ def experts_fit(
   mixture: _moe.Mixture, x: jax.Array, *weights: _packed.PackedWeight
 ) -> bool:
   """Whether `experts` may stand in for the official code and a mask."""
-  few = mixture.method.router != 'expert_choice'
-  return few and feed_forward_fits(x, *weights)
+  if mixture.method.router == 'expert_choice':
+    return False
+  # Rows of slices are in order for any number of rows of x.
+  return feed_forward_fits(x, *weights, many=weights[1].layout.slices > 1)

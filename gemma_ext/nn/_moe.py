@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import recipe as recipe_lib
+from gemma_ext.nn import _packed
 from gemma_ext.nn import _sites
 
 GATE, DOWN, ROUTER = 'gating_einsum', 'linear', 'router'
@@ -188,10 +189,36 @@ def place(mixture: Mixture, name: str, site: _sites.Site) -> _sites.Site:
     name: `GATE` or `DOWN`.
     site: The weight, as the model reads it.
   """
-  if name != DOWN or not mixture.by_neuron:
+  if name != DOWN:
     return site
-  layout = dataclasses.replace(site.layout, in_axes=(1,))
+  if mixture.by_neuron:
+    layout = dataclasses.replace(site.layout, in_axes=(1,))
+  elif _is_cut(mixture):
+    layout = dataclasses.replace(site.layout, slices=mixture.method.slices)
+  else:
+    return site
   return dataclasses.replace(site, layout=layout)
+
+
+def _is_cut(mixture: Mixture) -> bool:
+  """Whether rows of the down projection are stored slice by slice.
+
+  What does not run is then not read, and what runs is read in one piece. Not
+  where whole bytes and blocks of codes of each slice would be more of them.
+  """
+  method = stored(mixture, DOWN)
+  if not isinstance(method, (recipe_lib.Ternary, recipe_lib.Int)):
+    return False
+  rows = (mixture.features,)
+  slices = mixture.method.slices
+  try:
+    apart = _packed.format_of(method, mixture.size)
+    whole = _packed.format_of(method, mixture.hidden)
+  except errors.GroupSizeError:  # `methods_of` says where.
+    return False
+  return slices * apart.nbytes(rows, mixture.size) == whole.nbytes(
+    rows, mixture.hidden
+  )
 
 
 def router_param(module: nn.Module, mixture: Mixture) -> dict[str, jax.Array]:

@@ -123,9 +123,9 @@ class PackedWeight:
     inputs, weights, outputs = _sites.split_equation(eqn)
     batch = set(inputs) & set(weights) & set(outputs) - {'.'}
     apart = {weights[i] for i in self.layout.in_axes} & set(outputs)
-    if batch or apart:
-      # One matrix per expert, or rows along another axis than the one that is
-      # contracted: no single matmul. The weight is unpacked whole.
+    if batch or apart or self.layout.slices > 1:
+      # One matrix per expert or slice, or rows along another axis than the one
+      # that is contracted: no single matmul. The weight is unpacked whole.
       w = self.dequantize().astype(x.dtype)
       return jnp.einsum(eqn, x, w)
     if '.' in inputs:

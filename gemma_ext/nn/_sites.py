@@ -73,15 +73,18 @@ class Layout:
   """How a weight of any rank maps to rows that end in the input axis.
 
   Packed weights are stored as `[*rows, cols]`: the contracted axes, flattened,
-  are last, and all others keep their order before them.
+  are last, and all others keep their order before them. Where these rows are
+  cut into slices, an axis of slices comes first.
 
   Attributes:
     shape: Shape of the weight in the official parameter tree.
     in_axes: The axes that are contracted with the input.
+    slices: How many each row is cut into.
   """
 
   shape: tuple[int, ...]
   in_axes: tuple[int, ...]
+  slices: int = 1
 
   @property
   def out_axes(self) -> tuple[int, ...]:
@@ -89,11 +92,17 @@ class Layout:
 
   @property
   def rows(self) -> tuple[int, ...]:
-    return tuple(self.shape[i] for i in self.out_axes)
+    rows = tuple(self.shape[i] for i in self.out_axes)
+    return (self.slices, *rows) if self.slices > 1 else rows
 
   @property
   def cols(self) -> int:
-    return math.prod(self.shape[i] for i in self.in_axes)
+    return math.prod(self.shape[i] for i in self.in_axes) // self.slices
+
+  @property
+  def uncut(self) -> Layout:
+    """The same without slices."""
+    return dataclasses.replace(self, slices=1)
 
   @property
   def size(self) -> int:
@@ -106,10 +115,20 @@ class Layout:
         f'Got a weight of shape {tuple(w.shape)}, expected {self.shape}.'
       )
     w = w.transpose(self.out_axes + self.in_axes)
-    return w.reshape(self.rows + (self.cols,))
+    uncut = self.uncut
+    return self.cut(w.reshape(uncut.rows + (uncut.cols,)))
+
+  def cut(self, w: Any) -> Any:
+    """Rows without slices, `[..., *rows, cols]`, as the slices of each."""
+    if self.slices == 1:
+      return w
+    w = w.reshape(*w.shape[:-1], self.slices, w.shape[-1] // self.slices)
+    return jnp.moveaxis(w, -2, -2 - len(self.out_axes))
 
   def from_rows(self, w: Any) -> Any:
     """`[*rows, cols]` -> `[*shape]`."""
+    if self.slices > 1:
+      w = jnp.moveaxis(w, 0, -2)
     order = self.out_axes + self.in_axes
     w = w.reshape(tuple(self.shape[i] for i in order))
     return w.transpose(tuple(order.index(i) for i in range(len(order))))

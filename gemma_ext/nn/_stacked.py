@@ -63,7 +63,7 @@ def take(
     return Stacked(formats=None, arrays=arrays, axes=(0, 0), x_bits=bits)
   formats = (
     _packed.format_of(methods[names[0]][1], mixture.features),
-    _packed.format_of(methods[names[1]][1], mixture.hidden),
+    _packed.format_of(methods[names[1]][1], methods[names[1]][0].layout.cols),
   )
   gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in LEAF}
   down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in LEAF}
@@ -73,6 +73,11 @@ def take(
     # [P?, 2, H, bytes] -> [S, P?, 2, f, bytes]
     cut = each.reshape(*each.shape[: axis + 1], count, size, each.shape[-1])
     found.append(np.moveaxis(cut, axis + 1, 0))
+  if methods[names[1]][0].layout.slices > 1:
+    found += [np.moveaxis(down[name], axis, 0) for name in LEAF]
+    return Stacked(
+      formats=formats, arrays=tuple(found), axes=(axis,) * 4, x_bits=bits
+    )
   codes = np.asarray(
     formats[1].unpack(jnp.asarray(down['codes']), mixture.hidden)
   )

@@ -111,23 +111,25 @@ class ClosedForm:
       if not weight > 0:
         raise errors.TrainError('All tokens have weight 0.')
       hessian = total['inner'] / weight
-      if hessian.shape[-1] != site.layout.cols:
+      layout = site.layout.uncut
+      if hessian.shape[-1] != layout.cols:
         raise errors.ConfigError(
           f'{site.path!r} is stored by neuron, as the gates choose there;'
           ' ClosedForm fits rows along the inputs. Use Gradient.'
         )
-      w = site.layout.to_rows(jnp.asarray(dense_params['mlp'][path]))
-      rows = w.reshape(-1, site.layout.cols).astype(jnp.float32)
+      w = layout.to_rows(jnp.asarray(dense_params['mlp'][path]))
+      rows = w.reshape(-1, layout.cols).astype(jnp.float32)
       if down:
         rows = self._regress(rows, hessian, total['cross'] / weight)
-      fmt = gx_nn.format_of(method, site.layout.cols)
+      fmt = gx_nn.format_of(method, layout.cols)
       codes, scale = gx_compress.compensate(
         rows, method=method, fmt=fmt, hessian=hessian, damping=self.damping
       )
       scale = fmt.open_scale(fmt.pack_scale(scale))
       for name, value in (('codes', codes), ('scale', scale)):
         leaf = f'mlp/{path}/{name}'
-        out[leaf] = value.reshape(moving[leaf].shape).astype(moving[leaf].dtype)
+        value = site.layout.cut(value).reshape(moving[leaf].shape)
+        out[leaf] = value.astype(moving[leaf].dtype)
     return out
 
   def _regress(

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `compress`: errors of the weights, what is kept, what is refused."""
 
+import dataclasses
 import sys
 
 from flax import traverse_util
@@ -165,6 +166,30 @@ def test_blocks_change_nothing(monkeypatch, path, method):
 
 
 # ------------------------------------ trees ----------------------------------
+
+
+@pytest.mark.parametrize(
+  'method',
+  [gx.Ternary(group=32, packing='5trit', planes=2), gx.Int(bits=4, group=64)],
+  ids=['ternary', 'int'],
+)
+def test_slices_are_those_of_the_whole(method):
+  """Rows that are stored in slices are fitted, and compensated, whole."""
+  site = _site(tiny.model('gemma3'), 'layer_0/mlp/linear')
+  w = _weight(site)
+  x = np.random.default_rng(1).standard_normal((600, site.layout.cols))
+  x = x @ np.diag(np.linspace(0.1, 3, site.layout.cols)) + x.mean(1)[:, None]
+  layout = dataclasses.replace(site.layout, slices=2)
+  cut = dataclasses.replace(site, layout=layout)
+  whole, slices = (
+    _compress.compress_weight(w, each, method, hessian=jnp.asarray(x.T @ x))
+    for each in (site, cut)
+  )
+  assert slices['scale'].shape[-3:-1] == (2, 128)
+  np.testing.assert_array_equal(
+    layout.from_rows(_dense(slices, cut, method)),
+    site.layout.from_rows(_dense(whole, site, method)),
+  )
 
 
 def test_kept_leaves_are_the_same_arrays():

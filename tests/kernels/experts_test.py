@@ -13,6 +13,7 @@ from gemma_ext import errors
 import gemma_ext.kernels as kernels
 from gemma_ext.kernels import _cpu
 from gemma_ext.kernels import _experts_dense
+from gemma_ext.kernels import _params
 from tests.kernels import packed_weights
 
 needs_library = pytest.mark.skipif(
@@ -44,6 +45,7 @@ FORMATS = [
     64,
   ),
 ]
+LAYOUTS = ('wide', 'stacked', 'cut')
 WIDE, OUT = 96, 37
 
 _call = jax.jit(
@@ -51,10 +53,10 @@ _call = jax.jit(
 )
 
 
-def _weights(formats, size, slices, stacked):
-  rows = (slices, 2, size) if stacked else (2, slices * size)
-  outs = (slices, OUT) if stacked else (OUT,)
-  cols = size if stacked else slices * size
+def _weights(formats, size, slices, layout):
+  rows = (slices, 2, size) if layout == 'stacked' else (2, slices * size)
+  outs = (OUT,) if layout == 'wide' else (slices, OUT)
+  cols = slices * size if layout == 'wide' else size
   gate = packed_weights.packed(formats[0], rows, WIDE, seed=1)
   down = packed_weights.packed(formats[1], outs, cols, seed=2)
   return gate, down
@@ -79,14 +81,12 @@ def _routes(n, k, experts, seed=0):
 def _dense(gate, down, formats, size):
   """G and U `[S, 2, f, I]` and D `[S, O, f]` of every slice, in float64."""
   g = packed_weights.dense(gate, formats[0], WIDE)
-  if g.ndim == 4:
-    return g, packed_weights.dense(down, formats[1], size)
-  d = packed_weights.dense(down, formats[1], g.shape[1])
-  slices = g.shape[1] // size
-  return (
-    g.reshape(2, slices, size, WIDE).swapaxes(0, 1),
-    d.reshape(OUT, slices, size).swapaxes(0, 1),
-  )
+  slices = g.size // (2 * size * WIDE)
+  apart = len(_params.rows_of(down, formats[1])) == 2
+  d = packed_weights.dense(down, formats[1], size if apart else slices * size)
+  if g.ndim == 3:
+    g = g.reshape(2, slices, size, WIDE).swapaxes(0, 1)
+  return g, d if apart else d.reshape(OUT, slices, size).swapaxes(0, 1)
 
 
 def _reference(x, g, d, chosen, weight, shared=0):
@@ -115,17 +115,19 @@ def _error(got, want):
 
 
 @needs_library
-@pytest.mark.parametrize('stacked', [False, True], ids=['wide', 'stacked'])
+@pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('named', NAMES)
 @pytest.mark.parametrize('formats', FORMATS, ids=lambda f: f'{f[1]}-{f[2]}')
-def test_equals_float64(formats, named, stacked):
+def test_equals_float64(formats, named, layout):
   *formats, size = formats
-  shared = 1 if stacked else 0
+  shared = 0 if layout == 'wide' else 1
   if formats[1].group == 192:
-    # 9 slices, three of them in a group, but for stacked ones.
+    # 9 slices, three of them in a group, where rows are whole.
     shared = 2
-    formats[1] = kernels.IntFormat(bits=4, group=64 if stacked else 192)
-  gate, down = _weights(formats, size, 7 + shared, stacked)
+    formats[1] = kernels.IntFormat(
+      bits=4, group=192 if layout == 'wide' else 64
+    )
+  gate, down = _weights(formats, size, 7 + shared, layout)
   g, d = _dense(gate, down, formats, size)
   for n, k, x_bits, most in (
     (1, 3, 16, 2.0**-13),
@@ -153,13 +155,13 @@ def test_equals_float64(formats, named, stacked):
 
 
 @pytest.mark.parametrize('backend', ['xla', 'cpu'])
-@pytest.mark.parametrize('stacked', [False, True], ids=['wide', 'stacked'])
-def test_any_leading_shape_and_type(stacked, backend):
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_any_leading_shape_and_type(layout, backend):
   if backend == 'cpu' and _cpu.library() is None:
     pytest.skip('the C++ library was not built')
   *formats, size = FORMATS[1]
   shared = 2
-  gate, down = _weights(formats, size, 5 + shared, stacked)
+  gate, down = _weights(formats, size, 5 + shared, layout)
   dense = _dense(gate, down, formats, size)
   run = jax.jit(
     lambda x, c, w: kernels.experts_ffn(
@@ -194,7 +196,7 @@ def _run(formats, size, weights, **options):
 @needs_library
 def test_equals_the_whole_layer_where_all_are_chosen():
   *formats, size = FORMATS[2]
-  weights = _weights(formats, size, 4, False)
+  weights = _weights(formats, size, 4, 'wide')
   x = _x(3)
   chosen = jnp.tile(jnp.arange(3), (3, 1))
   got = _run(formats, size, weights, shared=1, backend='cpu')(
@@ -209,7 +211,7 @@ def test_equals_the_whole_layer_where_all_are_chosen():
 @needs_library
 def test_one_that_is_named_twice_counts_twice():
   *formats, size = FORMATS[0]
-  weights = _weights(formats, size, 3, True)
+  weights = _weights(formats, size, 3, 'stacked')
   g, d = _dense(*weights, formats, size)
   chosen = jnp.array([[1, 1, 0]], jnp.int32)
   weight = jnp.array([[0.5, -2.0, 1.0]])
@@ -223,7 +225,7 @@ def test_one_that_is_named_twice_counts_twice():
 def test_rows_in_parts(monkeypatch):
   """More rows of x than intermediate results have memory for."""
   *formats, size = FORMATS[4]
-  weights = _weights(formats, size, 4, False)
+  weights = _weights(formats, size, 4, 'wide')
   n = 26_000
   x, (chosen, weight) = _x(n), _routes(n, 2, 4)
   run = jax.jit(_run(formats, size, weights, backend='cpu'))
@@ -236,7 +238,7 @@ def test_rows_in_parts(monkeypatch):
 @needs_library
 def test_what_is_not_finite_stays_in_its_row():
   *formats, size = FORMATS[0]
-  weights = _weights(formats, size, 3, False)
+  weights = _weights(formats, size, 3, 'wide')
   x = np.array(_x(3))
   x[1, 5] = np.nan
   chosen = jnp.array([[0], [0], [0]], jnp.int32)
@@ -248,10 +250,10 @@ def test_what_is_not_finite_stays_in_its_row():
 
 
 @needs_library
-@pytest.mark.parametrize('stacked', [False, True], ids=['wide', 'stacked'])
-def test_derivatives_are_those_of_xla(stacked):
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_derivatives_are_those_of_xla(layout):
   *formats, size = FORMATS[3]
-  gate, down = _weights(formats, size, 5, stacked)
+  gate, down = _weights(formats, size, 5, layout)
   chosen, weight = _routes(4, 2, 5)
   x, t = _x(4), np.random.default_rng(3).standard_normal((4, OUT))
 
@@ -283,7 +285,7 @@ def test_derivatives_are_those_of_xla(stacked):
 def test_vmap_over_rows():
   *formats, size = FORMATS[0]
   run = _run(
-    formats, size, _weights(formats, size, 4, False), shared=1, backend='cpu'
+    formats, size, _weights(formats, size, 4, 'wide'), shared=1, backend='cpu'
   )
   x, (chosen, weight) = _x(6).reshape(3, 2, WIDE), _routes(6, 2, 3)
   chosen, weight = chosen.reshape(3, 2, 2), weight.reshape(3, 2, 2)
@@ -347,7 +349,7 @@ def test_adapters_are_added_to_weights(how):
     got = _experts_dense.ragged(x, chosen, weight, gate, down, own)
   else:
     formats = [kernels.IntFormat(bits=8)] * 2
-    pair = _weights(formats, f, count, True)
+    pair = _weights(formats, f, count, 'stacked')
     run = functools.partial(kernels.experts_ffn, x, pair[0], formats[0])
     got = run(pair[1], formats[1], chosen, weight, adapters=own)
     wide = lambda p, fmt, cols: np.asarray(
@@ -371,7 +373,7 @@ def test_adapters_are_checked():
   *formats, size = FORMATS[0]
   own = _adapters(3, size)
   with pytest.raises(errors.ShapeError, match='wide'):
-    gate, down = _weights(formats, size, 3, False)
+    gate, down = _weights(formats, size, 3, 'wide')
     kernels.experts_ffn(
       *(x, gate, formats[0], down, formats[1], chosen, weight),
       size=size,
@@ -396,7 +398,7 @@ def test_gradients_of_dense_experts():
 
 def test_shapes_are_checked():
   *formats, size = FORMATS[0]
-  gate, down = _weights(formats, size, 3, False)
+  gate, down = _weights(formats, size, 3, 'wide')
   x, (chosen, weight) = _x(2), _routes(2, 2, 2)
 
   def run(x=x, c=chosen, w=weight, g=gate, d=down, **options):
@@ -419,9 +421,11 @@ def test_shapes_are_checked():
       run(**options)
   with pytest.raises(errors.ParamsMismatchError):
     run(x=x[:, :64])
-  stacked = _weights(formats, size, 3, True)
+  stacked = _weights(formats, size, 3, 'stacked')
   with pytest.raises(errors.ShapeError, match='stacked slices of 128'):
     run(g=stacked[0], d=stacked[1], size=64)
+  with pytest.raises(errors.ShapeError, match='4 slices of down and 3 of gate'):
+    run(d=_weights(formats, size, 4, 'cut')[1])
   with pytest.raises(errors.ShapeError, match=r'\[E, f, O\]'):
     kernels.experts_dense(
       x, jnp.ones((3, 2, 4, WIDE)), jnp.ones((3, 5, 7)), chosen, weight
@@ -431,7 +435,7 @@ def test_shapes_are_checked():
 @needs_library
 def test_slices_that_do_not_cut_blocks_are_left_to_xla():
   fmt = kernels.TernaryFormat(group=32)
-  weights = _weights((fmt, fmt), 32, 4, False)
+  weights = _weights((fmt, fmt), 32, 4, 'wide')
   x, (chosen, weight) = _x(3), _routes(3, 2, 4)
   with pytest.raises(errors.BackendError, match='slices of 32 neurons'):
     _run((fmt, fmt), 32, weights, backend='cpu')(x, chosen, weight)
@@ -445,8 +449,8 @@ def test_sizes_are_checked_before_memory_is_read():
   *formats, size = FORMATS[0]
   x, (chosen, weight) = _x(1), _routes(1, 2, 3)
   options = {'formats': tuple(formats), 'size': size, 'shared': 0, 'x_bits': 16}
-  for stacked in (False, True):
-    gate, down = _weights(formats, size, 3, stacked)
+  for layout in LAYOUTS:
+    gate, down = _weights(formats, size, 3, layout)
     short = down | {'codes': down['codes'][..., :-1]}
     few = gate | {'codes': gate['codes'][:, :1]}
     for g, d, c, o, match in (
@@ -460,7 +464,7 @@ def test_sizes_are_checked_before_memory_is_read():
       with pytest.raises(Exception, match=match):
         y = _cpu.experts(x, g, d, c, weight, **options | o)
         jax.block_until_ready(y)
-  gate, down = _weights(formats, 64, 6, False)
+  gate, down = _weights(formats, 64, 6, 'wide')
   with pytest.raises(Exception, match='size=64 does not cut'):
     y = _cpu.experts(x, gate, down, chosen, weight, **options | {'size': 64})
     jax.block_until_ready(y)

@@ -198,6 +198,22 @@ def test_layout_round_trip(shape, in_axes):
   np.testing.assert_array_equal(first, w[index].ravel())
 
 
+@pytest.mark.parametrize('shape,in_axes', [((12, 5), (0,)), ((2, 5, 8), (2,))])
+def test_layout_in_slices(shape, in_axes):
+  layout = gx.nn.Layout(shape=shape, in_axes=in_axes, slices=4)
+  w = np.arange(np.prod(shape)).reshape(shape)
+  rows = layout.to_rows(w)
+  assert rows.shape == layout.rows + (layout.cols,)
+  assert rows.shape == (4, *layout.uncut.rows, layout.uncut.cols // 4)
+  np.testing.assert_array_equal(layout.from_rows(rows), w)
+  # Of planes as of a weight.
+  whole = layout.uncut.to_rows(w)
+  np.testing.assert_array_equal(layout.cut(np.stack([whole] * 3))[1], rows)
+  # A slice is a run of neighbouring inputs.
+  third = np.split(np.moveaxis(w, in_axes[0], -1), 4, axis=-1)[2]
+  np.testing.assert_array_equal(rows[2], third)
+
+
 def test_layout_of_another_shape():
   layout = gx.nn.Layout(shape=(4, 6), in_axes=(0,))
   with pytest.raises(errors.ShapeError, match=r'\(6, 4\), expected \(4, 6\)'):

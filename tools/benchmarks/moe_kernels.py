@@ -6,7 +6,7 @@
 
 The feed-forward part of a model, packed, larger than the caches: all neurons,
 and half and a quarter of them as experts that a float32 router and a top-k
-choose (their time is in), in both layouts of `kernels.experts_ffn`; and single
+choose (their time is in), in the layouts of `kernels.experts_ffn`; and single
 neurons that their gates choose (`kernels.neurons_ffn`), of which all gates are
 read. One token, layer after layer, in turn.
 """
@@ -122,7 +122,8 @@ def _cell(fmt: kernels.Format, args: Any) -> dict[str, Any]:
     contenders[f'neurons {args.experts // share}'] = contender(
       gated(hidden // share), own
     )
-  for name, weights in (('stacked', stacked), ('wide', wide)):
+  cut = [(gate, down) for (gate, _), (_, down) in zip(wide, stacked)]
+  for name, weights in (('stacked', stacked), ('cut', cut), ('wide', wide)):
     routed = [(*w, r) for w, r in zip(weights, routers)]
     for share in (1, 2, 4):
       k = args.experts // share

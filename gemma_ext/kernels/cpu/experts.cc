@@ -31,7 +31,8 @@ constexpr int64_t kKept = int64_t{1} << 20;
 
 // How the neurons are cut.
 struct Cut {
-  bool stacked = false;  // an axis of slices before that of the rows
+  bool stacked = false;  // gates have an axis of slices before the others
+  bool apart = false;    // the down projection has
   int64_t shared = 0;    // slices that always run, before the experts'
   int64_t experts = 0;
   int64_t size = 0;  // neurons of a slice
@@ -82,8 +83,8 @@ struct Experts {
     Slice out;
     out.gate = gate.SliceRows(at, f);
     out.up = gate.SliceRows(at + apart, f);
-    out.down = cut.stacked ? down.SliceRows(rows * s, rows)
-                           : down.SliceColumns(s, f);
+    out.down = cut.apart ? down.SliceRows(rows * s, rows)
+                         : down.SliceColumns(s, f);
     return out;
   }
 
@@ -206,7 +207,7 @@ ffi::Error Part(const Experts& e, int64_t start, int64_t n, int64_t threads,
   if (single && pairs > 1 && f % e.down.group == 0 &&
       Gathered::Fits(*e.kernels, slices[0].down, pairs, e.wide)) {
     const Weight& w = slices[0].down;
-    const int64_t step = e.cut.stacked ? rows : 1;
+    const int64_t step = e.cut.apart ? rows : 1;
     gathered = std::make_unique<Gathered>(w, numbers, step * w.row_bytes(),
                                           step * w.groups());
   }
@@ -338,18 +339,18 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
                std::string_view named) {
   GX_RETURN_IF(Check(x.dimensions().size() == 2, "x is not [N, I]"));
   GX_RETURN_IF(Check(y->dimensions().size() == 2, "y is not [N, O]"));
-  GX_RETURN_IF(Check(cut.size() == 4, "the cut is not four numbers"));
+  GX_RETURN_IF(Check(cut.size() == 5, "the cut is not five numbers"));
   const int64_t n = x.dimensions()[0];
   Experts e;
   e.wide = wide != 0;
   e.cols = x.dimensions()[1];
   e.rows = y->dimensions()[1];
-  e.cut = {cut[0] != 0, cut[1], cut[2], cut[3]};
-  GX_RETURN_IF(Check(0 < cut[3] && cut[3] < kMost, Number("size", cut[3])));
+  e.cut = {cut[0] != 0, cut[1] != 0, cut[2], cut[3], cut[4]};
+  GX_RETURN_IF(Check(0 < cut[4] && cut[4] < kMost, Number("size", cut[4])));
   GX_RETURN_IF(
-      Check(0 < cut[2] && cut[2] < kMost / 4, Number("experts", cut[2])));
+      Check(0 < cut[3] && cut[3] < kMost / 4, Number("experts", cut[3])));
   GX_RETURN_IF(
-      Check(0 <= cut[1] && cut[1] < kMost / 4, Number("shared", cut[1])));
+      Check(0 <= cut[2] && cut[2] < kMost / 4, Number("shared", cut[2])));
   GX_RETURN_IF(Check(e.cut.slices() < kMost / 2 / e.cut.size,
                      Number("slices", e.cut.slices())));
   const int64_t hidden = e.cut.slices() * e.cut.size;
@@ -358,7 +359,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
   GX_RETURN_IF(Describe(down_format, &of_down));
   GX_RETURN_IF(
       MakeWeight(gate, gate_scale, 2 * hidden, e.cols, of_gate, &e.gate));
-  if (e.cut.stacked) {
+  if (e.cut.apart) {
     GX_RETURN_IF(
         Check(e.rows < kMost / e.cut.slices(), Number("rows", e.rows)));
     GX_RETURN_IF(MakeWeight(down, down_scale, e.cut.slices() * e.rows,
