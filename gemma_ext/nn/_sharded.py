@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from gemma_ext import errors
 from gemma_ext.nn import _compressed
 from gemma_ext.nn import _config
-from gemma_ext.nn import _moe
 from gemma_ext.nn import _native
 from gemma_ext.nn import _packed
 from gemma_ext.nn import _stacked
@@ -286,15 +285,8 @@ def _mixture(
   mixture = mixtures[path]
   leaf = module.get_variable('params', EXPERTS, {})
   shared = mixture.method.shared
-  packed = f'{path}/{_moe.GATE}' in methods
-  formats = None
-  names = [str(i) for i in range(4 if packed else 2)]
-  if packed:
-    gate, down = (methods[f'{path}/{n}'][1] for n in (_moe.GATE, _moe.DOWN))
-    formats = (
-      _packed.format_of(gate, mixture.features),
-      _packed.format_of(down, mixture.hidden),
-    )
+  formats = _stacked.formats_of(mixture, methods)
+  names = [str(i) for i in range(4 if formats else 2)]
   if not set(names) <= set(leaf):
     raise errors.ParamsMismatchError(
       f'{path!r} has no {EXPERTS!r}, got {sorted(leaf)}. Did you pass the'

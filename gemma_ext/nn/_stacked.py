@@ -55,16 +55,13 @@ def take(
   names = [f'{mixture.path}/{name}' for name in (_moe.GATE, _moe.DOWN)]
   method = mixture.method.weights
   bits = getattr(method, 'x_bits', 16)
-  if names[0] not in methods:
+  formats = formats_of(mixture, methods)
+  if formats is None:
     both, out = (np.asarray(flat.pop(name)) for name in names)
     both = _moe.rows_of_neurons(both, out)
     both = both.reshape(2, count, size, -1).swapaxes(0, 1)
     arrays = (both, out.reshape(count, size, -1))
     return Stacked(formats=None, arrays=arrays, axes=(0, 0), x_bits=bits)
-  formats = (
-    _packed.format_of(methods[names[0]][1], mixture.features),
-    _packed.format_of(methods[names[1]][1], methods[names[1]][0].layout.cols),
-  )
   gate = {k: np.asarray(flat.pop(f'{names[0]}/{k}')) for k in LEAF}
   down = {k: np.asarray(flat.pop(f'{names[1]}/{k}')) for k in LEAF}
   axis = axis_of(formats[0])
@@ -75,27 +72,39 @@ def take(
     found.append(np.moveaxis(cut, axis + 1, 0))
   if methods[names[1]][0].layout.slices > 1:
     found += [np.moveaxis(down[name], axis, 0) for name in LEAF]
-    return Stacked(
-      formats=formats, arrays=tuple(found), axes=(axis,) * 4, x_bits=bits
-    )
-  codes = np.asarray(
-    formats[1].unpack(jnp.asarray(down['codes']), mixture.hidden)
-  )
-  codes = codes.reshape(*codes.shape[:-1], count, size)
-  found.append(
-    np.stack(
-      [
-        np.asarray(formats[1].pack(jnp.asarray(codes[..., e, :])))
-        for e in range(count)
-      ]
-    )
-  )
-  scale = down['scale']
-  scale = scale.reshape(*scale.shape[:-1], count, -1)
-  found.append(np.moveaxis(scale, -2, 0))
+  else:
+    found += _cut_rows(down, formats[1], count, size)
   return Stacked(
     formats=formats, arrays=tuple(found), axes=(axis,) * 4, x_bits=bits
   )
+
+
+def _cut_rows(
+  down: Mapping[str, np.ndarray], fmt: Any, count: int, size: int
+) -> list[np.ndarray]:
+  """Codes and scales of rows that are stored whole, `[S, P?, D, bytes]`."""
+  codes = np.asarray(fmt.unpack(jnp.asarray(down['codes']), count * size))
+  parts = np.split(codes, count, axis=-1)
+  scale = down['scale'].reshape(*down['scale'].shape[:-1], count, -1)
+  return [
+    np.stack([np.asarray(fmt.pack(jnp.asarray(part))) for part in parts]),
+    np.moveaxis(scale, -2, 0),
+  ]
+
+
+def formats_of(
+  mixture: _moe.Mixture, methods: _Methods
+) -> tuple[Any, Any] | None:
+  """Formats of gate and down; `None` if they are dense."""
+  if f'{mixture.path}/{_moe.GATE}' not in methods:
+    return None
+  gate, down = (
+    _packed.format_of(method, site.layout.cols)
+    for site, method in (
+      methods[f'{mixture.path}/{name}'] for name in (_moe.GATE, _moe.DOWN)
+    )
+  )
+  return gate, down
 
 
 def axis_of(fmt: Any) -> int:

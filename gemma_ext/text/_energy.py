@@ -249,7 +249,6 @@ def _read_alone(
       site, method = methods[down]
       cols = site.layout.cols
       fmt = gx_nn.format_of(method, cols)
-      found[path] |= site.layout.slices > 1
       found[path] |= kernels.cuts(fmt, cols, mixture.size)
   return found
 
