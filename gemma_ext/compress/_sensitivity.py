@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_ext import _patterns
 from gemma_ext import errors
 from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
@@ -85,8 +86,8 @@ def sensitivities(
     progress: Whether to show a progress bar.
 
   Returns:
-    The sensitivities. Weights that the statistics have not seen are left out
-    and stay dense.
+    The sensitivities. Routers, and weights that the statistics have not seen,
+    are left out and stay dense.
 
   Raises:
     ParamsMismatchError: If the parameters do not belong to the model.
@@ -97,7 +98,9 @@ def sensitivities(
   sites = {
     part.path: part
     for site in gx_nn.sites(model)
-    if site.path in statistics.inputs
+    # Routers stay dense, as in any recipe that does not name them: what they
+    # choose jumps, which no second order sees.
+    if site.path in statistics.inputs and _patterns.matches('.*', site.path)
     for part in (
       _parts(site, bands, statistics)
       if statistics.is_table(site.path)

@@ -56,7 +56,8 @@ class Statistics:
   Attributes:
     inputs: By path, H of the inputs of a weight, float32 `[cols, cols]`. Of the
       table of embeddings it is that of both its uses, weighed by what they
-      cost.
+      cost. Of experts that the model has of its own it is one for all of them,
+      the mean over those that ran.
     outputs: By path, F of the rows of the weight, float32 `[rows]`. Of the
       table: the Fisher information of each logit.
     expected: Of the table: how often each token is expected to come in other

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_ext.compress import _calibrate
+from gemma_ext.kernels import _experts_dense
+from gemma_ext.nn import _native
 from gemma_ext.nn import _sites
 
 TABLE = 'input_embedding'
@@ -26,7 +28,8 @@ def zeros(sites: Mapping[str, _sites.Site]) -> dict[str, Any]:
   width = count = 0
   for path, site in sites.items():
     layout = site.layout
-    if site.kind == _sites.Kind.EINSUM:
+    if site.kind in (_sites.Kind.EINSUM, _sites.Kind.EXPERTS):
+      # Of experts: rows of each, and one matrix for all.
       sums[path] = {
         'inputs': jnp.zeros((layout.cols, layout.cols), jnp.float32),
         'outputs': jnp.zeros(layout.size // layout.cols, jnp.float32),
@@ -132,6 +135,29 @@ def _tap_inputs_backward(kept, g):
 _tap_inputs.defvjp(_tap_inputs_forward, _tap_inputs_backward)
 
 
+@jax.custom_vjp
+def _tap_chosen(x: jax.Array, total: jax.Array, mask: jax.Array) -> jax.Array:
+  """x; the gradient of `total` is x's second moments where x has a gradient."""
+  del total, mask
+  return x
+
+
+def _tap_chosen_forward(x, total, mask):
+  del total
+  return x, (x, mask)
+
+
+def _tap_chosen_backward(kept, g):
+  x, mask = kept
+  # Rows that fill up a block have none.
+  chosen = mask & jnp.any(g != 0, axis=-1)
+  flat = jnp.where(chosen[..., None], x, 0).astype(jnp.float32)
+  return g, flat.T @ flat, None
+
+
+_tap_chosen.defvjp(_tap_chosen_forward, _tap_chosen_backward)
+
+
 class _Taps:
   """Interceptor that leads inputs and outputs of weights past the sums."""
 
@@ -146,6 +172,8 @@ class _Taps:
       path = '/'.join((*module.path, module.weight_name))
       if path in self._sums:
         return self._einsum(next_fun, self._sums[path], module, *args, **kwargs)
+    elif isinstance(module, _native.MIXTURE) and method == _native.RUN:
+      return self._experts(module, *args, **kwargs)
     elif isinstance(module, _sites.EMBEDDERS):
       if method == 'encode':
         y = next_fun(*args, **kwargs)
@@ -184,3 +212,36 @@ class _Taps:
     flat = _tap(turned.reshape(*lead, -1), sums['outputs'], self._mask)
     back = [order.index(i) for i in range(y.ndim)]
     return jnp.transpose(flat.reshape(turned.shape), back)
+
+  def _experts(self, module, x, chosen, weight):
+    """A mixture that the model has of its own."""
+    chosen, weight = _native.taken(module, chosen, weight)
+    children = [getattr(module, name) for name in _native.WEIGHTS]
+    gate, down = (_native.dense(each).astype(x.dtype) for each in children)
+    of_gate, of_down = (
+      self._sums['/'.join((*each.path, each.weight_name))] for each in children
+    )
+    count, _, size, _ = gate.shape
+    flat, (chosen, weight) = _experts_dense.flatten(
+      _tap_inputs(x, of_gate['inputs'], self._mask), chosen, weight
+    )
+    # Of a token that runs through K experts each counts for one K-th.
+    moments = of_down['inputs'] / chosen.shape[-1]
+    rows_of_gate = of_gate['outputs'].reshape(count, -1)
+    rows_of_down = of_down['outputs'].reshape(count, -1)
+
+    def expert(e, rows):
+      rows, real = rows[:, :-1], rows[:, -1] > 0
+      both = jnp.einsum('bi,cfi->bcf', rows, gate[e]).reshape(len(rows), -1)
+      both = _tap(both, rows_of_gate[e], real)
+      hidden = jax.nn.gelu(both[:, :size]) * both[:, size:]
+      hidden = _tap_chosen(hidden, moments, real)
+      return _tap(hidden @ down[e], rows_of_down[e], real)
+
+    # Blocks know rows of x, not tokens: what is real goes with them.
+    real = self._mask.reshape(-1, 1).astype(flat.dtype)
+    y = _experts_dense.by_block(
+      jnp.concatenate([flat, real], axis=1),
+      *(chosen, weight, count, expert, down.shape[-1]),
+    )
+    return y.astype(x.dtype).reshape(x.shape)

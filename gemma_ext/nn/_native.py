@@ -227,7 +227,7 @@ def run(
   else:
     # Of two layouts, or trained: as the dense one.
     arrays = [
-      _dense(getattr(module, name)) if each is None else jnp.asarray(each)
+      dense(getattr(module, name)) if each is None else jnp.asarray(each)
       for name, each in zip(WEIGHTS, both, strict=True)
     ]
   # Arrays of experts as well: those pairs that are there.
@@ -251,7 +251,8 @@ def _is_packed(weight: Any) -> bool:
   )
 
 
-def _dense(module: Any) -> jax.Array:
+def dense(module: Any) -> jax.Array:
+  """Returns the weight of one of `WEIGHTS`, a bound module, if it is dense."""
   leaf = module.get_variable('params', module.weight_name)
   # As the official code does.
   return leaf['w'] if isinstance(leaf, Mapping) else leaf

@@ -250,6 +250,44 @@ def test_goes_on_from_what_is_known(case, monkeypatch):
   assert len(fitted) == len(gx.nn.sites(model))
 
 
+def test_experts_of_gemma_4_have_a_choice():
+  model = tiny.model('gemma4_moe')
+  params = tiny.params(model)
+  statistics = gx.compress.statistics(
+    model, params, _tokens(batch=1), random_share=0
+  )
+  found = gx.compress.sensitivities(
+    model, params, statistics, candidates=_METHODS[1:3], bands=1
+  )
+  chosen = gx.compress.solve(found, gx.Budget(share=0.28))
+  # All but the routers, which no rule names.
+  sites = {site.path: site for site in gx.nn.sites(model)}
+  assert {*chosen.choice} == {p for p in sites if 'router' not in p}
+  packed = gx.compress.compress(
+    model, params, chosen.recipe, calibration=statistics
+  )
+  nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+  assert nbytes == pytest.approx(chosen.nbytes, rel=0.01)
+  # Errors are compensated along what experts read: their outputs are nearer.
+  path = 'layer_1/mlp/gating_einsum/w'
+  method = chosen.choice[path].method
+  w = sites[path].layout.to_rows(params['layer_1']['mlp']['gating_einsum']['w'])
+  plain, better = (
+    _compress.compress_weight(
+      w.reshape(sites[path].layout.shape), sites[path], method, hessian=hessian
+    )
+    for hessian in (None, statistics.inputs[path])
+  )
+
+  def loss(leaf):
+    fmt = gx.nn.format_of(method, sites[path].layout.cols)
+    got = gx.kernels.dequantize(leaf, fmt, w.shape[-1], dtype=jnp.float32)
+    error = (got - w).reshape(-1, w.shape[-1])
+    return float(jnp.sum(statistics.loss(path, error)))
+
+  assert loss(better) < 0.9 * loss(plain)
+
+
 def test_a_sample_of_rows_stands_for_all(monkeypatch):
   rng = np.random.default_rng(0)
   importance = rng.pareto(1.0, 4000)
