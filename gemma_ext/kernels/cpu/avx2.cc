@@ -1,13 +1,15 @@
 // Copyright 2026 The gemma_ext Authors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// The portable kernels, compiled for AVX2 and FMA.
+// Kernels for AVX2 and FMA (Haswell, Zen and newer).
 
 #if defined(__x86_64__)
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include <immintrin.h>
 
 #include "attention.h"
 #include "weight.h"
@@ -27,6 +29,7 @@ namespace avx2 {
 #include "vector.inc"
 #include "attention.inc"
 #include "sum_rows.inc"
+#include "avx2_rows.inc"
 }  // namespace avx2
 
 #if defined(__clang__)
@@ -45,13 +48,13 @@ const Kernels& Avx2() {
       .one_fits = nullptr,
       .quantize_one = nullptr,
       .one = nullptr,
-      .sum_rows = avx2::SumPlainRows,
+      .sum_rows = avx2::SumRowsWide,
       .norm = avx2::Norm,
       .rope = avx2::Rope,
       .gated_gelu = avx2::GatedGelu,
       .attend = avx2::Attend,
       .combine = avx2::CombineParts,
-      .rows = avx2::Rows,
+      .rows = avx2::RowsWide,
       .tile = nullptr,
   };
   return kernels;
