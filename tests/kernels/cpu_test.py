@@ -118,6 +118,19 @@ def test_many_rows_of_x_equal_one_by_one():
 
 
 @pytest.mark.parametrize('named', NAMES)
+def test_what_lies_behind_a_row_counts_nothing(named):
+  """Not what an earlier call has left there either."""
+  fmt = kernels.TernaryFormat(group=4)
+  p = packed_weights.packed(fmt, (7,), 68)
+  w = packed_weights.dense(p, fmt, 68)
+  x = _x((3, 68))
+  for value in (np.full((40, 68), np.nan, np.float32), x):
+    y = _call(value, p['codes'], p['scale'], fmt=fmt, x_bits=16, named=named)
+    jax.block_until_ready(y)
+  assert packed_weights.relative(y, x.astype(np.float64) @ w.T) < 2**-12
+
+
+@pytest.mark.parametrize('named', NAMES)
 @pytest.mark.parametrize('n', [1, 20])
 def test_what_is_not_finite_stays_so(named, n):
   fmt = kernels.IntFormat(bits=8, group=32)
