@@ -66,6 +66,23 @@ def test_a_save_that_fails_leaves_nothing(copy, monkeypatch, overwrite):
   assert gx.ckpts.load(copy).recipe == own.RECIPE
 
 
+def test_written_again_where_orbax_keeps_too_much(tmp_path, monkeypatch):
+  model = tiny.model('gemma3')
+  inner, written = _save._write_params, []
+
+  def write(path, params):
+    written.append(path)
+    inner(path, params)
+    if len(written) == 1:
+      (path / 'left').write_bytes(bytes(200_000))
+
+  monkeypatch.setattr(_save, '_write_params', write)
+  gx.ckpts.save(tmp_path / 'c', model=model, params=tiny.params(model))
+  assert len(written) == 2
+  assert not (tmp_path / 'c' / 'params' / 'left').exists()
+  gx.ckpts.load(tmp_path / 'c')
+
+
 def test_remote_path():
   with pytest.raises(errors.UnsupportedTypeError, match='local'):
     _save_dense('gs://bucket/x')
