@@ -142,20 +142,13 @@ def _tap_chosen(x: jax.Array, total: jax.Array, mask: jax.Array) -> jax.Array:
   return x
 
 
-def _tap_chosen_forward(x, total, mask):
-  del total
-  return x, (x, mask)
-
-
 def _tap_chosen_backward(kept, g):
-  x, mask = kept
+  x, ndim, mask = kept
   # Rows that fill up a block have none.
-  chosen = mask & jnp.any(g != 0, axis=-1)
-  flat = jnp.where(chosen[..., None], x, 0).astype(jnp.float32)
-  return g, flat.T @ flat, None
+  return _tap_inputs_backward((x, ndim, mask & jnp.any(g != 0, axis=-1)), g)
 
 
-_tap_chosen.defvjp(_tap_chosen_forward, _tap_chosen_backward)
+_tap_chosen.defvjp(_tap_inputs_forward, _tap_chosen_backward)
 
 
 class _Taps:

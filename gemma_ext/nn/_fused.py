@@ -239,20 +239,16 @@ def feed_forward(
   )
 
 
-def feed_forward_fits(
-  x: jax.Array, *weights: _packed.PackedWeight, many: bool = False
-) -> bool:
-  """Whether `feed_forward` may stand in for the official code.
+def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
+  """Whether `feed_forward` may stand in for the official code."""
+  return _are_codes(*weights) and is_step(x)
 
-  Args:
-    x: Input.
-    *weights: The weights.
-    many: Whether for more rows than those of a step, too.
-  """
-  latent = any(
+
+def _are_codes(*weights: _packed.PackedWeight) -> bool:
+  """Whether the kernels read them; latent codes are numbers."""
+  return not any(
     jnp.issubdtype(w.leaf['codes'].dtype, jnp.floating) for w in weights
   )
-  return not latent and (many or is_step(x))
 
 
 def is_step(x: jax.Array) -> bool:
@@ -341,4 +337,5 @@ def experts_fit(
   if mixture.method.router == 'expert_choice':
     return False
   # Rows of slices are in order for any number of rows of x.
-  return feed_forward_fits(x, *weights, many=weights[1].layout.slices > 1)
+  cut = weights[1].layout.slices > 1
+  return _are_codes(*weights) and (cut or is_step(x))
