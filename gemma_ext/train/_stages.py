@@ -56,6 +56,18 @@ class Task:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stage:
   optimizer: Any
+  latents: str = 'dense'
+
+  def __post_init__(self):
+    if self.latents not in ('dense', 'codes'):
+      name = type(self).__name__
+      raise errors.ConfigError(
+        f"{name}.latents must be 'dense' or 'codes', got {self.latents!r}."
+      )
+
+  def start(self, run: Any) -> dict[str, Any] | None:
+    """Dense parameters that latent codes begin at; `None` for the codes."""
+    return run.dense.params if self.latents == 'dense' else None
 
   def to_json(self) -> dict[str, Any]:
     """Returns every field as JSON values."""
@@ -78,6 +90,9 @@ class Block(_Stage):
     batch_tokens: Tokens of a step.
     weights: Regular expression on the weights that move: 'gating_einsum',
       'linear' or both.
+    latents: Where latent codes begin: 'dense', at the dense weights, of which
+      many are a step away from the next code; or 'codes', in the middle, for
+      codes that make up for each other's errors as compensated ones do.
   """
 
   layers: str = '.*'
@@ -86,6 +101,7 @@ class Block(_Stage):
   weights: str = '.*'
 
   def __post_init__(self):
+    super().__post_init__()
     if self.weighting not in _block.WEIGHTINGS:
       raise errors.ConfigError(
         f'Block.weighting must be one of {_block.WEIGHTINGS}, got'
@@ -121,11 +137,12 @@ class Block(_Stage):
     weight = _block.token_weights(self.weighting, target, calibration.mask)
     seen, held_out = run.seen(calibration), run.held_out(calibration)
     scale = _block.scale_of(residual[seen], target[seen], weight[seen], root)
+    start = self.start(run)
     moving, fixed = _latents.open_params(
       branch,
       _branch.params_of(run.params, unit),
       form=self.optimizer.codes,
-      dense=_branch.params_of(run.dense.params, unit),
+      dense=None if start is None else _branch.params_of(start, unit),
       weights=self.weights,
       margin=getattr(self.optimizer, 'margin', _shared.MARGIN),
     )
@@ -223,9 +240,7 @@ class Distill(_Stage):
       heart. Each such step costs a forward pass of the teacher.
     integers: Regular expression on weights in whole numbers, outside of the
       feed-forward layers, that move as well, such as 'attn'; none if empty.
-    latents: Where latent codes begin: 'dense', at the dense weights, of which
-      many are a step away from the next code; or 'codes', in the middle, for
-      codes that make up for each other's errors as compensated ones do.
+    latents: As of `Block`.
   """
 
   batch_windows: int = 2
@@ -233,13 +248,9 @@ class Distill(_Stage):
   rest: int = 2048
   rewrite: float = 0.0
   integers: str = ''
-  latents: str = 'dense'
 
   def __post_init__(self):
-    if self.latents not in ('dense', 'codes'):
-      raise errors.ConfigError(
-        f"Distill.latents must be 'dense' or 'codes', got {self.latents!r}."
-      )
+    super().__post_init__()
     if isinstance(self.optimizer, _closed_form.ClosedForm):
       raise errors.ConfigError(
         'ClosedForm fits branches one by one; use it in a Block.'
@@ -273,7 +284,7 @@ class Distill(_Stage):
       model,
       run.params,
       form=self.optimizer.codes,
-      dense=run.dense.params if self.latents == 'dense' else None,
+      dense=self.start(run),
       integers=self.integers,
       margin=getattr(self.optimizer, 'margin', _shared.MARGIN),
     )

@@ -41,6 +41,7 @@ def test_shipped_configs_resolve(name):
     ('--config.stages[\u00b2].weighting=mse', 'no field'),
     ('--config.stages[0].optimizer.__qualname__=os:abort', 'no field'),
     ('--config.stages[0].weighting=foo', 'Block.weighting'),
+    ('--config.stages[0].latents=foo', 'Block.latents'),
   ],
 )
 def test_bad_change(change, message):

@@ -84,6 +84,30 @@ def test_distillation_lowers_the_held_out_divergence(folder):
   assert [row['layer'] for row in record['layers']] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+  'name, unit', [('Block', 'layer_1'), ('Distill', 'model')]
+)
+def test_latents_begin_at_codes_or_at_dense_weights(folder, name, unit):
+  still = train.Gradient(
+    steps=1, learning_rate=0, scale_rate=0, norm_rate=0, warmup=0
+  )
+  stage = getattr(train, name)(optimizer=still, latents='codes')
+  run = train.heal(_config(folder, f'{name} still', stages=(stage,)))
+  inside = lambda latents: np.concatenate(
+    [
+      np.abs(leaf - np.round(leaf)).ravel()
+      for path, leaf in dataclasses.replace(stage, latents=latents)
+      .task(run, unit)
+      .moving.items()
+      if path.endswith('/codes')
+    ]
+  )
+  assert not inside('codes').any()
+  assert inside('dense').mean() > 0.1
+  (record, *_) = run.log
+  assert record['held_out_after'] == record['held_out_before']
+
+
 def test_rematerialised_steps_end_where_the_others_do(folder):
   after = []
   for remat in (False, True):
