@@ -41,7 +41,6 @@ def test_shipped_configs_resolve(name):
     ('--config.stages[\u00b2].weighting=mse', 'no field'),
     ('--config.stages[0].optimizer.__qualname__=os:abort', 'no field'),
     ('--config.stages[0].weighting=foo', 'Block.weighting'),
-    ('--config.stages[0].latents=foo', 'Block.latents'),
   ],
 )
 def test_bad_change(change, message):
@@ -89,3 +88,10 @@ def test_split_argv():
   changes, rest = _config.split_argv(['--config=a.py', '--config.b=1', '--h'])
   assert changes == ['--config.b=1']
   assert rest == ['--config=a.py', '--h']
+
+
+@pytest.mark.parametrize('stage', [train.Block, train.Distill])
+def test_latents_of_no_kind(stage):
+  message = f"{stage.__name__}.latents must be 'dense' or 'codes', got 'code'"
+  with pytest.raises(errors.ConfigError, match=message):
+    stage(optimizer=train.Gradient(), latents='code')
