@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 
 # JAX and TensorFlow read these once, at import.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -81,16 +82,26 @@ def pytest_collection_modifyitems(
   """Marks slow tests, puts the longest files first for several workers."""
   here = pathlib.Path(__file__).parent
   place = lambda item: item.path.relative_to(here).as_posix()
-  listed = (here / 'slow.txt').read_text().splitlines()
-  slow = {line for line in listed if not line.startswith('#')}
+  lines = (here / 'slow.txt').read_text().splitlines()
+  slow = {}
+  for line in lines:
+    if not line.startswith('#'):
+      test, _, kept = line.partition(' 1/')
+      slow[test] = int(kept or 0)
   found = set()
   for item in items:
-    names = {item.name, item.name.partition('[')[0]}
-    if lines := slow & {f'{place(item)}::{name}' for name in names}:
-      item.add_marker('slow')
-      found |= lines
+    for name in {item.name, item.name.partition('[')[0]}:
+      test = f'{place(item)}::{name}'
+      if test in slow:
+        # The first case of a test, and those of which a hash says so.
+        kept = slow[test] and (
+          test not in found or zlib.crc32(item.name.encode()) % slow[test] == 0
+        )
+        found.add(test)
+        if not kept:
+          item.add_marker('slow')
   files = {place(item) for item in items}
-  unknown = {s for s in slow - found if s.partition('::')[0] in files}
+  unknown = {s for s in set(slow) - found if s.partition('::')[0] in files}
   if unknown and not any('::' in arg for arg in config.args):
     raise pytest.UsageError(
       f'tests/slow.txt lists tests that are not: {sorted(unknown)}'
