@@ -54,14 +54,16 @@ def _gsm8k(row: Row) -> dict[str, Any]:
 
 
 def _math(row: Row) -> dict[str, Any]:
-  """Hendrycks et al., arXiv 2103.03874: {"problem", "solution"}."""
+  """Hendrycks et al., arXiv 2103.03874: {"problem", "solution"}.
+
+  Subjects are fixed strata, not passages that were drawn: no clusters.
+  """
   answer = boxed(row['solution'])
   if answer is None:
     raise ValueError("'solution' has no \\boxed{...}")
   return {
     'prompt': f'Problem: {row["problem"].strip()}\nSolution:',
     'answer': answer,
-    'cluster': str(row.get('type') or row.get('subject') or 'math'),
     'solution': f' {row["solution"].strip()}',
   }
 

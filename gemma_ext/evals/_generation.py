@@ -73,16 +73,18 @@ def generate(
 
 
 def exact_match(answer: str, written: str) -> float:
-  """1 if what was written begins with the answer, as whole words.
+  """1 if what was written is the answer, all of it.
 
-  Case, punctuation at the ends and white space do not count.
+  Case, punctuation and white space do not count.
 
   Args:
     answer: The right answer.
     written: What the model wrote.
   """
-  want, got = _plain(answer), _plain(written)
-  return float(got == want or got.startswith(want + ' '))
+  want = _plain(answer)
+  if not want:  # Of signs alone.
+    return float(answer.strip() == written.strip())
+  return float(want == _plain(written))
 
 
 def last_number(answer: str, written: str) -> float:
@@ -157,7 +159,9 @@ def score(
 
 def _plain(value: str) -> str:
   words = re.sub(r'[^\w\s.-]', ' ', value.lower()).split()
-  return ' '.join(word.strip('.-') for word in words if word.strip('.-'))
+  # A minus before a number counts.
+  words = [re.sub(r'^[.-]+(?!\d)|^[.-]*(?=-\d)|[.-]+$', '', w) for w in words]
+  return ' '.join(filter(None, words))
 
 
 def _last_number(value: str) -> float | None:

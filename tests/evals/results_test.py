@@ -57,7 +57,9 @@ def test_json():
   assert (found['window'], found['stride'], found['seed']) == (11, 10, 7)
   assert found['data_sha256'] == 'd' * 64
   assert found['versions']['jax']
-  assert set(found['versions']) >= {'gemma', 'gemma_ext', 'jaxlib'}
+  # Core dependencies among them.
+  wanted = {'gemma', 'gemma_ext', 'jaxlib', 'scipy', 'gguf'}
+  assert set(found['versions']) >= wanted
 
 
 def test_one_document_is_resampled_by_windows():
@@ -85,6 +87,7 @@ def test_infinite_perplexity_is_null():
 
 def test_package_that_is_not_installed(monkeypatch):
   monkeypatch.setattr(evals._results, '_PACKAGES', ('no_such_package',))
+  monkeypatch.setattr(evals._results, '_OTHERS', ('nor_this_one',))
   assert evals.package_versions() == {
     'no_such_package': 'not installed as a package'
   }

@@ -77,7 +77,22 @@ def test_files_that_hold_none(tmp_path):
   with pytest.raises(errors.DataError, match='holds no items'):
     _items(tmp_path, [], evals.Choice)
   with pytest.raises(errors.DataError, match="two items of id 'x'"):
-    _items(tmp_path, [{**_CHOICES[0], 'id': 'x'}] * 2, evals.Choice)
+    _items(tmp_path, [{**row, 'id': 'x'} for row in _CHOICES[:2]], evals.Choice)
+
+
+def test_rows_that_repeat_an_item_are_dropped(tmp_path):
+  # As FEVER has them: a row for each piece of evidence.
+  rows = [
+    {**row, 'id': row['prompt'], 'evidence': evidence}
+    for row in _CHOICES
+    for evidence in ('a', 'b')
+  ]
+  items = _items(tmp_path, rows, evals.Choice)
+  assert [item.prompt for item in items] == [r['prompt'] for r in _CHOICES]
+  assert items == _items(tmp_path, rows[::2], evals.Choice)
+  few = _items(tmp_path, rows, evals.Choice, max_items=1, shots=1)
+  assert [item.id for item in few] == ['A city is']
+  assert few[0].prompt == 'The river flows\n\nA city is'
 
 
 def test_likelihoods_are_those_of_the_model(tmp_path):
@@ -146,11 +161,22 @@ def test_generation_is_that_of_stream_up_to_a_stop():
   'answer, written, want',
   [
     ('Paris', ' paris.', 1),
-    ('Paris', ' Paris is the capital', 1),
+    ('Paris', ' Paris is the capital', 0),
     ('Paris', ' Parisian', 0),
     ('New York', '\nNew  York!', 1),
-    ('3.5', '3.5 metres', 1),
+    ('3.5', '3.5.', 1),
+    ('3.5', '3.5 metres', 0),
     ('Paris', ' It is Paris', 0),
+    ('no', ' no, yes', 0),
+    ('no', ' No - ', 1),
+    ('5', ' -5', 0),
+    ('-5', ' -5.', 1),
+    ('-5', ' --5', 1),
+    ('well-kept', ' "Well-kept"', 1),
+    ('.5', ' 0.5', 0),
+    ('+', ' *', 0),
+    ('+', ' +\n', 1),
+    ('no', '', 0),
   ],
 )
 def test_exact_match(answer, written, want):
