@@ -307,7 +307,10 @@ def test_the_largest_challenger_of_no_more_bytes():
       r"one of \['arc', 'truthful_qa', 'fever'\], got 'gsm8k'",
     ),
     ({'tasks': {'t': {'kind': 'speed', 'rounds': 0}}}, 'must be 1 or more'),
-    ({'tasks': {'t': {'kind': 'speed', 'rounds': -1}}}, 'must be 0 or more'),
+    (
+      {'tasks': {'t': {'kind': 'speed', 'rounds': -1}}},
+      "'rounds' must be 1 or more, got -1",
+    ),
     (
       {'tasks': {'t': {'kind': 'choices', 'items': 'a', 'n': 1}}},
       r"no fields \['n'\]",

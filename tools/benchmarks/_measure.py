@@ -4,27 +4,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import ctypes
 import dataclasses
 import gc
+import hashlib
+import json
 import pathlib
+import sys
 import tempfile
 import time
 from typing import Any
 
-from gemma import gm
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
 from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import evals
 from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
 from gemma_ext.ckpts import _sample
+from gemma_ext.compress import __main__ as compress_main
 from tools.benchmarks import _shapes
 from tools.benchmarks import _speed
 from tools.benchmarks import _suite
@@ -33,6 +40,9 @@ from tools.benchmarks.peers import _llama_cpp
 from tools.benchmarks.peers import _requantize
 
 _KINDS = {'choices': evals.Choice, 'code': evals.Program}
+# Below so many clusters their intervals are wide and not to be relied on.
+_FEW_CLUSTERS = 10
+_MAX_ABOUT = 64 << 20
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,6 +56,9 @@ class Loaded:
     params: Its parameters.
     peer: llama.cpp's, or `None`.
     shape: The model of a shape, which has no weights; `None` of others.
+    calibration: What it was calibrated on on the way; `None` if it was not.
+    stands_in: Whether it is the dense model with the weights of another one,
+      so that its speed says nothing.
   """
 
   nbytes: int
@@ -54,6 +67,21 @@ class Loaded:
   params: Any = None
   peer: Any = None
   shape: Any = None
+  calibration: Any = None
+  stands_in: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+  """The data of a task, before any tokenizer.
+
+  Attributes:
+    sha256: Hash of them; '' of tasks without.
+    data: Documents or items.
+  """
+
+  sha256: str = ''
+  data: Any = None
 
 
 def load(spec: _suite.Model, tokenizer: Any) -> tuple[Loaded, Any]:
@@ -78,36 +106,54 @@ def load(spec: _suite.Model, tokenizer: Any) -> tuple[Loaded, Any]:
       dense_bytes=sizes.dense_bf16_bytes,
       model=model,
       params=params,
+      stands_in=_jax_peers.stands_in(spec.peer),
     ), found.tokenizer or tokenizer
-  found = ckpts.load(spec.source, dtype=jnp.bfloat16)
-  model, params = found.model, found.params
-  if spec.recipe:
-    if found.recipe is not None:
-      raise errors.ConfigError(
-        f'Model {spec.name!r}: {spec.source!r} is compressed already.'
-      )
-    compressed = gx_nn.Compressed(model=model, recipe=spec.recipe)
-    params = gx_compress.compress(
-      model, params, compressed.recipe, progress=True
-    )
-    model = compressed
-  sizes = evals.weight_sizes(model, params)
+  with _compressed(spec) as (source, calibration):
+    found = ckpts.load(source, dtype=jnp.bfloat16)
+    if found.tokenizer is not None:
+      found.tokenizer.encode('a')  # Reads its file, which may not stay.
+  sizes = evals.weight_sizes(found.model, found.params)
   loaded = Loaded(
     nbytes=sizes.weight_bytes,
     dense_bytes=sizes.dense_bf16_bytes,
-    model=model,
-    params=params,
+    model=found.model,
+    params=found.params,
+    calibration=calibration,
   )
   return loaded, found.tokenizer or tokenizer
 
 
+@contextlib.contextmanager
+def _compressed(spec: _suite.Model) -> Iterator[tuple[str, Any]]:
+  """Where a checkpoint lies, compressed by the command if it is to be.
+
+  And what it was calibrated on.
+  """
+  if not spec.is_compressed:
+    yield spec.source, None
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    output, about = f'{folder}/compressed', f'{folder}/about.json'
+    argv = [f'--checkpoint={spec.source}', f'--output={output}']
+    argv.append(f'--json={about}')
+    for name in ('recipe', 'budget', 'calibration'):
+      if value := getattr(spec, name):
+        argv.append(f'--{name}={value}')
+    if spec.compensate:
+      argv.append('--compensate')
+    values = flags.FlagValues()
+    # pylint: disable=protected-access
+    compress_main._define_flags(values)
+    values(['compress', *argv])
+    with contextlib.redirect_stdout(sys.stderr):
+      compress_main._run(values)
+    # pylint: enable=protected-access
+    found = recipe_lib.read_json(about, _MAX_ABOUT)
+    yield output, found['calibration']
+
+
 def _shape(spec: _suite.Model) -> Loaded:
-  cls = getattr(gm.nn, spec.source, None)
-  if not isinstance(cls, type):
-    raise errors.ConfigError(
-      f'Model {spec.name!r}: the official library has no {spec.source!r}.'
-    )
-  model = _shapes.dense(cls)
+  model = _shapes.dense(_suite.shape_class(spec))
   plan = gx_compress.plan(model, spec.recipe or {})
   if spec.recipe:
     model = gx_nn.Compressed(model=model, recipe=spec.recipe)
@@ -141,16 +187,18 @@ def _load_gguf(spec: _suite.Model) -> Loaded:
   return loaded
 
 
-def data_of(task: _suite.Task, tokenizer: Any) -> tuple[Any, str]:
-  """Returns the data of a task, and their hash.
+def source_of(task: _suite.Task) -> Source:
+  """Reads the data of a task.
 
   Args:
     task: The task.
-    tokenizer: The baseline's.
+
+  Raises:
+    DataError: If they cannot be read, or all items share one cluster.
   """
   options = task.options
   if task.kind == 'speed':
-    return None, ''
+    return Source()
   if task.kind == 'perplexity':
     documents = data.load_documents(
       options['text'], text_field=options['text_field']
@@ -160,13 +208,9 @@ def data_of(task: _suite.Task, tokenizer: Any) -> tuple[Any, str]:
       split = 'test' if options['text'] == 'sample' else 'all'
     if split != 'all':
       documents = getattr(data.split(tuple(documents)), split).documents
-    windows = data.windows(
-      tokenizer,
-      documents,
-      length=options['window'],
-      max_tokens=options['max_tokens'] or None,
-    )
-    return (windows, [len(d.text.encode()) for d in documents]), windows.sha256
+    # In their order, and as they stand.
+    digest = hashlib.sha256(json.dumps([d.text for d in documents]).encode())
+    return Source(sha256=digest.hexdigest(), data=documents)
   kind = _KINDS.get(options.get('check', task.kind), evals.Question)
   items = evals.load_items(
     options['items'],
@@ -175,7 +219,44 @@ def data_of(task: _suite.Task, tokenizer: Any) -> tuple[Any, str]:
     format=options['format'],
     shots=options['shots'],
   )
-  return items, evals.items_sha256(items)
+  _check_clusters(task.name, [item.cluster for item in items])
+  return Source(sha256=evals.items_sha256(items), data=items)
+
+
+def _check_clusters(name: str, clusters: Sequence[str]) -> None:
+  count = len(set(clusters))
+  if count == 1 < len(clusters):
+    raise errors.DataError(
+      f'Task {name!r}: all {len(clusters)} items are of one cluster,'
+      f' {clusters[0]!r}, from which no interval follows. Leave clusters out if'
+      ' the items are drawn one by one.'
+    )
+  if count < min(_FEW_CLUSTERS, len(clusters)):
+    _cli.note(
+      f'{name}: {count} clusters are few; do not rely on its intervals.'
+    )
+
+
+def data_of(
+  task: _suite.Task, source: Source, tokenizer: Any
+) -> tuple[Any, str]:
+  """Returns the data of a task as models take them, and their hash.
+
+  Args:
+    task: The task.
+    source: Of `source_of`.
+    tokenizer: The baseline's.
+  """
+  if task.kind != 'perplexity':
+    return source.data, source.sha256
+  windows = data.windows(
+    tokenizer,
+    source.data,
+    length=task.options['window'],
+    max_tokens=task.options['max_tokens'] or None,
+  )
+  sizes = {d.id: len(d.text.encode()) for d in source.data}
+  return (windows, [sizes[name] for name in windows.ids]), windows.sha256
 
 
 def run(
@@ -187,6 +268,8 @@ def run(
 ) -> dict[str, Any] | None:
   """Returns scores by item; `None` if the model cannot do such a task.
 
+  Raises `NonFiniteError` if the model gives NaN or infinity.
+
   Args:
     task: The task.
     loaded: The model.
@@ -196,7 +279,12 @@ def run(
   """
   begun = time.monotonic()
   if task.kind == 'speed':
-    scores = _speed.measure(loaded, baseline(), task.options)
+    if loaded.stands_in:
+      _cli.note('  Its weights are run by the dense model: not timed.')
+      return None
+    # Another size is no comparison.
+    beside = None if loaded.shape is not None else baseline()
+    scores = _speed.measure(loaded, beside, task.options)
   elif task.kind == 'perplexity':
     scores = _perplexity(loaded, *found)
   elif loaded.model is None:
@@ -247,10 +335,15 @@ def _perplexity(
       tokens[document] += int(mask.sum())
   else:
     return None
+  if not np.isfinite(nll).all():
+    name = windows.ids[int(np.argmin(np.isfinite(nll)))]
+    raise errors.NonFiniteError(
+      f'The model gives {nll[~np.isfinite(nll)][0]} nats for {name!r}.'
+    )
   return {
     'nll': nll.tolist(),
     'tokens': tokens.tolist(),
-    'text_bytes': text_bytes[: len(windows.ids)],
+    'text_bytes': text_bytes,
     'ids': list(windows.ids),
   }
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 import functools
 import gc
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from gemma_ext import _cli
 from tools.benchmarks import _shapes
@@ -65,6 +65,7 @@ class Peer:
       prompt: Tokens of the prompt.
     """
     self._llama, self._prompt = llama, _text(prompt)
+    self._llama.reserve(prompt)
     self.first()
 
   def first(self) -> float:
@@ -75,7 +76,8 @@ class Peer:
 
   def seconds(self, count: int) -> float:
     """Seconds a token, of so many more."""
-    if self._at + count > _llama_cpp.WINDOW:
+    if self._at + count > self._llama.window:
+      self._llama.reserve(len(self._prompt) + count)
       self.first()
     tokens = _text(count)
 
@@ -136,7 +138,7 @@ def _contender(loaded: Any, options: Mapping[str, Any]) -> Any:
     if loaded.nbytes > _SHARE * free:
       _cli.note(
         f'  {_cli.human_bytes(loaded.nbytes)} of random weights are too much'
-        f' for {_cli.human_bytes(int(free))} of free memory: not timed.'
+        f' for {_cli.human_bytes(free)} of free memory: not timed.'
       )
       return None
     model = loaded.shape
@@ -144,11 +146,9 @@ def _contender(loaded: Any, options: Mapping[str, Any]) -> Any:
   return _Ours(model, params, options)
 
 
-def _free_bytes() -> float:
-  """Memory that can be had without swapping."""
-  info = pathlib.Path('/proc/meminfo')
-  if info.exists():
-    for line in info.read_text().splitlines():
-      if line.startswith('MemAvailable:'):
-        return 1024 * float(line.split()[1])
-  return float('inf')
+def _free_bytes() -> int:
+  """Memory that can be had where JAX runs; on the CPU without swapping."""
+  stats = jax.devices()[0].memory_stats()  # None of a CPU.
+  if stats and 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  return psutil.virtual_memory().available

@@ -3,29 +3,28 @@
 """The harness: models times tasks, with intervals against a baseline.
 
   python -m tools.benchmarks.run --suite=FILE.json --output=DIR \
-      [--gate='wiki_ratio<=1.02']
+      [--gate='wiki_ratio<=1.02'] [--models=A,B] [--tasks=T] [--device=cpu] \
+      [--code=any] [--report_only]
 
 A suite names models (checkpoints, recipes, GGUF files for llama.cpp, shapes
 without weights) and tasks; see `tools/benchmarks/_suite.py`, and an example in
 `tools/benchmarks/suites`. Every pair is a line of DIR/results.jsonl, with
-scores by item, the hash of its data, versions and machine; what is there is not
-measured again. The headline is the paired change against the baseline with its
-95% interval, a verdict, and the smallest change that would have shown.
+scores by item, the hash of its data, versions and machine. What is there is not
+measured again, unless its data, its files, the versions of its packages, the
+code or, of speed, the machine changed. The headline is the paired change
+against the baseline with its 95% interval, a verdict, and the smallest change
+that would have shown.
 
 Writes report.md, report.html (needs nothing else), junit.xml, and
-benchmark.json for CI actions. With --gate, repeatable, the exit status is 1 if
-a whole interval is beyond a bound.
+benchmark.json for CI actions, after every model. A pair that fails is named
+with its reason, and the others go on. The exit status is 3 if a pair failed,
+else 1 if with --gate, repeatable, a whole interval is beyond a bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-import functools
-import hashlib
-import json
-import os
+from collections.abc import Collection, Iterable, Sequence
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -34,19 +33,28 @@ import jax
 
 from gemma_ext import _cli
 from gemma_ext import errors
-from gemma_ext import evals
+from gemma_ext.train import _store
+from tools.benchmarks import _checks
 from tools.benchmarks import _measure
+from tools.benchmarks import _records
 from tools.benchmarks import _reports
 from tools.benchmarks import _suite
 from tools.benchmarks import _summary
-from tools.benchmarks import _timing
 
-_MAX_RESULTS = 1 << 30
+EXIT_UNMEASURED = 3
+# What a pair may fail of while the others go on; memory that is short among it.
+_FAILURES = (errors.GemmaExtError, MemoryError, jax.errors.JaxRuntimeError)
+_MAX_REASON = 300
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the benchmark; returns its exit status."""
-  return _cli.run(__doc__, _define_flags, _run, argv)
+  failed: dict[tuple[str, str], str] = {}
+  status = _cli.run(
+    __doc__, _define_flags, lambda args: _run(args, failed), argv
+  )
+  done = status in (0, _cli.EXIT_FAILED)
+  return EXIT_UNMEASURED if failed and done else status
 
 
 def _define_flags(values: flags.FlagValues) -> None:
@@ -61,161 +69,264 @@ def _define_flags(values: flags.FlagValues) -> None:
     "A bound such as 'wiki_ratio<=1.02' or 'mine:quiz_difference>=-0.01'.",
     flag_values=values,
   )
+  for name in ('models', 'tasks'):
+    flags.DEFINE_list(
+      name,
+      [],
+      f'Only these {name} are measured; reports have all that is there. All, if'
+      ' not given.',
+      flag_values=values,
+    )
+  flags.DEFINE_string(
+    'device',
+    '',
+    "Where JAX runs: 'cpu', 'gpu', 'gpu:1', 'tpu'; else as the suite says.",
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    'code',
+    'same',
+    ('same', 'any'),
+    "Whether results of other code count as well ('any').",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    'report_only',
+    False,
+    'Measure nothing; write the reports of what is there.',
+    flag_values=values,
+  )
 
 
-def _run(args: Any) -> list[str]:
+def _run(args: Any, failed: dict[tuple[str, str], str]) -> list[str]:
   suite = _suite.read(args.suite)
-  gates = [_summary.Gate.parse(text, [*suite.tasks]) for text in args.gate]
+  gates = _gates(args.gate, suite)
+  models = _chosen(args.models, suite.models, '--models')
+  tasks = _chosen(args.tasks, suite.tasks, '--tasks')
+  device = _suite.device(args.device or suite.device, '--device')
+  _checks.use(device)
   output = pathlib.Path(args.output)
-  output.mkdir(parents=True, exist_ok=True)
-  results = output / 'results.jsonl'
-  known = _read(results)
-  about = {
-    'code': _code(),
-    'machine': _timing.machine(),
-    'device': jax.devices()[0].device_kind,
-    'versions': evals.package_versions(),
-  }
-  records: list[dict[str, Any]] = []
-  sizes: dict[str, dict[str, int]] = {}
-  tokenizer: Any = None
-  data: dict[str, tuple[Any, str]] = {}
-  # What others are timed beside; in memory from the first of them on.
-  baseline = functools.cache(
-    lambda: _measure.load(suite.models[suite.baseline], None)[0]
-  )
-  for name, model in suite.models.items():
-    wanted = {
-      task: _key(model, suite.tasks[task], about) for task in suite.tasks
+  with _store.Store(output, fingerprint='').lock():
+    bench = _Bench(suite, output, gates, failed, _records.about(device), args)
+    if not args.report_only:
+      bench.measure(models, tasks)
+    return bench.close()
+
+
+def _gates(texts: Sequence[str], suite: _suite.Suite) -> list[_summary.Gate]:
+  gates = [_summary.Gate.parse(text, [*suite.tasks]) for text in texts]
+  for gate in gates:
+    if gate.model and gate.model not in suite.models:
+      raise errors.ConfigError(
+        f'--gate: {gate.text!r} is of none of the models {[*suite.models]}.'
+      )
+  return gates
+
+
+def _chosen(
+  names: Sequence[str], known: Collection[str], flag: str
+) -> list[str]:
+  if unknown := [name for name in names if name not in known]:
+    raise errors.ConfigError(
+      f'{flag}: {unknown} are none of the suite, which has {[*known]}.'
+    )
+  return [name for name in known if name in names or not names]
+
+
+class _Baseline:
+  """The baseline, loaded once and only if it is needed."""
+
+  def __init__(self, spec: _suite.Model):
+    self._spec = spec
+    self._loaded: _measure.Loaded | None = None
+    self._tokenizer: Any = None
+
+  def get(self) -> _measure.Loaded:
+    if self._loaded is None:
+      _cli.note(f'{self._spec.name}: loading ...')
+      self._loaded, self._tokenizer = _measure.load(self._spec, None)
+      if self._tokenizer is None:
+        raise errors.TokenizerError(
+          f'The baseline {self._spec.name!r} has no tokenizer.'
+        )
+    return self._loaded
+
+  def tokenizer(self) -> Any:
+    if self._tokenizer is None:
+      self.get()
+    return self._tokenizer
+
+  def free(self) -> None:
+    if self._loaded is not None:
+      _measure.free(self._loaded)
+    self._loaded = None
+
+
+class _Bench:
+  """A suite under way."""
+
+  def __init__(
+    self,
+    suite: _suite.Suite,
+    output: pathlib.Path,
+    gates: Sequence[_summary.Gate],
+    failed: dict[tuple[str, str], str],
+    about: dict[str, Any],
+    args: Any,
+  ):
+    self._suite, self._output, self._gates = suite, output, gates
+    self._failed, self._about = failed, about
+    self._name = pathlib.Path(args.suite).stem
+    self._results = _records.Results(
+      output / 'results.jsonl',
+      about['code_sha256'] if args.code == 'same' else '',
+    )
+    self._sources = {
+      name: _measure.source_of(task) for name, task in suite.tasks.items()
     }
-    missing = [t for t, key in wanted.items() if key not in known]
-    if missing or tokenizer is None:
-      _cli.note(f'{name}: loading ...')
-      loaded, tokenizer = _measure.load(model, tokenizer)
-      for task in missing:
-        if task not in data:
-          data[task] = _measure.data_of(suite.tasks[task], tokenizer)
-        _cli.note(f'{name}: {task} ...')
-        found = _measure.run(
-          suite.tasks[task],
-          loaded,
-          tokenizer,
-          data[task][0],
-          (lambda: None) if name == suite.baseline else baseline,
-        )
-        known[wanted[task]] = _append(
-          results,
-          {
-            'key': wanted[task],
-            'model': name,
-            'task': task,
-            'spec': [model.to_json(), suite.tasks[task].to_json()],
-            'bytes': loaded.nbytes,
-            'dense_bytes': loaded.dense_bytes,
-            'data_sha256': data[task][1],
-            'whole': not suite.tasks[task].options.get('max_tokens'),
-            'skipped': found is None,
-            **(found or {}),
-            **about,
-          },
-        )
-      _measure.free(loaded)
-    for key in wanted.values():
-      record = known[key] | {'model': name}
-      sizes[name] = {k: record[k] for k in ('bytes', 'dense_bytes')}
-      if not record['skipped']:
-        records.append(record)
-  dense = sizes[suite.baseline]['dense_bytes']
-  for size in sizes.values():
-    # Of a file of another program: the same model, dense.
-    size['dense_bytes'] = size['dense_bytes'] or dense
-  lines = _summary.summarise(records, suite.baseline)
-  title = f'{pathlib.Path(args.suite).stem}, against {suite.baseline}'
-  fights = _summary.duels(records, sizes, suite.challengers, suite.baseline)
-  _reports.table(
-    title, _reports.rows(lines, sizes), _reports.duels(fights, sizes)
-  )
-  _reports.write_all(output, title, lines, sizes, gates, about, fights)
-  failed = [text for gate in gates for text in gate.failures(lines)]
-  for text in failed:
-    _cli.note(f'gate: {text}')
-  return failed
+    self._keys = {
+      (m, t): _records.key(suite, model, task, self._sources[t].sha256, about)
+      for m, model in suite.models.items()
+      for t, task in suite.tasks.items()
+    }
+    self._baseline = _Baseline(suite.models[suite.baseline])
+    self._data: dict[str, tuple[Any, str]] = {}
+    for names in _records.same(self._keys):
+      _cli.note(f'{", ".join(names)}: one and the same model, measured once.')
 
+  def _missing(self, model: str, tasks: Iterable[str]) -> list[str]:
+    return [
+      t for t in tasks if self._results.find(self._keys[model, t]) is None
+    ]
 
-def _key(
-  model: _suite.Model, task: _suite.Task, about: Mapping[str, Any]
-) -> str:
-  """What a result depends on, hashed."""
-  spec = [
-    model.to_json(),
-    task.to_json(),
-    about['versions'],
-    about['device'],
-    _stamp(model),
-  ]
-  return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+  def measure(self, models: Sequence[str], tasks: Sequence[str]) -> None:
+    """Measures what is missing; reports after every model."""
+    missing = {m: self._missing(m, tasks) for m in models}
+    _checks.check(self._suite, missing)
+    # A model is timed beside the baseline, which then stays.
+    timed = lambda m: any(
+      self._suite.tasks[t].kind == 'speed' for t in self._missing(m, tasks)
+    )
+    for i, name in enumerate(models):
+      if todo := self._missing(name, tasks):
+        self._measure_model(name, todo)
+        if not any(map(timed, models[i + 1 :])):
+          self._baseline.free()
+        try:
+          self.report()
+        except errors.GemmaExtError as e:  # The last one raises it.
+          _cli.note(f'No report yet: {e}')
 
-
-def _stamp(model: _suite.Model) -> list[Any]:
-  """Sizes and times of a model's files, so that another one is not taken."""
-  path = pathlib.Path(model.source)
-  if model.kind == 'shape' or not path.exists():
-    return []
-  files = sorted(path.rglob('*')) if path.is_dir() else [path]
-  return [
-    [f.name, f.stat().st_size, f.stat().st_mtime_ns]
-    for f in files
-    if f.is_file()
-  ]
-
-
-def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Records by key. A torn last line is what a kill left: passed over."""
-  if not path.exists():
-    return {}
-  if path.stat().st_size > _MAX_RESULTS:
-    raise errors.DataError(f'{path} is larger than {_MAX_RESULTS} bytes.')
-  found = {}
-  lines = path.read_text(encoding='utf-8').splitlines()
-  for number, line in enumerate(lines, 1):
+  def _measure_model(self, name: str, tasks: Sequence[str]) -> None:
+    own = name == self._suite.baseline
     try:
-      record = json.loads(line)
-      found[record['key']] = record
-    except (ValueError, KeyError, TypeError) as e:
-      if number < len(lines):
-        raise errors.DataError(f'{path}, line {number} is no result.') from e
-      _cli.note(f'{path}: the last line is torn; measured again.')
-  return found
+      tokenizer = self._baseline.tokenizer()
+      if own:
+        loaded = self._baseline.get()
+      else:
+        _cli.note(f'{name}: loading ...')
+        model = self._suite.models[name]
+        loaded, tokenizer = _measure.load(model, tokenizer)
+    except _FAILURES as e:
+      for task in tasks:
+        self._fail(name, task, e)
+      return
+    for task in tasks:
+      _cli.note(f'{name}: {task} ...')
+      try:
+        self._measure_pair(name, task, loaded, tokenizer)
+      except _FAILURES as e:
+        self._fail(name, task, e)
+    if not own:
+      _measure.free(loaded)
 
+  def _measure_pair(
+    self, name: str, task: str, loaded: _measure.Loaded, tokenizer: Any
+  ) -> None:
+    own, spec = name == self._suite.baseline, self._suite.tasks[task]
+    if task not in self._data:
+      self._data[task] = _measure.data_of(
+        spec, self._sources[task], self._baseline.tokenizer()
+      )
+    data, data_sha256 = self._data[task]
+    beside = (lambda: None) if own else self._baseline.get
+    found = _measure.run(spec, loaded, tokenizer, data, beside)
+    self._results.append(
+      {
+        'key': self._keys[name, task],
+        'model': name,
+        'task': task,
+        'spec': [self._suite.models[name].to_json(), spec.to_json()],
+        'calibration': loaded.calibration,
+        'bytes': loaded.nbytes,
+        'dense_bytes': loaded.dense_bytes,
+        'data_sha256': data_sha256,
+        'whole': not spec.options.get('max_tokens'),
+        'skipped': found is None,
+        **(found or {}),
+        **self._about,
+      }
+    )
 
-def _append(path: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
-  """Adds a line, whole or not at all, and returns it."""
-  line = json.dumps(record).encode() + b'\n'
-  old = path.read_bytes() if path.exists() else b''
-  if old and not old.endswith(b'\n'):
-    old = old[: old.rfind(b'\n') + 1]
-  made = path.with_name(f'.{path.name}')
-  with open(made, 'wb') as f:
-    f.write(old + line)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(made, path)
-  return record
+  def _fail(self, name: str, task: str, error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[0][:_MAX_REASON]
+    _cli.note(f'{name}: {task} failed: {reason}')
+    self._failed[name, task] = reason
 
+  def _found(self) -> list[dict[str, Any]]:
+    """The records of the suite that are there."""
+    found = []
+    for (model, task), key in self._keys.items():
+      if (record := self._results.find(key)) is not None:
+        found.append(record | {'model': model, 'task': task})
+    return found
 
-def _code() -> str:
-  """The commit that is checked out, and whether files differ from it."""
-  git = lambda *argv: subprocess.run(
-    ['git', *argv],
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parent,
-  )
-  commit = git('rev-parse', 'HEAD')
-  if commit.returncode:
-    return 'unknown'
-  changed = bool(git('status', '--porcelain').stdout.strip())
-  return commit.stdout.strip() + (' and changes' if changed else '')
+  def report(self, last: bool = False) -> list[_summary.Line]:
+    """Writes the reports of what is there; prints the last of them."""
+    found = self._found()
+    sizes = {
+      r['model']: {k: r[k] for k in ('bytes', 'dense_bytes')} for r in found
+    }
+    dense = sizes.get(self._suite.baseline, {}).get('dense_bytes', 0)
+    for size in sizes.values():
+      # Of a file of another program: the same model, dense.
+      size['dense_bytes'] = size['dense_bytes'] or dense
+    records = [r for r in found if not r['skipped']]
+    lines = _summary.summarise(records, self._suite.baseline)
+    title = f'{self._name}, against {self._suite.baseline}'
+    if left := len(self._keys) - len(found):
+      title += f'; {left} of {len(self._keys)} pairs are missing'
+    challengers = [name for name in self._suite.challengers if name in sizes]
+    fights = _summary.duels(records, sizes, challengers, self._suite.baseline)
+    about = _records.provenance(found or [self._about])
+    _reports.write_all(
+      self._output, title, lines, sizes, self._gates, about, fights
+    )
+    if last:
+      _reports.table(
+        title, _reports.rows(lines, sizes), _reports.duels(fights, sizes)
+      )
+      if len({r.get('code_sha256') for r in found}) > 1:
+        _cli.note(
+          f'Results of different code are compared: {about["code"]}. Without'
+          ' --code=any they are measured again.'
+        )
+    return lines
+
+  def close(self) -> list[str]:
+    """Prints what was found and what failed; returns gates that are not met."""
+    lines = self.report(last=True)
+    if self._failed:
+      _cli.print_table(
+        'Failed',
+        ('model', 'task', 'reason'),
+        [(*pair, f'failed: {why}') for pair, why in self._failed.items()],
+      )
+    beyond = [text for gate in self._gates for text in gate.failures(lines)]
+    for text in beyond:
+      _cli.note(f'gate: {text}')
+    return beyond
 
 
 if __name__ == '__main__':

@@ -60,6 +60,15 @@ def check(text: str) -> re.Match[str]:
   return found
 
 
+def stands_in(peer: str) -> bool:
+  """Whether a peer's weights are run by the dense model.
+
+  Args:
+    peer: As for `check`.
+  """
+  return not check(peer)['wrapper']
+
+
 def load(name: str, peer: str) -> tuple[ckpts.Checkpoint, Any, Any, int]:
   """Loads a dense checkpoint and quantises it.
 

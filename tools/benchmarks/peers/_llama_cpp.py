@@ -3,8 +3,10 @@
 """llama.cpp through its C interface, from the library inside `xllamacpp`.
 
 The package binds a server that gives no logits of the prompt, but its library
-exports llama.h. Parameter structs are passed as the library's own defaults
-and never looked into, so that their layout, which changes, does not matter.
+exports llama.h. Parameter structs are passed as the library's own defaults, so
+that their layout, which changes, does not matter; but for the context, the
+batch and the part of it that is computed at once, the first numbers of theirs,
+where a text is longer than the default context.
 """
 
 import ctypes
@@ -16,6 +18,8 @@ import numpy as np
 from gemma_ext import errors
 
 WINDOW = 512  # llama.cpp's default context, which the defaults bring along.
+# n_ctx, n_batch and n_ubatch, as the defaults begin.
+_DEFAULTS = (WINDOW, 2048, 512)
 
 
 class _Opaque(ctypes.Structure):
@@ -72,7 +76,12 @@ _SIGNATURES = {
 
 
 class LlamaCpp:
-  """A model file opened by llama.cpp; use as a context manager."""
+  """A model file opened by llama.cpp; use as a context manager.
+
+  Attributes:
+    window: Tokens of its context.
+    vocab_size: Of the model.
+  """
 
   def __init__(self, path: str | os.PathLike[str]):
     """Loads the file.
@@ -88,15 +97,44 @@ class LlamaCpp:
     )
     if not self._model:
       raise errors.CheckpointError(f'llama.cpp cannot load {path}.')
-    self._context = self._lib.llama_init_from_model(
-      self._model, self._lib.llama_context_default_params()
-    )
-    if not self._context:
-      raise errors.CheckpointError(f'llama.cpp has no memory to run {path}.')
-    threads = os.cpu_count() or 1
-    self._lib.llama_set_n_threads(self._context, threads, threads)
+    self._context = None
+    self._open(WINDOW)
     self._vocab = self._lib.llama_model_get_vocab(self._model)
     self.vocab_size = self._lib.llama_vocab_n_tokens(self._vocab)
+
+  def _open(self, window: int) -> None:
+    """Makes a context of so many tokens; what was in it is forgotten."""
+    parameters = self._lib.llama_context_default_params()
+    if window > WINDOW:
+      numbers = ctypes.cast(
+        ctypes.pointer(parameters), ctypes.POINTER(ctypes.c_uint32)
+      )
+      if tuple(numbers[:3]) != _DEFAULTS:
+        raise errors.OptionalDependencyError(
+          f'The installed xllamacpp has another struct of parameters: it begins'
+          f' {numbers[:3]}, expected {_DEFAULTS}. Texts of at most {WINDOW}'
+          ' tokens do not need it.'
+        )
+      numbers[0] = numbers[1] = numbers[2] = window
+    if self._context:
+      self._lib.llama_free(self._context)
+    self._context = self._lib.llama_init_from_model(self._model, parameters)
+    if not self._context:
+      raise errors.CheckpointError(
+        f'llama.cpp has no memory for a context of {window} tokens.'
+      )
+    self.window = window
+    threads = os.cpu_count() or 1
+    self._lib.llama_set_n_threads(self._context, threads, threads)
+
+  def reserve(self, tokens: int) -> None:
+    """Makes room for a text, and forgets the one before if there is none.
+
+    Args:
+      tokens: Of the text.
+    """
+    if tokens > self.window:
+      self._open(-(-tokens // 256) * 256)
 
   def __enter__(self):
     return self
@@ -121,11 +159,12 @@ class LlamaCpp:
     """Returns the logits at every position.
 
     Args:
-      tokens: int [length], at most `WINDOW`.
+      tokens: int [length].
 
     Returns:
       float32 [length, vocab_size]; a view that the next call overwrites.
     """
+    self.reserve(len(tokens))
     self.clear()
     self._decode(tokens, 0, [1] * len(tokens))
     flat = self._lib.llama_get_logits(self._context)
