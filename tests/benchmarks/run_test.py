@@ -300,6 +300,36 @@ def test_the_largest_challenger_of_no_more_bytes():
     ),
     ({'models': {'d': {'gguf': 'a', 'quantize': 'Q9'}}}, "quantize: 'Q9'"),
     ({'models': {'d': {'shape': 'Gemma3_1B'}}}, 'cannot be the baseline'),
+    ({'models': {'d': {'gguf': 'a'}}}, 'gguf cannot be the baseline'),
+    ({'models': {'d': {'checkpoint': ''}}}, 'all values texts'),
+    ({'device': 'gpus'}, "device: 'gpus'; expected"),
+    (
+      {'models': {'d': {'checkpoint': 'a', 'recipe': 'int8', 'budget': '9%'}}},
+      "'budget' is for a 'checkpoint' without a recipe",
+    ),
+    (
+      {'models': {'d': {'checkpoint': 'a', 'calibration': 'none'}}},
+      "'calibration' and 'compensate' for one with either",
+    ),
+    (
+      {
+        'models': {'d': {'checkpoint': 'a', 'budget': '9%', 'compensate': True}}
+      },
+      'a budget needs a text',
+    ),
+    (
+      {'models': {'d': {'checkpoint': 'a', 'recipe': 'int8', 'compensate': 1}}},
+      "'compensate' must be true or false, got 1",
+    ),
+    (
+      {
+        'models': {
+          'd': {'checkpoint': 'a'},
+          's': {'shape': 'Gemma3_1B', 'recipe': 'int8', 'calibration': 'none'},
+        }
+      },
+      "'calibration' and 'compensate' for one with either",
+    ),
     ({'tasks': {'t': {'kind': 'x'}}}, "'kind' must be one of"),
     ({'tasks': {'t': {'kind': 'choices'}}}, "'items' is missing"),
     (
@@ -331,6 +361,39 @@ def test_suites_that_are_wrong(tmp_path, change, message):
   path.write_text(json.dumps(good))
   assert _suite.read(path).baseline == 'd'
   path.write_text(json.dumps(good | change))
+  with pytest.raises(errors.ConfigError, match=message):
+    _suite.read(path)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'check': 'exactmatch'}, "'check' must be one of .*, got 'exactmatch'"),
+    ({'seeds': []}, r"'seeds' must be different numbers .*, got \[\]"),
+    ({'seeds': ['a']}, r"'seeds' must be .* got \[\"a\"\]"),
+    ({'seeds': [1, 1]}, "'seeds' must be"),
+    ({'seeds': [-1]}, "'seeds' must be"),
+    ({'seeds': [True]}, "'seeds' must be"),
+    ({'stops': [1]}, r"'stops' must be texts, got \[1\]"),
+    ({'stops': ['']}, "'stops' must be texts"),
+    ({'max_new_tokens': 0}, "'max_new_tokens' must be 1 or more, got 0"),
+    ({'temperature': -0.5}, "'temperature' must be 0 or more, got -0.5"),
+    ({'temperature': float('nan')}, "'temperature' must be 0 or more"),
+    ({'kind': 'perplexity', 'split': 'tets'}, "'split' must be one of"),
+    ({'kind': 'perplexity', 'window': 1}, "'window' must be 2 or more, got 1"),
+  ],
+)
+def test_tasks_that_are_wrong(tmp_path, change, message):
+  task = {'kind': 'generate', 'items': 'a', 'check': 'exact_match'}
+  if 'kind' in change:
+    task = {'text': 'sample'}
+  suite = {
+    'baseline': 'd',
+    'models': {'d': {'checkpoint': 'gemma3-270m'}},
+    'tasks': {'t': task | change},
+  }
+  path = tmp_path / 's.json'
+  path.write_text(json.dumps(suite))
   with pytest.raises(errors.ConfigError, match=message):
     _suite.read(path)
 

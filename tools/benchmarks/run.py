@@ -232,6 +232,8 @@ class _Bench:
         self._fail(name, task, e)
       return
     for task in tasks:
+      if not self._missing(name, [task]):
+        continue  # It was measured just now, as another task.
       _cli.note(f'{name}: {task} ...')
       try:
         self._measure_pair(name, task, loaded, tokenizer)
