@@ -226,6 +226,8 @@ def test_a_baseline_that_cannot_be_loaded(fake):
   fake.suite['challengers'] = ['int8']
   assert fake() == 3
   assert fake.measured == [] and '6 of 6 pairs are missing' in fake.report()
+  # It is tried once.
+  assert fake.loaded == ['dense']
 
 
 def test_a_fault_of_the_program_is_no_result(fake):
@@ -370,15 +372,24 @@ def test_data_are_read_first(fake, capsys):
 
 
 def test_no_nan_is_stored(tmp_path):
-  results = _records.Results(tmp_path / 'r.jsonl')
-  results.append({'key': 'a', 'nll': [1.0]})
+  results = _records.Results(tmp_path / 'r.jsonl', 'x')
+  record = {'key': 'a', 'nll': [1.0], 'code_sha256': 'x'}
+  results.append(record)
   with pytest.raises(errors.NonFiniteError):
-    results.append({'key': 'b', 'nll': [float('inf')]})
-  assert results.find('b') is None and results.find('a') == {
-    'key': 'a',
-    'nll': [1.0],
-  }
+    results.append(record | {'key': 'b', 'nll': [float('inf')]})
+  assert results.find('b') is None and results.find('a') == record
   assert (tmp_path / 'r.jsonl').read_text().count('\n') == 1
+
+
+def test_of_other_code_there_may_be_none(tmp_path):
+  path = tmp_path / 'r.jsonl'
+  for code in 'xyz':
+    _records.Results(path, code).append({'key': 'a', 'code_sha256': code})
+  find = lambda code, **kwargs: _records.Results(path, code, **kwargs).find('a')
+  assert find('y')['code_sha256'] == 'y' and find('w') is None
+  # Its own where it is there, else the last.
+  assert find('x', others=True)['code_sha256'] == 'x'
+  assert find('w', others=True)['code_sha256'] == 'z'
 
 
 def test_a_peer_of_nan(tmp_path):

@@ -178,18 +178,19 @@ def provenance(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 class Results:
   """A file of lines, one a result."""
 
-  def __init__(self, path: pathlib.Path, code: str = ''):
+  def __init__(self, path: pathlib.Path, code: str, *, others: bool = False):
     """Reads the file.
 
     Args:
       path: The file; it need not be there.
-      code: Hash of the code whose results are wanted; '' for any.
+      code: Hash of the code whose results are wanted.
+      others: Whether those of other code will do where there are none.
 
     Raises:
       DataError: If a line is no result. A torn last line is what a kill left:
         it is passed over.
     """
-    self._path, self._code = path, code
+    self._path, self._code, self._others = path, code, others
     self._known: dict[str, dict[str, Any]] = {}
     if not path.exists():
       return
@@ -206,8 +207,10 @@ class Results:
         _cli.note(f'{path}: the last line is torn; measured again.')
 
   def _add(self, record: dict[str, Any]) -> None:
-    if self._code in ('', record.get('code_sha256')):
-      self._known[record['key']] = record
+    key, own = record['key'], record.get('code_sha256') == self._code
+    known = self._known.get(key, {}).get('code_sha256') == self._code
+    if own or (self._others and not known):
+      self._known[key] = record
 
   def find(self, key: str) -> dict[str, Any] | None:
     """The result of a key, or `None`."""

@@ -140,18 +140,26 @@ class _Baseline:
     self._spec = spec
     self._loaded: _measure.Loaded | None = None
     self._tokenizer: Any = None
+    self._error: Exception | None = None
 
   def get(self) -> _measure.Loaded:
+    if self._error is not None:  # It would fail again.
+      raise self._error
     if self._loaded is None:
       _cli.note(f'{self._spec.name}: loading ...')
-      self._loaded, self._tokenizer = _measure.load(self._spec, None)
-      if self._tokenizer is None:
-        raise errors.TokenizerError(
-          f'The baseline {self._spec.name!r} has no tokenizer.'
-        )
+      try:
+        self._loaded, self._tokenizer = _measure.load(self._spec, None)
+        if self._tokenizer is None:
+          raise errors.TokenizerError(
+            f'The baseline {self._spec.name!r} has no tokenizer.'
+          )
+      except _FAILURES as e:
+        self._error = e.with_traceback(None)
+        raise
     return self._loaded
 
   def tokenizer(self) -> Any:
+    """The baseline's own, which may outlive it."""
     if self._tokenizer is None:
       self.get()
     return self._tokenizer
@@ -179,7 +187,8 @@ class _Bench:
     self._name = pathlib.Path(args.suite).stem
     self._results = _records.Results(
       output / 'results.jsonl',
-      about['code_sha256'] if args.code == 'same' else '',
+      about['code_sha256'],
+      others=args.code == 'any',
     )
     self._sources = {
       name: _measure.source_of(task) for name, task in suite.tasks.items()
