@@ -135,6 +135,22 @@ def test_files_that_are_none(files, tmp_path, text):
   (tmp_path / 'text.gguf').write_text('no model')
   with pytest.raises(errors.CheckpointError, match='cannot load'):
     _llama_cpp.LlamaCpp(tmp_path / text)
+  if text == 'text.gguf':
+    for quantize in ('', 'Q4_0'):
+      spec = _suite.Model(
+        name='m',
+        kind='gguf',
+        source=str(tmp_path / text),
+        quantize=quantize,
+      )
+      with pytest.raises(errors.CheckpointError, match='cannot be read'):
+        _measure.load(spec, None)
+
+
+def test_what_qwix_refuses(dense):
+  pytest.importorskip('qwix')
+  with pytest.raises(errors.ConfigError, match='qwix refuses it: .*100'):
+    _jax_peers.load(str(dense), 'qwix int4 g100')
 
 
 def _sizes(dense):

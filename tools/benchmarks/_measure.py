@@ -169,22 +169,23 @@ def _load_gguf(spec: _suite.Model) -> Loaded:
   )
   if not path.is_file():
     raise errors.ConfigError(f'Model {spec.name!r}: no file {source!r}.')
-  folder = None
-  if spec.quantize:
-    folder = tempfile.TemporaryDirectory()
-    made = pathlib.Path(folder.name) / 'quantized.gguf'
-    _requantize.requantize(path, made, spec.quantize)
-    path = made
-  loaded = Loaded(
-    # Without the vocabulary, which ours are counted without as well.
-    nbytes=_requantize.tensor_bytes(path),
-    dense_bytes=0,
-    peer=_llama_cpp.LlamaCpp(path),
-  )
   # Open files outlive their names.
-  if folder is not None:
-    folder.cleanup()
-  return loaded
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      if spec.quantize:
+        made = pathlib.Path(folder) / 'quantized.gguf'
+        _requantize.requantize(path, made, spec.quantize)
+        path = made
+      # Without the vocabulary, which ours are counted without as well.
+      nbytes = _requantize.tensor_bytes(path)
+    except errors.GemmaExtError:
+      raise
+    except (ValueError, KeyError, IndexError, OSError) as e:  # Of `gguf`.
+      raise errors.CheckpointError(
+        f'Model {spec.name!r}: {source!r} cannot be read or quantised: {e}'
+      ) from e
+    peer = _llama_cpp.LlamaCpp(path)
+  return Loaded(nbytes=nbytes, dense_bytes=0, peer=peer)
 
 
 def source_of(task: _suite.Task) -> Source:

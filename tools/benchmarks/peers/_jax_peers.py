@@ -81,7 +81,7 @@ def load(name: str, peer: str) -> tuple[ckpts.Checkpoint, Any, Any, int]:
 
   Raises:
     OptionalDependencyError: If qwix is missing.
-    ConfigError: If the checkpoint is compressed already.
+    ConfigError: If the checkpoint is compressed already, or qwix refuses.
   """
   spec = check(peer)
   dense = ckpts.load(
@@ -95,7 +95,12 @@ def load(name: str, peer: str) -> tuple[ckpts.Checkpoint, Any, Any, int]:
     dtype = {4: jnp.int4, 8: jnp.int8}[bits]
     model = gm.nn.IntWrapper(model=dense.model, dtype=dtype)
     return dense, model, params, _nbytes(params)
-  params, nbytes = _qwix(dense, spec)
+  try:
+    params, nbytes = _qwix(dense, spec)
+  except errors.GemmaExtError:
+    raise
+  except (ValueError, NotImplementedError) as e:
+    raise errors.ConfigError(f'peer: {peer!r}: qwix refuses it: {e}') from e
   return dense, dense.model, params, nbytes
 
 
