@@ -52,6 +52,7 @@ CANDIDATES: tuple[recipe_lib.Method, ...] = (
       (6, 64, _BYTE),
       (6, 32, _BYTE),
       (6, 32, 'bf16'),
+      (7, 64, _BYTE),
       (8, 128, 'bf16'),
       (8, 32, 'bf16'),
     )

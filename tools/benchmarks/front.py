@@ -306,18 +306,19 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
     model, params, bench.statistics, known=known, keep=keep, progress=True
   )
   names = _budgeted.reserve(found, params)
-  # What was measured already is not measured again.
-  found = gx_compress.refined(
-    found,
-    [gx_compress.Budget(share=share) for share in _CORRECTED],
-    model,
-    params,
-    bench.statistics,
-    bench.unseen,
-    reserve=names,
-    keep=keep,
-    progress=True,
-  )
+  for share in _CORRECTED:
+    budget = gx_compress.Budget(share=share)
+    chosen = gx_compress.solve(found, budget, reserve=names)
+    if not found.covers(chosen.plain_losses()):
+      found = gx_compress.corrected(
+        chosen,
+        model,
+        params,
+        bench.statistics,
+        bench.unseen,
+        keep=keep,
+        progress=True,
+      )
   return found
 
 
