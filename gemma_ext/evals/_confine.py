@@ -124,11 +124,14 @@ def _new_namespaces() -> bool:
   """Returns whether one of users was needed, as it is but for root."""
   spaces = os.CLONE_NEWNS | os.CLONE_NEWPID | os.CLONE_NEWNET | os.CLONE_NEWIPC
   user, group = os.geteuid(), os.getegid()
-  if not user:
+  with open('/proc/self/uid_map') as f:
+    initial = f.read().split() == ['0', '0', '4294967295']
+  if not user and initial:
     try:
       os.unshare(spaces)
       return False
     except PermissionError:
+      # Root of a container, without its privileges.
       pass
   os.unshare(spaces | os.CLONE_NEWUSER)
   for name, value in (
