@@ -15,8 +15,9 @@ whatever the exit status.
 What this does not guard against: a program shares its process with its test,
 so that one that means to can make the test pass (objects equal to everything,
 another `check`) or send the number back itself, if it knows this code. Memory
-is limited by process, not in all, and a flaw in the kernel is a way out: it is
-no virtual machine.
+is limited by process, not in all; for root without CAP_SYS_ADMIN, as in a
+container, processes are not counted, so that only time limits them. And a flaw
+in the kernel is a way out: it is no virtual machine.
 """
 
 from __future__ import annotations

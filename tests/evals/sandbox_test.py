@@ -16,17 +16,32 @@ from gemma_ext import errors
 from gemma_ext import evals
 from gemma_ext.evals import _sandbox
 
+# What the kernel has to permit, and no more: where it does and programs cannot
+# be confined all the same, the tests fail.
+_PROBE = """
+import ctypes, errno, os
+spaces = os.CLONE_NEWNS | os.CLONE_NEWPID | os.CLONE_NEWNET | os.CLONE_NEWIPC
+try:
+  os.unshare(spaces)
+except PermissionError:
+  os.unshare(spaces | os.CLONE_NEWUSER)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall(442, -1, b'', 0, None, 0)
+if ctypes.get_errno() == errno.ENOSYS:
+  raise OSError('no mount_setattr')
+"""
+
 
 def _refusal() -> str:
-  try:
-    _sandbox.require_sandbox()
-  except errors.BackendError as e:
-    return str(e)
-  return ''
+  command = [sys.executable, '-I', '-S', '-c', _PROBE]
+  said = subprocess.run(command, capture_output=True, text=True).stderr
+  return said.strip().splitlines()[-1] if said else ''
 
 
 _REFUSAL = _refusal()
-needs_sandbox = pytest.mark.skipif(bool(_REFUSAL), reason=_REFUSAL)
+needs_sandbox = pytest.mark.skipif(
+  bool(_REFUSAL), reason=f'The kernel refuses namespaces: {_REFUSAL}.'
+)
 
 
 def _processes(harness: int) -> list[int]:
@@ -359,6 +374,19 @@ def test_where_it_cannot_be_confined_nothing_runs(
   assert not mark.exists()
   with pytest.raises(errors.BackendError, match='user.max_user_namespaces'):
     evals.require_sandbox()
+
+
+@pytest.mark.skipif(not _REFUSAL, reason='The kernel permits namespaces.')
+def test_where_the_kernel_refuses_nothing_runs():
+  assert not _sandbox.available()
+  with pytest.raises(errors.BackendError, match='user.max_user_namespaces'):
+    _sandbox.run('pass')
+
+
+@needs_sandbox
+def test_where_the_kernel_permits_programs_run():
+  evals.require_sandbox()
+  assert _sandbox.available()
 
 
 def test_elsewhere_than_on_linux_nothing_runs(monkeypatch):
