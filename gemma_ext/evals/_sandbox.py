@@ -86,9 +86,9 @@ def run(program: str, *, seconds: float = 10.0) -> Outcome:
       process = subprocess.Popen(
         [sys.executable, '-I', '-S', '-c', _CONFINE]
         + [str(number) for number in (*numbers, len(source))],
-        stdin=theirs,
+        stdin=theirs.fileno(),
         stdout=subprocess.DEVNULL,
-        stderr=theirs,
+        stderr=theirs.fileno(),
         cwd='/',
         env={},
         start_new_session=True,
