@@ -8,9 +8,8 @@ process in there, and the kernel ends it when the first process ends. The third
 has no privileges and runs the program.
 
 The tree holds the interpreter, its library and the system's libraries, read
-only, and an empty folder in memory. Nothing else of the disk is in it, neither
-/home nor /etc nor /proc. It is what is known to be harmless, not all but what
-is known to be secret.
+only, and an empty folder in memory. Nothing else of the disk is in it, and no
+/proc: what is needed is shown, rather than what is secret hidden.
 """
 
 from __future__ import annotations
