@@ -347,6 +347,14 @@ def test_a_format_says_how_answers_are_judged(tmp_path):
   assert options['items'] == 'tfds:gsm8k'
 
 
+def test_code_is_refused_before_a_model_writes_it(tmp_path, monkeypatch):
+  options = {'check': 'code', 'items': str(tmp_path / 'not there.jsonl')}
+  task = _suite.Task(name='t', kind='generate', options=options)
+  monkeypatch.setattr('sys.platform', 'darwin')
+  with pytest.raises(errors.BackendError, match='cannot confine programs'):
+    _measure.data_of(task, None)
+
+
 def test_the_suites_in_the_repo_are_valid():
   for path in (run.pathlib.Path(run.__file__).parent / 'suites').glob('*.json'):
     assert _suite.read(path).tasks

@@ -167,7 +167,11 @@ def data_of(task: _suite.Task, tokenizer: Any) -> tuple[Any, str]:
       max_tokens=options['max_tokens'] or None,
     )
     return (windows, [len(d.text.encode()) for d in documents]), windows.sha256
-  kind = _KINDS.get(options.get('check', task.kind), evals.Question)
+  check = options.get('check', task.kind)
+  if check == 'code':
+    # Before the model has written anything, not after.
+    evals.require_sandbox()
+  kind = _KINDS.get(check, evals.Question)
   items = evals.load_items(
     options['items'],
     kind,
