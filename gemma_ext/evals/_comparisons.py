@@ -75,7 +75,8 @@ class Comparison:
     p_value: Two-sided, of no difference.
     smallest: The smallest difference that so many items would have shown with
       a probability of 80%. Of right and wrong answers never less than what
-      shows if all that differ do so in one direction.
+      shows if all that differ do so in one direction; infinity if they are so
+      few that nothing would.
     higher_is_better: Whether a score is something to have more of.
   """
 
@@ -183,7 +184,10 @@ def compare(
       )
     t = scipy.stats.t(found.freedom)
     smallest = (t.ppf((1 + level) / 2) + t.ppf(_POWER)) * found.error
-    smallest = max(smallest, least)
+    if least:
+      # Of so few items even a difference of 1 may not show.
+      smallest = max(smallest, least)
+      smallest = smallest if smallest <= 1 else math.inf
     if found.error > 0:
       p_value = float(2 * t.sf(abs(found.value) / found.error))
     else:
@@ -312,7 +316,7 @@ def _of_answers(
     dataclasses.replace(
       found, low=max(found.low, -1.0), high=min(found.high, 1.0)
     ),
-    min(z**2 / plain.clusters, 1.0),
+    z**2 / plain.clusters,
   )
 
 

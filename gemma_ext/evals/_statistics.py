@@ -56,6 +56,7 @@ class Interval:
     units: Units that were resampled.
     error: The jackknife's standard error of the statistic's logarithm.
     freedom: Its degrees of freedom.
+    p_value: Of a ratio: two-sided, that it is 1. NaN if there is only one unit.
   """
 
   value: float
@@ -66,16 +67,7 @@ class Interval:
   units: int
   error: float = math.nan
   freedom: float = math.nan
-
-  @property
-  def p_value(self) -> float:
-    """Of a ratio: two-sided, that it is 1. NaN if there is only one unit."""
-    if self.error == 0:
-      return float(self.value == 1)
-    if not 0 < self.value < math.inf:
-      return math.nan
-    t = abs(math.log(self.value)) / self.error
-    return float(2 * scipy.stats.t.sf(t, self.freedom))
+  p_value: float = math.nan
 
   @property
   def smallest(self) -> float:
@@ -129,7 +121,7 @@ def bootstrap_ci(
     )
   n = nll.size
   log_value = nll.sum() / tokens.sum()
-  low = high = error = freedom = math.nan
+  low = high = error = freedom = p_value = math.nan
   if n > 1:
     share = tokens / tokens.sum()
     effective = max(1 / np.square(share).sum(), 1.5)
@@ -139,6 +131,9 @@ def bootstrap_ci(
     error = math.sqrt(np.square(moved).sum() * (n - 1) / n)
     t = scipy.stats.t.ppf((1 + level) / 2, freedom)
     tail = scipy.stats.norm.cdf(-t * math.sqrt(effective / (effective - 1)))
+    p_value = float(log_value == 0)
+    if error > 0:
+      p_value = float(2 * scipy.stats.t.sf(abs(log_value) / error, freedom))
     draws = _resample(nll, tokens, resamples, np.random.default_rng(seed))
     low, high = np.quantile(draws, [tail, 1 - tail])
     low = min(low, log_value - t * error)
@@ -152,6 +147,7 @@ def bootstrap_ci(
     units=n,
     error=error,
     freedom=freedom,
+    p_value=p_value,
   )
 
 

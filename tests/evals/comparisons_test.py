@@ -178,6 +178,8 @@ def test_answers_in_clusters_that_never_differ():
   assert found.smallest > 2 * alone.smallest
   runs = evals.compare(np.ones((2, 60)), np.ones((2, 60)))
   assert runs.difference.high >= alone.difference.high
+  # Of three items not even a difference of 1.
+  assert evals.compare(np.ones(3), np.zeros(3)).smallest == math.inf
   # Graded scores say by themselves how much they may differ.
   assert evals.compare(same / 2, same / 2).difference.high == 0
 
