@@ -130,6 +130,26 @@ def test_verdicts_follow_adjusted_p_values():
   assert duels[0].line.p_value == found.p_value
 
 
+def test_the_terminal_shows_values_and_changes(capsys):
+  base = 300 + np.random.default_rng(0).standard_normal(20)
+  lines = _summary.summarise(
+    [
+      _texts('base', base),
+      _texts('a', base + 1),
+      _skipped('b', 't', 'perplexity', shape='Gemma3_1B'),
+    ],
+    'base',
+  )
+  sizes = {m: {'bytes': 8, 'dense_bytes': 16} for m in ('base', 'a', 'b')}
+  _reports.show('of base', _reports.tables(lines, sizes))
+  values, _, rest = capsys.readouterr().out.partition('Changes')
+  changes, _, left_out = rest.partition('Not run')
+  assert 'of base' in values and 'bits/byte' in values and 'not run' in values
+  assert values.count('perplexity') == 2 and 'perplexity' not in changes
+  assert 'ratio 1.0101' in changes and 'worse' in changes
+  assert 'a shape has no weights' in left_out and 'Holm' in left_out
+
+
 def test_answers_that_never_differ_are_not_known_to_be_the_same():
   same = [_quiz(m, np.ones(40)) for m in ('base', 'a')]
   own, line = _summary.summarise(same, 'base')

@@ -183,9 +183,14 @@ def _size(size: Mapping[str, int]) -> tuple[str, str]:
 
 
 def show(title: str, found: Sequence[Table]) -> None:
-  """Prints the tables."""
-  for table in found:
-    _cli.print_table(table.title or title, table.head, table.rows)
+  """Prints the tables, the first in two, as terminals are narrow."""
+  (first, *others), end = found, _HEAD.index('change')
+  _cli.print_table(title, first.head[:end], [r[:end] for r in first.rows])
+  changes = [(*row[:2], *row[end:]) for row in first.rows if row[end]]
+  if changes:
+    _cli.print_table('Changes', (*_HEAD[:2], *_HEAD[end:]), changes)
+  for table in others:
+    _cli.print_table(table.title, table.head, table.rows)
   _cli.console().print(_LEGEND)
 
 
