@@ -17,7 +17,7 @@ that only the baseline has are put to them, as Bonett and Price do ("Adjusted
 Wald Confidence Interval for a Difference of Binomial Proportions Based on
 Paired Data", J. Educ. Behav. Stat. 2012; recommended by Fagerland, Lydersen and
 Laake, "Recommended Tests and Confidence Intervals for Paired Binomial
-Proportions", Stat. Med. 2014).
+Proportions", Stat. Med. 2014), here with a t quantile in place of a normal one.
 
 Coverage is measured in `tests/evals/comparisons_test.py`: 93 to 97%, and more
 where few answers differ or runs are alike.
