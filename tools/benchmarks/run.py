@@ -14,7 +14,8 @@ measured again. The headline is the paired change against the baseline with its
 
 Writes report.md, report.html (needs nothing else), junit.xml, and
 benchmark.json for CI actions. With --gate, repeatable, the exit status is 1 if
-a whole interval is beyond a bound.
+a whole interval is beyond a bound, or there is none; `perplexity_ratio<=1.02`
+is of all tasks of perplexity.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 def _run(args: Any) -> list[str]:
   suite = _suite.read(args.suite)
-  gates = [_summary.Gate.parse(text, [*suite.tasks]) for text in args.gate]
+  gates = [_summary.Gate.parse(text, suite) for text in args.gate]
+  _reports.check_plots()
   output = pathlib.Path(args.output)
   output.mkdir(parents=True, exist_ok=True)
   results = output / 'results.jsonl'
@@ -123,8 +125,7 @@ def _run(args: Any) -> list[str]:
     for key in wanted.values():
       record = known[key] | {'model': name}
       sizes[name] = {k: record[k] for k in ('bytes', 'dense_bytes')}
-      if not record['skipped']:
-        records.append(record)
+      records.append(record)
   dense = sizes[suite.baseline]['dense_bytes']
   for size in sizes.values():
     # Of a file of another program: the same model, dense.
@@ -132,9 +133,7 @@ def _run(args: Any) -> list[str]:
   lines = _summary.summarise(records, suite.baseline)
   title = f'{pathlib.Path(args.suite).stem}, against {suite.baseline}'
   fights = _summary.duels(records, sizes, suite.challengers, suite.baseline)
-  _reports.table(
-    title, _reports.rows(lines, sizes), _reports.duels(fights, sizes)
-  )
+  _reports.show(title, _reports.tables(lines, sizes, fights))
   _reports.write_all(output, title, lines, sizes, gates, about, fights)
   failed = [text for gate in gates for text in gate.failures(lines)]
   for text in failed:
