@@ -32,13 +32,14 @@ class Budgeted:
 
   Attributes:
     allocation: The choice.
-    statistics: What weights are to be fitted with.
+    statistics: What weights are to be fitted with; none of a dry run that
+      needed none.
     checkpoint: The dense checkpoint.
     unseen: The part of the calibration text that the statistics did not see.
   """
 
   allocation: gx_compress.Allocation
-  statistics: gx_compress.Statistics
+  statistics: gx_compress.Statistics | None
   checkpoint: ckpts.Checkpoint
   unseen: Any
 
@@ -196,30 +197,54 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
   known = None
   if args.sensitivities and os.path.exists(args.sensitivities):
     known = gx_compress.read_sensitivities(args.sensitivities)
-  found_on = statistics(args, checkpoint, text.fitted, text.counted)
+    mark = gx_compress.text_fingerprint(
+      text.fitted, text.counted, seed=args.seed
+    )
+    gx_compress.check_known(known, model, params, mark)
 
   def keep(found: gx_compress.Sensitivities) -> None:
     if args.sensitivities:
       _cli.write_json(args.sensitivities, found.to_json())
 
-  found = gx_compress.sensitivities(
-    model, params, found_on, known=known, keep=keep, progress=True
-  )
+  if args.dry_run and known is not None and known.complete:
+    found, found_on = known, None
+  else:
+    if args.dry_run:
+      _cli.note(
+        'Measures first what each width of each weight costs; --sensitivities'
+        ' keeps that, and other dry runs take seconds.'
+      )
+    found_on = statistics(args, checkpoint, text.fitted, text.counted)
+    found = gx_compress.sensitivities(
+      model, params, found_on, known=known, keep=keep, progress=True
+    )
   names = reserve(found, params)
-  if not found.corrections and not args.dry_run:
+  allocation = gx_compress.solve(found, budget, reserve=names)
+  # The first correction changes what is chosen. Those of other budgets hold
+  # for this one if they were measured near or around it.
+  least = 0 if found.corrections else gx_compress.CORRECTIONS
+  for i in range(gx_compress.CORRECTIONS):
+    covered = found.covers(allocation.plain_losses())
+    if found_on is None or args.dry_run or (i >= least and covered):
+      break
     found = gx_compress.refined(
       found,
-      [budget] * gx_compress.CORRECTIONS,
+      [budget],
       model,
       params,
       found_on,
       text.unseen,
       reserve=names,
+      keep=keep,
       progress=True,
     )
-    keep(found)
-  allocation = gx_compress.solve(found, budget, reserve=names)
+    allocation = gx_compress.solve(found, budget, reserve=names)
   print(_table(allocation))
+  if not found.covers(allocation.plain_losses()):
+    print(
+      'The loss is that of the second order: at one like this, what weights'
+      ' cost together has not been measured.'
+    )
   return Budgeted(
     allocation=allocation,
     statistics=found_on,

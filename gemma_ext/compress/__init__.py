@@ -40,10 +40,12 @@ from gemma_ext.compress._plan import plan
 from gemma_ext.compress._plan import PlanRow
 from gemma_ext.compress._registry import FITS
 from gemma_ext.compress._sensitivity import CANDIDATES
+from gemma_ext.compress._sensitivity import check_known
 from gemma_ext.compress._sensitivity import sensitivities
 from gemma_ext.compress._statistics import RANDOM_SHARE
 from gemma_ext.compress._statistics import Statistics
 from gemma_ext.compress._statistics import statistics
+from gemma_ext.compress._statistics import text_fingerprint
 from gemma_ext.compress._upcycle import upcycle
 
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import re
@@ -297,13 +297,14 @@ def corrected(
   statistics: _statistics.Statistics,
   tokens: Any,
   *,
+  keep: Callable[[_candidates.Sensitivities], None] = lambda found: None,
   progress: bool = False,
 ) -> _candidates.Sensitivities:
   """Returns sensitivities whose losses were measured for one allocation more.
 
   Each kind of weight is compressed as allocated, all others dense, and what
   that costs is measured as the divergence from the dense model. What was
-  measured before stays, where that was for another loss.
+  measured before stays; for the same loss nothing is measured again.
 
   Args:
     allocation: The choice to measure at.
@@ -312,13 +313,14 @@ def corrected(
     statistics: What its weights are fitted with.
     tokens: Token ids `[batch, length]` to measure on, which the statistics have
       not seen.
+    keep: Told the results so far after every kind, to be resumed from.
     progress: Whether to show progress bars.
   """
   found = allocation.sensitivities
-  corrections = dict(found.corrections)
   for kind, plain in sorted(allocation.plain_losses().items()):
     part = allocation.of_kind(kind)
-    if plain <= 0:
+    before = found.corrections.get(kind, ())
+    if plain <= 0 or any(abs(math.log(x / plain)) <= _SAME for x, _ in before):
       continue
     measured = _divergence.divergence(
       model,
@@ -330,15 +332,12 @@ def corrected(
       tokens,
       progress=progress,
     )
-    others = [
-      pair
-      for pair in corrections.get(kind, ())
-      if abs(math.log(pair[0] / plain)) > _SAME
-    ]
     # What is too small to be measured may come out below nothing.
-    measured = max(measured, _LEAST * plain)
-    corrections[kind] = (*sorted([*others, (plain, measured)]),)
-  return dataclasses.replace(found, corrections=corrections)
+    pair = plain, max(measured, _LEAST * plain)
+    corrections = {**found.corrections, kind: (*sorted([*before, pair]),)}
+    found = dataclasses.replace(found, corrections=corrections)
+    keep(found)
+  return found
 
 
 def refined(
@@ -350,6 +349,7 @@ def refined(
   tokens: Any,
   *,
   reserve: int = 0,
+  keep: Callable[[_candidates.Sensitivities], None] = lambda found: None,
   progress: bool = False,
 ) -> _candidates.Sensitivities:
   """Returns sensitivities corrected for one budget after the other.
@@ -364,6 +364,7 @@ def refined(
       params,
       statistics,
       tokens,
+      keep=keep,
       progress=progress,
     )
   return found
@@ -376,6 +377,7 @@ def allocate(
   calibration: Any,
   *,
   counted: Any = None,
+  reserve: int = 0,
   progress: bool = False,
 ) -> recipe_lib.Recipe:
   """Chooses the width of every weight under a budget.
@@ -400,6 +402,7 @@ def allocate(
     budget: A `Budget`, or what `Budget.parse` reads.
     calibration: Token ids `[batch, length]`, padded with 0.
     counted: More text of the kind, see `gx.compress.statistics`.
+    reserve: Bytes of the budget that are not for parameters, as of `solve`.
     progress: Whether to show progress bars.
 
   Returns:
@@ -426,6 +429,7 @@ def allocate(
     params,
     statistics,
     unseen,
+    reserve=reserve,
     progress=progress,
   )
-  return solve(found, budget).recipe
+  return solve(found, budget, reserve=reserve).recipe

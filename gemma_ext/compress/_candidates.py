@@ -16,8 +16,12 @@ import numpy as np
 from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 
-_JSON_VERSION = 5
+_JSON_VERSION = 6
 _MAX_JSON_BYTES = 1 << 26
+# Beyond the losses that corrections were measured at, how far they are taken to
+# hold, and the share of the whole below which a kind needs none.
+_FAR = 1.5
+_LITTLE = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,9 @@ class Sensitivities:
       what was measured, `(predicted, measured)` in ascending order.
     factors: What losses of a kind are multiplied by, if not by the mean of its
       corrections; see `at`.
-    fingerprint: Of model, parameters and text.
+    fingerprint: Of parameters, text and candidates, each a hash. Empty if they
+      are of no weights in particular.
+    measured: Weights that there are when all of them have been fitted.
     rows: Of bands of a table, their places `(start, stop)` in the order of
       `Statistics.order`, by path.
   """
@@ -63,8 +69,14 @@ class Sensitivities:
     default_factory=dict
   )
   factors: dict[str, float] = dataclasses.field(default_factory=dict)
-  fingerprint: str = ''
+  fingerprint: dict[str, str] = dataclasses.field(default_factory=dict)
+  measured: int = 0
   rows: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def complete(self) -> bool:
+    """Whether every weight has been fitted."""
+    return 0 < self.measured <= len(self.candidates)
 
   @property
   def bfloat16_bytes(self) -> int:
@@ -97,11 +109,30 @@ class Sensitivities:
         found[kind] = math.exp(float(np.interp(here, x, y - x)))
     return found
 
+  def covers(self, losses: Mapping[str, float]) -> bool:
+    """Whether corrections were measured near or around these plain losses.
+
+    Kinds that make up little of the whole need none.
+
+    Args:
+      losses: By kind, before corrections.
+    """
+    factors = self.at(losses)
+    costs = {kind: x * factors.get(kind, 1.0) for kind, x in losses.items()}
+    for kind, loss in losses.items():
+      if costs[kind] <= _LITTLE * sum(costs.values()):
+        continue
+      pairs = self.corrections.get(kind, ())
+      if not pairs or not (pairs[0][0] / _FAR <= loss <= pairs[-1][0] * _FAR):
+        return False
+    return True
+
   def to_json(self) -> dict[str, Any]:
     """Returns all as plain JSON values."""
     return {
       'version': _JSON_VERSION,
-      'fingerprint': self.fingerprint,
+      'fingerprint': dict(self.fingerprint),
+      'measured': self.measured,
       'weights': self.weights,
       'other_bytes': self.other_bytes,
       'corrections': {
@@ -128,27 +159,30 @@ class Sensitivities:
     fields = {
       'version',
       'fingerprint',
+      'measured',
       'weights',
       'other_bytes',
       'corrections',
       'rows',
       'candidates',
     }
+    if isinstance(data, dict) and data.get('version', _JSON_VERSION) != (
+      _JSON_VERSION
+    ):
+      raise errors.RecipeError(
+        f'Version {data["version"]!r} of sensitivities is not supported,'
+        f' expected {_JSON_VERSION}.'
+      )
     if not isinstance(data, dict) or set(data) != fields:
       got = sorted(data) if isinstance(data, dict) else type(data).__name__
       raise errors.RecipeError(
         f'Sensitivities in JSON have the keys {sorted(fields)}, got {got}.'
       )
-    if data['version'] != _JSON_VERSION:
-      raise errors.RecipeError(
-        f'Version {data["version"]!r} of sensitivities is not supported,'
-        f' expected {_JSON_VERSION}.'
-      )
     numbers = {
       name: _number(name, data[name], whole=True)
-      for name in ('weights', 'other_bytes')
+      for name in ('measured', 'weights', 'other_bytes')
     }
-    for name in ('corrections', 'candidates', 'rows'):
+    for name in ('corrections', 'candidates', 'rows', 'fingerprint'):
       if not isinstance(data[name], dict):
         raise errors.RecipeError(f'{name!r} must be an object by name.')
     corrections, candidates = data['corrections'], data['candidates']
@@ -161,7 +195,7 @@ class Sensitivities:
         kind: _pairs_from_json(f'corrections.{kind}', pairs)
         for kind, pairs in corrections.items()
       },
-      fingerprint=str(data['fingerprint']),
+      fingerprint={k: str(v) for k, v in data['fingerprint'].items()},
       rows={
         path: _rows_from_json(path, rows) for path, rows in data['rows'].items()
       },

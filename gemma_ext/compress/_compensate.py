@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ _REFIT = 1 << 24
 # Times that whole numbers are rounded anew: three take nine tenths of what
 # there is to be had.
 _SWEEPS = 3
+# Columns that are rounded before the others hear of it.
+_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,14 @@ class Factored:
   Attributes:
     hessian: Second moments of the inputs, `[I, I]`.
     upper: Upper Cholesky factor of its damped inverse.
+    order: Columns, those with the largest second moments first, int32 `[I]`.
+    upper_in_order: As `upper`, of the columns in this order.
   """
 
   hessian: jax.Array
   upper: jax.Array
+  order: jax.Array
+  upper_in_order: jax.Array
 
   @classmethod
   def of(cls, hessian: Any, damping: float = 0.01) -> Factored:
@@ -55,7 +62,13 @@ class Factored:
     hessian = jnp.asarray(hessian)
     if not bool(jnp.all(jnp.isfinite(hessian))):
       raise errors.NonFiniteError('The hessian holds NaN or infinity.')
-    return cls(hessian=hessian, upper=jnp.asarray(_factor(hessian, damping)))
+    order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
+    return cls(
+      hessian=hessian,
+      upper=jnp.asarray(_factor(hessian, damping)),
+      order=order,
+      upper_in_order=jnp.asarray(_factor(hessian[order][:, order], damping)),
+    )
 
 
 def compensate(
@@ -65,14 +78,17 @@ def compensate(
   fmt: Any,
   hessian: jax.Array | Factored,
   damping: float = 0.01,
+  activation_order: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
   """Fits `w` column by column; no row ends worse than its diagonal fit.
 
   Scales of a group are fitted to the weights as compensation has left them;
   its columns are then rounded one after the other, each one's error moved to
-  the columns that are still to come. Integers are then rounded again, each
-  where it is best given all others: columns that came first had not seen what
-  became of the later ones.
+  the columns that are still to come. Integers are rounded with the same scales
+  in activation order as well: columns with large inputs first, while there are
+  many others to make up for them. Both are then rounded again, each number
+  where it is best given all others, as columns that came first had not seen
+  what became of the later ones; rows keep what is better.
 
   Args:
     w: Weights `[N, I]`.
@@ -80,6 +96,7 @@ def compensate(
     fmt: Its packed format, with a group that divides I.
     hessian: Second moments of the inputs, `[I, I]`, factored or not.
     damping: Share of the mean diagonal that is added to it, if not.
+    activation_order: Whether integers are tried in that order as well.
 
   Returns:
     Codes and scales as `fit_ternary` and `fit_int` return them.
@@ -123,9 +140,21 @@ def compensate(
     scale = _refit_rows(w, codes, scale, hessian)
     tries.append((codes, scale))
   if isinstance(method, recipe_lib.Int):
-    for _ in range(_SWEEPS):
-      codes = _descend(w, codes[0], scale[0], hessian, bits=method.bits)[None]
-    tries.append((codes, scale))
+    starts = [codes[0]]
+    if activation_order:
+      starts.append(
+        _in_order(
+          w,
+          scale[0],
+          factored.upper_in_order,
+          factored.order,
+          bits=method.bits,
+        )
+      )
+    for found in starts:
+      for _ in range(_SWEEPS):
+        found = _descend(w, found, scale[0], hessian, bits=method.bits)
+      tries.append((found[None], scale))
   for found in tries:
     won = _error(w, *found, hessian) < _error(w, *best, hessian)
     won = won[:, None]
@@ -192,6 +221,33 @@ def _refit(w, codes, scale, hessian):
   step = step.reshape(rows, planes, groups)
   found = scale.astype(jnp.float32) + jnp.moveaxis(step, 0, 1)
   return kernels.round_scale(found, 'bf16').astype(scale.dtype)
+
+
+@functools.partial(jax.jit, static_argnames='bits')
+def _in_order(w, scale, upper, order, *, bits):
+  """Columns in this order, whatever their group, with scales as they are."""
+  rows, cols = w.shape
+  wide = jnp.repeat(scale.astype(jnp.float32), cols // scale.shape[-1], axis=-1)
+  size = math.gcd(cols, _BLOCK)
+  w, wide = w[:, order], wide[:, order]
+
+  def body(rest, a):
+    part = jax.lax.dynamic_slice(rest, (0, a), (rows, size))
+    s = jax.lax.dynamic_slice(wide, (0, a), (rows, size))
+    beyond = jax.lax.dynamic_slice(upper, (a, 0), (size, cols))
+    u = jax.lax.dynamic_slice(beyond, (0, a), (size, size))
+
+    def column(part, i):
+      q = _fit_int.round_codes(part[:, i][:, None], s[:, i], bits)[:, 0]
+      err = (part[:, i] - q * s[:, i]) / u[i, i]
+      return part - err[:, None] * u[i], (q.astype(jnp.int8), err)
+
+    _, (q, err) = jax.lax.scan(column, part, jnp.arange(size))
+    return rest - err.T @ beyond, q
+
+  _, codes = jax.lax.scan(body, w, jnp.arange(0, cols, size))
+  codes = codes.reshape(cols, rows).T
+  return jnp.zeros_like(codes).at[:, order].set(codes)
 
 
 @functools.partial(jax.jit, static_argnames='bits')

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import hashlib
-import json
 import math
 from typing import Any
 
@@ -23,6 +21,7 @@ from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _candidates
 from gemma_ext.compress import _compress
+from gemma_ext.compress import _fingerprint
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
 from gemma_ext.compress import _threads
@@ -53,6 +52,7 @@ CANDIDATES: tuple[recipe_lib.Method, ...] = (
       (6, 64, _BYTE),
       (6, 32, _BYTE),
       (6, 32, 'bf16'),
+      (7, 64, _BYTE),
       (8, 128, 'bf16'),
       (8, 32, 'bf16'),
     )
@@ -80,8 +80,7 @@ def sensitivities(
     candidates: Methods, for all weights; `CANDIDATES` by default.
     bands: Of the table of embeddings, bands of rows that have a choice each;
       `BANDS` by default.
-    known: Results so far, of the same fingerprint; weights in it are not
-      fitted again.
+    known: Results so far; weights in it are not fitted again.
     keep: Told the results so far after every weight, to be resumed from.
     progress: Whether to show a progress bar.
 
@@ -91,6 +90,7 @@ def sensitivities(
 
   Raises:
     ParamsMismatchError: If the parameters do not belong to the model.
+    RecipeError: If `known` was measured of something else.
   """
   candidates = CANDIDATES if candidates is None else candidates
   bands = BANDS if bands is None else bands
@@ -112,9 +112,9 @@ def sensitivities(
   abstract = _plan.abstract_params(model)
   size = lambda path: math.prod(abstract[path].shape)
   nbytes = lambda path: size(path) * abstract[path].dtype.itemsize
-  mark = fingerprint(flat, statistics, candidates, bands)
-  if known is not None and known.fingerprint != mark:
-    known = None
+  mark = _fingerprint.of(flat, statistics.text, candidates, bands)
+  if known is not None:
+    _check(known, mark)
   found = dict(known.candidates) if known else {}
   result = _candidates.Sensitivities(
     candidates=found,
@@ -123,6 +123,7 @@ def sensitivities(
     + sum(4 * sum(abstract[p].shape) for p in ordered),
     corrections=dict(known.corrections) if known else {},
     fingerprint=mark,
+    measured=len(sites),
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
   )
   made = _threads.each(
@@ -138,32 +139,42 @@ def sensitivities(
   return dataclasses.replace(result, candidates=ordered_found)
 
 
-def fingerprint(
-  flat: Mapping[str, Any],
-  statistics: _statistics.Statistics,
-  candidates: Sequence[recipe_lib.Method],
-  bands: int,
-) -> str:
-  """Returns a hash of parameters, statistics and candidates."""
-  digest = hashlib.sha256()
-  for path in sorted(flat):
-    leaf = flat[path]
-    # A sum tells parameters apart that differ by training, at no cost.
-    total = float(jnp.sum(jnp.abs(leaf.astype(jnp.float32))))
-    digest.update(f'{path} {leaf.shape} {leaf.dtype} {total!r};'.encode())
-  for path in sorted(statistics.outputs):
-    total = float(np.sum(statistics.outputs[path], dtype=np.float64))
-    digest.update(f'{path} {total!r};'.encode())
-  # What is not of the text alone: random tokens, and those that are expected.
-  for path in sorted(statistics.inputs):
-    size = float(np.linalg.norm(statistics.inputs[path].astype(np.float64)))
-    digest.update(f'{path} {size:.4g};'.encode())
-  expected = statistics.expected.astype(np.float64)
-  entropy = -float(expected @ np.log(np.maximum(expected, 1e-30)))
-  digest.update(f'{entropy:.4g} {bands};'.encode())
-  for method in candidates:
-    digest.update(json.dumps(method.to_json()).encode())
-  return digest.hexdigest()
+def check_known(
+  known: _candidates.Sensitivities,
+  model: nn.Module,
+  params: Mapping[str, Any],
+  text: str,
+  *,
+  candidates: Sequence[recipe_lib.Method] | None = None,
+  bands: int | None = None,
+) -> None:
+  """Raises an error unless these sensitivities are those of what is given.
+
+  Args:
+    known: What was measured.
+    model: The official model.
+    params: Its dense parameters.
+    text: `Statistics.text`, or `gx.compress.text_fingerprint`.
+    candidates: As of `sensitivities`.
+    bands: As of `sensitivities`.
+
+  Raises:
+    ParamsMismatchError: If the parameters do not belong to the model.
+    RecipeError: If they were measured of something else, saying of what.
+  """
+  flat = _compress.check_params(model, params)
+  candidates = CANDIDATES if candidates is None else candidates
+  bands = BANDS if bands is None else bands
+  _check(known, _fingerprint.of(flat, text, candidates, bands))
+
+
+def _check(known: _candidates.Sensitivities, mark: Mapping[str, str]) -> None:
+  if differences := _fingerprint.differences(known.fingerprint, mark):
+    raise errors.RecipeError(
+      f'These sensitivities were measured with other {differences}. They are'
+      ' kept as they are: give the path of another file, or remove this one, to'
+      ' measure again.'
+    )
 
 
 def _fitted(

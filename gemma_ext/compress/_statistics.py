@@ -34,6 +34,7 @@ import tqdm
 from gemma_ext import errors
 from gemma_ext.compress import _calibrate
 from gemma_ext.compress import _expected
+from gemma_ext.compress import _fingerprint
 from gemma_ext.compress import _taps
 from gemma_ext.nn import _config
 from gemma_ext.nn import _sites
@@ -70,6 +71,8 @@ class Statistics:
     steepness: Of the table: squared gradients with respect to looked up rows,
       over their mean, expected of each token, float32 `[V]`.
     tokens: Tokens that were seen.
+    text: Hash of what they were computed of, see `text_fingerprint`; empty of
+      statistics that were not made by `statistics`.
   """
 
   inputs: dict[str, np.ndarray]
@@ -80,6 +83,7 @@ class Statistics:
   varied: np.ndarray
   steepness: np.ndarray
   tokens: int
+  text: str = ''
 
   def loss(
     self, path: str, error: jax.Array, rows: np.ndarray | None = None
@@ -296,6 +300,36 @@ def statistics(
     varied=varied,
     steepness=steepness,
     tokens=int(count),
+    text=text_fingerprint(
+      tokens, counted, random_share=random_share, seed=seed
+    ),
+  )
+
+
+def text_fingerprint(
+  tokens: Any,
+  counted: Any = None,
+  *,
+  random_share: float = RANDOM_SHARE,
+  seed: int = 0,
+) -> str:
+  """Returns the `text` of the statistics of `statistics`, without a pass.
+
+  Args:
+    tokens: As of `statistics`.
+    counted: As of `statistics`.
+    random_share: As of `statistics`.
+    seed: As of `statistics`.
+
+  Raises:
+    ShapeError: If `tokens` is not a non-empty integer matrix of real tokens.
+  """
+  tokens = _calibrate.check_tokens(tokens)
+  more = None
+  if counted is not None and np.size(counted):
+    more = _calibrate.check_tokens(counted)
+  return _fingerprint.of_text(
+    tokens, more, random_share=random_share, seed=seed
   )
 
 

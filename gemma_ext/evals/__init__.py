@@ -26,6 +26,7 @@ from gemma_ext.evals._results import package_versions
 from gemma_ext.evals._results import paired_json
 from gemma_ext.evals._results import paired_ratio
 from gemma_ext.evals._results import PerplexityResult
+from gemma_ext.evals._sandbox import require_sandbox
 from gemma_ext.evals._sizes import weight_sizes
 from gemma_ext.evals._sizes import WeightSizes
 from gemma_ext.evals._statistics import bootstrap_ci

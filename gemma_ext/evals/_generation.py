@@ -109,6 +109,9 @@ def passes(
 ) -> float:
   """1 if the program that was written passes its test, confined.
 
+  To pass is to reach the end of the test: a program that ends early does not,
+  whatever its exit status.
+
   Args:
     item: The program's beginning and its test.
     written: What the model wrote after it.

@@ -3,24 +3,37 @@
 """Programs that a model wrote, run where they can do little harm.
 
 A process of its own, in namespaces without a network and without other
-processes, with limits of time, memory, files and processes, an empty
-environment and an empty folder that goes away. It is no virtual machine: files
-that anyone may read, it may read.
+processes, in a tree of files that holds Python and the system's libraries,
+read only, and one empty folder in memory that goes away; as nobody, without
+privileges, with limits of time, memory, files and processes and an empty
+environment. See `_confine` for how.
+
+A program has passed when its end was reached: a random number, which the
+confined process reads only then, has come back. To end early is to fail,
+whatever the exit status.
+
+What this does not guard against: a program shares its process with its test,
+so that one that means to can make the test pass (objects equal to everything,
+another `check`) or send the number back itself, if it knows this code. Memory
+is limited by process, not in all; for root without CAP_SYS_ADMIN, as in a
+container, processes are not counted, so that only time limits them. And a flaw
+in the kernel is a way out: it is no virtual machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
-import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 
 from gemma_ext import errors
+from gemma_ext.evals import _confine
 
 _MEMORY = 1 << 30
 _FILE = 1 << 20
@@ -28,25 +41,13 @@ _PROCESSES = 64
 _OUTPUT = 1 << 16
 # Python itself takes its time to begin on a busy machine.
 _START_SECONDS = 60.0
-
-# Runs before the program, in its process.
-_CONFINE = """
-import os, resource, sys
-seconds, memory, file, processes = map(int, sys.argv[2:6])
-os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWIPC)
-for what, most in (
-  (resource.RLIMIT_CPU, seconds),
-  (resource.RLIMIT_AS, memory),
-  (resource.RLIMIT_FSIZE, file),
-  (resource.RLIMIT_NPROC, processes),
-  (resource.RLIMIT_NOFILE, 64),
-  (resource.RLIMIT_CORE, 0),
-):
-  resource.setrlimit(what, (most, most))
-with open(sys.argv[1]) as f:
-  source = f.read()
-print('confined', file=sys.stderr, flush=True)
-exec(compile(source, 'program.py', 'exec'), {'__name__': '__main__'})
+# Imported, not run by its path: then it need not be compiled every time.
+_CONFINE = f"""
+import sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+import _confine
+del sys.path[0]
+_confine.main()
 """
 
 
@@ -55,7 +56,7 @@ class Outcome:
   """How a program ended.
 
   Attributes:
-    ok: Whether it ended by itself, with status 0, in time.
+    ok: Whether its end was reached, in time.
     why: '' or what it died of.
   """
 
@@ -68,66 +69,117 @@ def run(program: str, *, seconds: float = 10.0) -> Outcome:
 
   Args:
     program: Its source.
-    seconds: Of wall time from its first line on, and of processor time.
+    seconds: Of wall time from its first line on.
 
   Raises:
     BackendError: If this system cannot confine it. It is not run then.
   """
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'program.py'
-    path.write_text(program, encoding='utf-8', errors='replace')
-    limits = (max(1, round(seconds)), _MEMORY, _FILE, _PROCESSES)
-    with open(pathlib.Path(folder) / 'err', 'w+b') as log:
+  if sys.platform != 'linux':
+    raise _refusal(f'it is {sys.platform!r}')
+  source = program.encode(errors='replace')
+  nonce = os.urandom(_confine.NONCE)
+  # Of processor time a little more, so that it is the wall time that ends it.
+  numbers = (os.getpid(), math.ceil(seconds) + 1, _MEMORY, _FILE, _PROCESSES)
+  ours, theirs = socket.socketpair()
+  with ours:
+    with theirs:
       process = subprocess.Popen(
-        [sys.executable, '-I', '-S', '-c', _CONFINE, str(path)]
-        + [str(limit) for limit in limits],
-        stdin=subprocess.DEVNULL,
+        [sys.executable, '-I', '-S', '-c', _CONFINE]
+        + [str(number) for number in (*numbers, len(source))],
+        stdin=theirs.fileno(),
         stdout=subprocess.DEVNULL,
-        stderr=log,
-        cwd=folder,
+        stderr=theirs.fileno(),
+        cwd='/',
         env={},
         start_new_session=True,
       )
-      try:
-        _await_start(process, log.name)
-        status: int | None = process.wait(seconds)
-      except subprocess.TimeoutExpired:
-        status = None
-      finally:
-        # Children that it left behind, too.
-        try:
-          os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-          pass
+    try:
+      begun = _begin(ours, source + nonce)
+      heard = _listen(ours, seconds) if begun == _confine.CONFINED else None
+      if heard is not None:
         process.wait()
-      log.seek(0)
-      said = log.read(_OUTPUT).decode(errors='replace')
-  if not said.startswith('confined'):
-    raise errors.BackendError(
-      'This system cannot confine programs (Linux with user namespaces can),'
-      f' so that what a model wrote is not run: {said[-300:].strip()!r}.'
-    )
-  if status is None:
+    finally:
+      # With it go all that it started; see `_confine`.
+      process.kill()
+      process.wait()
+    if begun != _confine.CONFINED:
+      said = begun.decode(errors='replace').strip().splitlines()
+      raise _refusal(said[-1] if said else 'no answer')
+  if heard is None:
     return Outcome(ok=False, why=f'took more than {seconds:g} s')
-  lines = said.strip().splitlines()
-  return Outcome(ok=status == 0, why='' if status == 0 else lines[-1][:300])
+  if process.returncode == 0 and heard.endswith(nonce):
+    return Outcome(ok=True, why='')
+  lines = heard.decode(errors='replace').strip().splitlines()
+  early = f'ended early, with status {process.returncode}'
+  return Outcome(ok=False, why=lines[-1][:300] if lines else early)
 
 
-def _await_start(process: subprocess.Popen, log: str) -> None:
-  """Waits until the program begins, or cannot."""
-  latest = time.monotonic() + _START_SECONDS
-  while (
-    not os.path.getsize(log)
-    and process.poll() is None
-    and time.monotonic() < latest
-  ):
-    time.sleep(0.002)
+def _begin(channel: socket.socket, message: bytes) -> bytes:
+  """Returns `CONFINED`, or all that was said instead."""
+  heard = b''
+  channel.settimeout(_START_SECONDS)
+  try:
+    channel.sendall(message)
+    while heard != _confine.CONFINED:
+      # Of what comes after it, not a byte.
+      rest = len(_confine.CONFINED) - len(heard)
+      more = channel.recv(max(rest, 1))
+      if not more:
+        break
+      heard += more
+  except (TimeoutError, ConnectionError):
+    pass
+  return heard
+
+
+def _listen(channel: socket.socket, seconds: float) -> bytes | None:
+  """Returns the end of what is said until all have ended; `None` if late."""
+  heard = b''
+  latest = time.monotonic() + seconds
+  while (left := latest - time.monotonic()) > 0:
+    channel.settimeout(left)
+    try:
+      more = channel.recv(_OUTPUT)
+    except TimeoutError:
+      break
+    except ConnectionError:
+      # It ended without reading all that was sent.
+      return heard
+    if not more:
+      return heard
+    heard = (heard + more)[-_OUTPUT:]
+  return None
+
+
+def _refusal(reason: str) -> errors.BackendError:
+  return errors.BackendError(
+    'This system cannot confine programs, so that what a model wrote is not'
+    f' run: {reason}. Expected Linux 5.12 or later, and root or namespaces of'
+    ' users (sysctl user.max_user_namespaces above 0; where they are there,'
+    ' kernel.unprivileged_userns_clone=1 and'
+    ' kernel.apparmor_restrict_unprivileged_userns=0; in a container, a'
+    ' profile that permits them).'
+  )
+
+
+def require_sandbox() -> None:
+  """Raises an error unless programs can be confined here.
+
+  To be called before a model writes programs, which takes long.
+
+  Raises:
+    BackendError: If this system cannot confine programs; says what it needs.
+  """
+  found = run('pass', seconds=_START_SECONDS)
+  if not found.ok:
+    raise _refusal(found.why)
 
 
 @functools.cache
 def available() -> bool:
   """Whether programs can be confined here."""
   try:
-    return run('pass').ok
+    require_sandbox()
   except errors.BackendError:
     return False
+  return True

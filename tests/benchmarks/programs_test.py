@@ -58,7 +58,10 @@ def test_front(tmp_path, monkeypatch, capsys):
   assert (
     candidates.main([*argv[:2], f'--sensitivities={sensitivities}', *more]) == 0
   )
-  found = json.loads((tmp_path / 'more.json').read_text())['budgets']
+  found = json.loads((tmp_path / 'more.json').read_text())
+  (order,) = found['activation_order'].values()
+  assert order['least'] <= order['ratio'] <= order['most'] <= 1.001
+  found = found['budgets']
   assert [row['family'] for row in found] == ['low rank', 'planes']
   for row in found:
     assert 0 < row['loss_with'] <= row['loss'] * 1.001

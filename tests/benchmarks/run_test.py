@@ -4,6 +4,7 @@
 
 import html.parser
 import json
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +15,6 @@ from tests import tiny
 from tools.benchmarks import _measure
 from tools.benchmarks import _speed
 from tools.benchmarks import _suite
-from tools.benchmarks import _summary
 from tools.benchmarks import run
 
 _WORDS = 'the capital of a group is one river that flows'.split()
@@ -121,13 +121,16 @@ def test_reports(made):
   out = made / 'out'
   text = (out / 'report.md').read_text()
   assert '| int8 | texts |' in text and 'ratio 1.0' in text
-  assert '| 1b |  |' in text
+  assert '| 1b | texts |' in text and '| not run |' in text
+  assert '| 1b | quiz | a shape has no weights |' in text
   # Of no fewer bytes than the challenger, with tasks: one model.
   duels = text.partition('## Challengers')[2]
   assert duels.count('| other | ') == 3 and '| dense |' not in duels
   assert '| int8 |' in duels
   page = (out / 'report.html').read_text()
   html.parser.HTMLParser().feed(page)
+  for written in (text, page):
+    assert 'bits/byte' in written and 'adjusted by Holm' in written
   assert 'data:image/png;base64,' in page and 'http' not in page
   bench = json.loads((out / 'benchmark.json').read_text())
   assert all({'name', 'unit', 'value'} <= set(row) for row in bench)
@@ -135,10 +138,14 @@ def test_reports(made):
   units = {row['name']: row['unit'] for row in bench}
   assert units['int8: speed'] == 's/token'
   assert units['int8: speed.first'] == 's'
+  assert units['int8: quiz, error rate'] == 'errors/item'
+  assert units['int8: texts, bits per byte'] == 'bits/byte'
   for what in ('bytes', 'speed'):
     assert f'texts: quality against {what}' in page
   junit = ElementTree.parse(out / 'junit.xml').getroot()
-  assert junit.get('failures') == '0' and len(junit) == 15
+  assert junit.get('failures') == '0' and len(junit) == 19
+  assert junit.get('skipped') == str(len(junit.findall('testcase/skipped')))
+  assert junit.get('skipped') == '4'
 
 
 def test_gates(made, capsys):
@@ -150,6 +157,13 @@ def test_gates(made, capsys):
   assert junit.get('failures') == '1'
   assert 'texts_ratio' in junit.find('testcase/failure').get('message')
   assert run.main(_argv(made, '--gate=int8:texts_ratio<=1.05')) == 0
+  assert run.main(_argv(made, '--gate=int8:perplexity_ratio<=1.05')) == 0
+  assert run.main(_argv(made, '--gate=perplexity_ratio<=0.5')) == 1
+  capsys.readouterr()
+  assert run.main(_argv(made, '--gate=1b:quiz_difference>=-1')) == 1
+  assert '1b: a shape has no weights' in capsys.readouterr().err
+  junit = ElementTree.parse(made / 'out' / 'junit.xml').getroot()
+  assert 'no weights' in junit.find('testcase/failure').get('message')
   assert run.main(_argv(made, '--gate=quiz_difference>=-1')) == 0
   assert run.main(_argv(made, '--gate=speed_times>=1000')) == 1
   assert run.main(_argv(made, '--gate=other:speed.first_times<=1000')) == 0
@@ -193,96 +207,22 @@ def test_speed_of_a_shape_without_weights():
   }
 
 
-def test_speed_is_compared_round_by_round():
-  record = {
-    'model': 'a',
-    'task': 's',
-    'token_seconds': [0.1, 0.2] * 5,
-    'baseline_token_seconds': [0.2, 0.4] * 5,
-    'first_seconds': [1.0] * 10,
-    'baseline_first_seconds': [0.5] * 10,
-    'data_sha256': '',
+def test_without_matplotlib_it_fails_before_it_measures(
+  tmp_path, monkeypatch, capsys
+):
+  suite = {
+    'baseline': 'd',
+    'models': {'d': {'checkpoint': 'x'}, 'e': {'checkpoint': 'y'}},
+    'tasks': {'t': {'kind': 'perplexity', 'text': 'sample'}},
   }
-  token, first = _summary.summarise([record], 'base')
-  assert (token.metric, token.effect, token.change) == ('tokens/s', 'times', 2)
-  assert token.verdict == 'better' and token.value == pytest.approx(7.5)
-  assert (first.task, first.change, first.verdict) == ('s.first', 0.5, 'worse')
-  few = record | {'token_seconds': [0.1] * 3, 'first_seconds': [1.0] * 3}
-  few |= {f'baseline_{k}_seconds': [1.0] * 3 for k in ('token', 'first')}
-  # Of three rounds nothing is said.
-  assert _summary.summarise([few], 'base')[0].verdict == 'tied'
-
-
-def test_an_interval_decides():
-  rng = np.random.default_rng(0)
-  tokens = [100] * 30
-  base = 300 + 20 * rng.standard_normal(30)
-  record = lambda model, nll: {
-    'model': model,
-    'task': 't',
-    'nll': list(nll),
-    'tokens': tokens,
-    'text_bytes': [400] * 30,
-    'whole': True,
-    'data_sha256': 'x',
-  }
-  lines = _summary.summarise(
-    [
-      record('base', base),
-      record('worse', base + 2 + rng.standard_normal(30)),
-      record('same', base + rng.standard_normal(30)),
-    ],
-    'base',
-  )
-  found = {line.model: line for line in lines}
-  assert found['worse'].verdict == 'worse' and found['same'].verdict == 'tied'
-  assert found['worse'].change == pytest.approx(np.exp(0.02), abs=0.005)
-  assert found['worse'].p_value < 1e-6 < 0.01 < found['same'].p_value
-  assert found['same'].smallest < 1.01
-  assert found['base'].bits_per_byte == pytest.approx(
-    base.sum() / np.log(2) / 12_000
-  )
-  gate = _summary.Gate.parse('t_ratio<=1.01', ['t'])
-  assert len(gate.failures(lines)) == 1
-  other = record('other', base) | {'data_sha256': 'y'}
-  with pytest.raises(errors.DataError, match='on different data'):
-    _summary.summarise([record('base', base), other], 'base')
-
-
-def test_the_largest_challenger_of_no_more_bytes():
-  rng = np.random.default_rng(0)
-  record = lambda name, base: {
-    'model': name,
-    'task': 't',
-    'data_sha256': 'x',
-    'whole': True,
-    'nll': list(base + 100 + rng.standard_normal(30)),
-    'tokens': [100] * 30,
-    'text_bytes': [400] * 30,
-  }
-  added = {
-    'dense': 0,
-    'small': 20,
-    'mine': 10,
-    'large': 5,
-    'peer': 12,
-    'tiny': 9,
-  }
-  sizes = {
-    name: {'bytes': size}
-    for name, size in zip(added, (100, 20, 50, 80, 60, 10), strict=True)
-  }
-  records = [record(name, by) for name, by in added.items()]
-  mine = ('small', 'mine', 'large')
-  (duel,) = _summary.duels(records, sizes, mine, 'dense')
-  assert (duel.model, duel.line.model) == ('peer', 'mine')
-  assert duel.line.change == pytest.approx(np.exp(-0.02), abs=0.005)
-  assert duel.line.verdict == 'better'
-  sizes['peer']['bytes'] = 50
-  assert _summary.duels(records, sizes, mine, 'dense') == [duel]
-  other = records[2] | {'data_sha256': 'y'}
-  with pytest.raises(errors.DataError, match='on different data'):
-    _summary.duels([*records[4:], other], sizes, ['mine'], 'dense')
+  (tmp_path / 'suite.json').write_text(json.dumps(suite))
+  monkeypatch.setattr(_measure, 'load', None)  # Would be a TypeError.
+  for gate in ('f:t_ratio<=1', 'd:t_ratio<=1', 't_difference<=1'):
+    assert run.main(_argv(tmp_path, f'--gate={gate}')) == 2
+    assert '--gate' in capsys.readouterr().err
+  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+  assert run.main(_argv(tmp_path)) == 2
+  assert 'gemma_ext[notebook]' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -416,11 +356,3 @@ def test_a_format_says_how_answers_are_judged(tmp_path):
 def test_the_suites_in_the_repo_are_valid():
   for path in (run.pathlib.Path(run.__file__).parent / 'suites').glob('*.json'):
     assert _suite.read(path).tasks
-
-
-@pytest.mark.parametrize(
-  'text', ['x<=1', 't_ratio=1', 't_ratio<=x', 't_ratio < 1']
-)
-def test_gates_that_are_wrong(text):
-  with pytest.raises(errors.ConfigError, match='--gate'):
-    _summary.Gate.parse(text, ['t'])

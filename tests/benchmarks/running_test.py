@@ -291,7 +291,6 @@ def test_devices(fake, capsys):
   'model, package, message',
   [
     ({'peer': 'qwix int4 g32'}, 'qwix', 'gemma_ext\\[peers\\]'),
-    ({'recipe': 'int8'}, 'matplotlib', 'plots of the report'),
     ({'budget': '28%'}, 'gensim', "calibration of 'm'"),
   ],
 )
@@ -344,18 +343,22 @@ def test_programs_are_confined_first(fake, monkeypatch, capsys):
   }
   asked = []
 
-  def score(items, written, check):
-    asked.append(check)
+  def require():
+    asked.append('code')
     raise errors.BackendError('no namespaces')
 
-  monkeypatch.setattr(evals, 'score', score)
-  assert fake() == 2 and fake.loaded == []
-  assert 'no namespaces' in capsys.readouterr().err
-  assert fake('--tasks=quiz') == 0
-  assert asked == ['code']
-  monkeypatch.setattr(evals, 'score', lambda *args: np.zeros(1))
-  assert fake('--tasks=code') == 2
-  assert 'did not pass' in capsys.readouterr().err
+  with monkeypatch.context() as patch:
+    patch.setattr(evals, 'require_sandbox', require)
+    assert fake() == 2 and fake.loaded == []
+    assert 'no namespaces' in capsys.readouterr().err
+    # Nobody else needs it.
+    assert fake('--tasks=quiz') == 0
+    assert fake('--report_only') == 0
+    assert asked == ['code']
+  suite = _suite.read(fake.folder / 's.json')
+  monkeypatch.setattr('sys.platform', 'darwin')
+  with pytest.raises(errors.BackendError, match='cannot confine programs'):
+    _checks.check(suite, {'dense': ['code']})
 
 
 def test_data_are_read_first(fake, capsys):

@@ -190,7 +190,20 @@ def test_corrections_are_measured(case):
   plain = got.plain_losses()
   for kind, ((predicted, measured),) in better.corrections.items():
     assert predicted == plain[kind] and 0.3 < measured / predicted < 4
-  # A choice of another loss adds what is measured there, the same replaces it.
+  # The same is not measured again.
+  refuse = lambda *args, **kwargs: pytest.fail('measures again')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('gemma_ext.compress._divergence.divergence', refuse)
+    same = gx.compress.corrected(
+      dataclasses.replace(got, sensitivities=better),
+      model,
+      params,
+      statistics,
+      unseen,
+    )
+  assert same.corrections == better.corrections
+  # A choice of another loss adds what is measured there.
+  kept = []
   more = gx.compress.refined(
     better,
     [gx.Budget(share=0.4), gx.Budget(share=0.4)],
@@ -198,7 +211,10 @@ def test_corrections_are_measured(case):
     params,
     statistics,
     unseen,
+    keep=kept.append,
   )
+  assert kept[-1].corrections == more.corrections
+  assert len(kept) >= 3 and kept[0].corrections != more.corrections
   assert {len(pairs) for pairs in more.corrections.values()} <= {2, 3}
   assert all(pairs == (*sorted(pairs),) for pairs in more.corrections.values())
   # Errors of a layer meet those of others, and are fitted to few tokens here;
@@ -241,13 +257,48 @@ def test_goes_on_from_what_is_known(case, monkeypatch):
   assert set(fitted) == set(left)
   assert kept == [len(found.candidates) - 1, len(found.candidates)]
   assert again.to_json() == found.to_json()
-  # Of another model, nothing is known.
-  fitted.clear()
-  other = jax.tree.map(lambda x: x * 1.5, params)
-  gx.compress.sensitivities(
-    model, other, statistics, candidates=_METHODS[:1], bands=1, known=part
+  assert again.complete and not part.complete
+
+
+def test_what_was_measured_of_something_else_is_refused(case):
+  model, params, statistics, found = case
+  check = lambda params=params, text=statistics.text, **changes: (
+    gx.compress.check_known(
+      found,
+      model,
+      params,
+      text,
+      **{'candidates': _METHODS, 'bands': 2, **changes},
+    )
   )
-  assert len(fitted) == len(gx.nn.sites(model))
+  check()
+  other = jax.tree.map(lambda x: x, params)
+  table = other['embedder']['input_embedding']
+  # Two rows have changed places: any sum of all numbers is the same.
+  other['embedder']['input_embedding'] = table[::-1]
+  with pytest.raises(errors.RecipeError, match='with other parameters. They'):
+    check(other)
+  with pytest.raises(errors.RecipeError, match='other calibration text'):
+    check(text='0')
+  with pytest.raises(errors.RecipeError, match='other candidates'):
+    check(bands=3)
+  with pytest.raises(errors.RecipeError, match='other parameters; candidates'):
+    gx.compress.sensitivities(
+      model, other, statistics, candidates=_METHODS[:1], bands=1, known=found
+    )
+
+
+def test_corrections_cover_what_is_near_or_in_between():
+  pairs = {'mlp': ((1.0, 1.0), (4.0, 4.0)), 'attn': ((2.0, 2.0),)}
+  found = dataclasses.replace(_made_up(), corrections=pairs)
+  assert found.covers({'mlp': 2.0, 'attn': 2.5})
+  assert found.covers({'mlp': 5.9, 'attn': 2.0})
+  assert not found.covers({'mlp': 6.1, 'attn': 2.0})
+  assert not found.covers({'mlp': 0.6, 'attn': 2.0})
+  # What is little of the whole may be anywhere.
+  assert found.covers({'mlp': 2.0, 'attn': 0.01})
+  assert not found.covers({'mlp': 2.0, 'other': 1.0})
+  assert not _made_up().covers({'mlp': 1.0})
 
 
 def test_experts_of_gemma_4_have_a_choice():
@@ -344,7 +395,7 @@ def test_files_that_are_not_valid(change, message):
   with pytest.raises(errors.RecipeError, match=message):
     gx.compress.Sensitivities.from_json(good | change)
   with pytest.raises(errors.RecipeError, match='have the keys'):
-    gx.compress.Sensitivities.from_json({'version': 1})
+    gx.compress.Sensitivities.from_json({'weights': 1})
 
 
 def test_allocate_gives_a_recipe_within_the_budget(monkeypatch):

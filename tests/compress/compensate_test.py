@@ -68,3 +68,36 @@ def test_rounding_anew_lowers_the_error_and_ends_at_a_minimum():
       moved = jnp.clip(found.at[:, i].add(step), -4, 3)
       error = _compensate._error(w, moved[None], scale, h)
       assert (error >= last * 0.999).all()
+
+
+def test_activation_order():
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=(900, 128)) @ rng.normal(size=(128, 128)) / 11
+  x = x + rng.normal(size=x.shape)
+  x = x * np.exp(rng.normal(size=128))
+  h = jnp.asarray(x.T @ x / len(x), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(60, 128)), jnp.float32)
+  m = gx.Int(bits=4, group=32, scale='e4m3')
+  factored = _compensate.Factored.of(h)
+  assert (np.diff(np.diagonal(h)[factored.order]) <= 0).all()
+  error = lambda codes, scale: np.asarray(
+    _compensate._error(w, codes[None], scale[None], h)
+  )
+  codes, scale = _compensate._compensated(w, factored.upper, method=m, group=32)
+  codes, scale = codes[0], scale[0]
+  order = lambda upper, order: _compensate._in_order(
+    w, scale, upper, order, bits=4
+  )
+  # In the order that they have, it is what groups do one after the other.
+  same = order(factored.upper, jnp.arange(128))
+  assert (same == codes).mean() > 0.999
+  by_size = order(factored.upper_in_order, factored.order)
+  assert error(by_size, scale).sum() < 0.9 * error(codes, scale).sum()
+  fits = [
+    _compensate.compensate(
+      w, method=m, fmt=m, hessian=factored, activation_order=yes
+    )
+    for yes in (True, False)
+  ]
+  ours, without = (error(*fit) for fit in fits)
+  assert (ours <= without).all() and ours.sum() < 0.99 * without.sum()

@@ -362,12 +362,23 @@ def test_another_budget_is_planned_from_the_file(budgeted, monkeypatch, capsys):
   before = (folder / 's.json').read_text()
   refuse = lambda *args, **kwargs: pytest.fail('fits again')
   monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)
+  monkeypatch.setattr('gemma_ext.compress._taps.window', refuse)
   argv = [a if '--budget' not in a else '--budget=ratio=1.5' for a in args]
   assert command.main([*argv, '--dry_run']) == 0
   text = capsys.readouterr().out
   assert 'Predicted: ' in text and 'perplexity x 1.' in text
+  # A loss far from the one that was measured at is no more than an estimate.
+  assert 'has not been measured' in text
   assert (folder / 's.json').read_text() == before
   assert set(json.loads(before)['corrections']) == {'attn', 'mlp', 'embedder'}
+
+
+def test_a_file_of_another_text_is_kept(budgeted, capsys):
+  args, _, folder = budgeted
+  before = (folder / 's.json').read_text()
+  err = _fails(capsys, *args, '--dry_run', '--seed=1')
+  assert 'measured with other calibration text' in err
+  assert (folder / 's.json').read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import scipy.stats
 
 import gemma_ext as gx
 from gemma_ext import errors
-from gemma_ext.compress import _sensitivity
 from gemma_ext.compress import _statistics
 from tests import tiny
 
@@ -259,13 +258,15 @@ def test_random_tokens_have_a_share():
     gx.compress.statistics(model, params, tokens, random_share=1)
 
 
-def test_fingerprints_are_of_all_statistics():
+def test_fingerprints_are_of_what_statistics_are_computed_of():
   model = tiny.model('gemma3')
   params = tiny.params(model)
-  flat = traverse_util.flatten_dict(params, sep='/')
-  mark = lambda **kwargs: _sensitivity.fingerprint(
-    flat, gx.compress.statistics(model, params, _tokens(2), **kwargs), (), 1
-  )
-  marks = [mark(), mark(random_share=0), mark(counted=_tokens(3)[2:] % 40 + 5)]
-  assert len({*marks}) == 3
-  assert mark() == marks[0]
+  more = _tokens(3)[2:] % 40 + 5
+  changes = ({}, {'random_share': 0}, {'counted': more}, {'seed': 1})
+  marks = [gx.compress.text_fingerprint(_tokens(2), **c) for c in changes]
+  marks.append(gx.compress.text_fingerprint(_tokens(3)))
+  assert len({*marks}) == 5
+  found = gx.compress.statistics(model, params, _tokens(2), counted=more)
+  assert found.text == marks[2]
+  with pytest.raises(errors.ShapeError):
+    gx.compress.text_fingerprint(np.zeros((0, 3), int))

@@ -49,7 +49,9 @@ def test_sums_per_document():
 
 
 def test_json():
-  found = json.loads(json.dumps(_result().to_json(), allow_nan=False))
+  # Documents of different means: without them there is no interval.
+  result = _result(window_nll=np.array([30.0, 8.0, 26.0]))
+  found = json.loads(json.dumps(result.to_json(), allow_nan=False))
   assert found['perplexity'] == pytest.approx(math.exp(64 / 24))
   assert found['ci95'][0] < found['perplexity'] < found['ci95'][1]
   assert found['ci_unit'] == 'document'

@@ -16,15 +16,6 @@ from gemma_ext import evals
 from gemma_ext.ckpts import _sample
 from tools.benchmarks import _suite
 
-# The shortest program: can one be confined here, and does it pass?
-_PROGRAM = evals.Program(
-  prompt='def one():\n',
-  test='def check(candidate):\n  assert candidate() == 1\n',
-  entry_point='one',
-  id='',
-  cluster='',
-)
-
 
 def use(device: str) -> None:
   """Makes JAX run on a device.
@@ -66,7 +57,6 @@ def check(suite: _suite.Suite, missing: Mapping[str, Collection[str]]) -> None:
     ConfigError: If a file or class is missing.
     BackendError: If programs cannot be confined here.
   """
-  _package('matplotlib', 'notebook', 'the plots of the report')
   for name, tasks in missing.items():
     model = suite.models[name]
     if not tasks:
@@ -74,7 +64,7 @@ def check(suite: _suite.Suite, missing: Mapping[str, Collection[str]]) -> None:
     _check_model(model)
     checks = {suite.tasks[task].options.get('check') for task in tasks}
     if 'code' in checks and model.kind == 'checkpoint':
-      _check_sandbox()
+      evals.require_sandbox()
 
 
 def _check_model(model: _suite.Model) -> None:
@@ -104,12 +94,4 @@ def _package(name: str, extra: str, what: str) -> None:
     raise errors.OptionalDependencyError(
       f'{name} is missing, which {what} needs: pip install'
       f' "gemma_ext[{extra}]" (or pip install {name}).'
-    )
-
-
-def _check_sandbox() -> None:
-  (found,) = evals.score([_PROGRAM], ['  return 1\n'], 'code')
-  if not found:
-    raise errors.BackendError(
-      'Programs cannot be run confined here: one that is right did not pass.'
     )

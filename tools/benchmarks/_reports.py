@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+import dataclasses
 import html
+import importlib
 import io
 import json
 import math
@@ -15,8 +17,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gemma_ext import _cli
+from gemma_ext import errors
 from tools.benchmarks import _summary
 
+_VERDICT = 'verdict (Holm)'
 _HEAD = (
   'model',
   'task',
@@ -24,13 +28,13 @@ _HEAD = (
   'of bf16',
   'value',
   '95% interval',
+  'bits/byte',
   'change',
   '95% interval',
-  'verdict',
+  _VERDICT,
   'p (Holm)',
   'would show',
 )
-_CHALLENGE = 'Challengers against models of no fewer bytes'
 _DUELS = (
   'model',
   'task',
@@ -39,7 +43,16 @@ _DUELS = (
   'its weights',
   'its change',
   '95% interval',
-  'verdict',
+  _VERDICT,
+  'p (Holm)',
+)
+_NOT_RUN = ('model', 'task', 'reason')
+# Below the first table.
+_LEGEND = (
+  'Intervals and what would show are of a task alone. A verdict takes the other'
+  ' tasks of the model into account: better and worse are where the interval'
+  f' holds no change and p, adjusted by Holm, is below {_summary.ALPHA:g}.'
+  ' Speed has no p-value; its verdict is that of the interval.'
 )
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; color: #222;
@@ -53,64 +66,112 @@ img { max-width: 100% }
 """
 
 
-def rows(
-  lines: Sequence[_summary.Line], sizes: Mapping[str, Mapping[str, int]]
-) -> list[tuple[str, ...]]:
-  """Cells of the table of a run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+  """A table of a report.
+
+  Attributes:
+    title: Its title; '' of the first, which is under that of the report.
+    head: Names of the columns.
+    rows: Cells.
+  """
+
+  title: str
+  head: tuple[str, ...]
+  rows: list[tuple[str, ...]]
+
+
+def check_plots() -> None:
+  """Makes sure, before slow work, that plots can be drawn.
+
+  Raises:
+    OptionalDependencyError: matplotlib is missing.
+  """
+  try:
+    importlib.import_module('matplotlib.figure')
+  except ImportError as e:
+    raise errors.OptionalDependencyError(
+      "The report needs matplotlib: pip install 'gemma_ext[notebook]'."
+    ) from e
+
+
+def tables(
+  lines: Sequence[_summary.Line],
+  sizes: Mapping[str, Mapping[str, int]],
+  fights: Sequence[_summary.Duel] = (),
+) -> list[Table]:
+  """The tables of a run, the first of all models and tasks.
 
   Args:
     lines: What can be said.
-    sizes: By model, 'bytes' and 'dense_bytes'; those without tasks as well.
+    sizes: By model, 'bytes' and 'dense_bytes'.
+    fights: Of challengers.
   """
-  out = []
-  seen = set()
-  for line in lines:
-    seen.add(line.model)
-    out.append(_row(line, sizes[line.model]))
-  for model, size in sizes.items():
-    if model not in seen:
-      out.append((model, '', *_size(size), *[''] * (len(_HEAD) - 4)))
+  out = [
+    Table(title='', head=_HEAD, rows=[_row(n, sizes[n.model]) for n in lines])
+  ]
+  if fights:
+    out.append(
+      Table(
+        title='Challengers against models of no fewer bytes',
+        head=_DUELS,
+        rows=[_duel(duel, sizes) for duel in fights],
+      )
+    )
+  if left_out := [(n.model, n.task, n.reason) for n in lines if n.reason]:
+    out.append(Table(title='Not run', head=_NOT_RUN, rows=left_out))
   return out
 
 
-def duels(
-  found: Sequence[_summary.Duel], sizes: Mapping[str, Mapping[str, int]]
-) -> list[tuple[str, ...]]:
-  """Cells of the table of challengers."""
+def _duel(
+  duel: _summary.Duel, sizes: Mapping[str, Mapping[str, int]]
+) -> tuple[str, ...]:
+  """Cells of a challenger."""
   weights = lambda name: _cli.human_bytes(sizes[name]['bytes'])
-  return [
-    (
-      duel.model,
-      duel.line.task,
-      weights(duel.model),
-      duel.line.model,
-      weights(duel.line.model),
-      f'{duel.line.effect} {duel.line.change:.4f}',
-      _cli.human_interval((duel.line.change_low, duel.line.change_high), 4),
-      duel.line.verdict,
-    )
-    for duel in found
-  ]
+  line = duel.line
+  return (
+    duel.model,
+    line.task,
+    weights(duel.model),
+    line.model,
+    weights(line.model),
+    f'{line.effect} {line.change:.4f}',
+    _cli.human_interval((line.change_low, line.change_high), 4),
+    line.verdict,
+    _number(line.p_value, '.3g'),
+  )
+
+
+def _number(x: float, form: str) -> str:
+  if math.isnan(x):
+    return ''
+  return f'{x:{form}}' if math.isfinite(x) else '-'
 
 
 def _row(line: _summary.Line, size: Mapping[str, int]) -> tuple[str, ...]:
+  head = (line.model, line.task, *_size(size))
+  if line.reason:
+    return (*head, 'not run', *[''] * (len(_HEAD) - len(head) - 1))
   change = ('', '', '', '', '')
   if line.change is not None:
     change = (
       f'{line.effect} {line.change:.4f}',
       _cli.human_interval((line.change_low, line.change_high), 4),
       line.verdict,
-      '' if math.isnan(line.p_value) else f'{line.p_value:.3g}',
-      '' if math.isnan(line.smallest) else f'{line.smallest:.4f}',
+      _number(line.p_value, '.3g'),
+      _number(line.smallest, '.4f'),
     )
+  bits = ''
+  if line.bits_per_byte is not None:
+    ends = _cli.human_interval((line.bits_low, line.bits_high), 3)
+    bits = f'{line.bits_per_byte:.4g} {ends}'
   return (
-    line.model,
-    line.task,
-    *_size(size),
+    *head,
     f'{line.metric} {line.value:.4g}',
     _cli.human_interval(
       (line.low, line.high), 1 if line.metric == 'tokens/s' else 3
     ),
+    bits,
     *change,
   )
 
@@ -121,55 +182,53 @@ def _size(size: Mapping[str, int]) -> tuple[str, str]:
   return _cli.human_bytes(size['bytes']), share
 
 
-def table(
-  title: str,
-  cells: Sequence[tuple[str, ...]],
-  fights: Sequence[tuple[str, ...]] = (),
-) -> None:
-  """Prints the tables."""
-  _cli.print_table(title, _HEAD, cells)
-  if fights:
-    _cli.print_table(_CHALLENGE, _DUELS, fights)
+def show(title: str, found: Sequence[Table]) -> None:
+  """Prints the tables, the first in two, as terminals are narrow."""
+  (first, *others), end = found, _HEAD.index('change')
+  _cli.print_table(title, first.head[:end], [r[:end] for r in first.rows])
+  changes = [(*row[:2], *row[end:]) for row in first.rows if row[end]]
+  if changes:
+    _cli.print_table('Changes', (*_HEAD[:2], *_HEAD[end:]), changes)
+  for table in others:
+    _cli.print_table(table.title, table.head, table.rows)
+  _cli.console().print(_LEGEND)
 
 
-def markdown(
-  title: str,
-  cells: Sequence[tuple[str, ...]],
-  head: Sequence[str] = _HEAD,
-  level: int = 1,
-) -> str:
-  """A table as Markdown."""
+def markdown(title: str, found: Sequence[Table]) -> str:
+  """The tables as Markdown."""
   line = lambda row: (
     '| ' + ' | '.join(c.replace('|', '\\|') for c in row) + ' |'
   )
-  return '\n'.join(
-    [f'{"#" * level} {title}', '', line(head), line(['---'] * len(head))]
-    + [line(row) for row in cells]
-    + ['']
-  )
+  out = [f'# {title}', '']
+  for table in found:
+    out += [f'## {table.title}', ''] if table.title else []
+    out += [line(table.head), line(['---'] * len(table.head))]
+    out += [*map(line, table.rows), '']
+    out += [] if table.title else [_LEGEND, '']
+  return '\n'.join(out)
 
 
 def page(
   title: str,
-  cells: Sequence[tuple[str, ...]],
+  found: Sequence[Table],
   pictures: Mapping[str, bytes],
   about: Mapping[str, Any],
-  fights: Sequence[tuple[str, ...]] = (),
 ) -> str:
   """A page that needs nothing else.
 
   Args:
     title: Its title.
-    cells: The table.
+    found: The tables.
     pictures: PNGs by caption.
     about: Machine, versions and so on.
-    fights: The table of challengers.
   """
   esc = html.escape
-  second = ''
-  if fights:
-    second = f'<h2>{esc(_CHALLENGE)}</h2>{_html(_DUELS, fights)}'
-  images = ''.join(
+  body = ''
+  for table in found:
+    body += f'<h2>{esc(table.title)}</h2>' if table.title else ''
+    body += _html(table)
+    body += '' if table.title else f'<p>{esc(_LEGEND)}</p>'
+  body += ''.join(
     f'<h2>{esc(caption)}</h2><img alt="{esc(caption)}"'
     f' src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     for caption, png in pictures.items()
@@ -178,21 +237,21 @@ def page(
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     f'<title>{esc(title)}</title><style>{_STYLE}</style>'
-    f'<h1>{esc(title)}</h1>{_html(_HEAD, cells)}{second}{images}'
+    f'<h1>{esc(title)}</h1>{body}'
     f'<h2>Made with</h2><pre>{esc(json.dumps(dict(about), indent=2))}</pre>'
   )
 
 
-def _html(head: Sequence[str], cells: Sequence[tuple[str, ...]]) -> str:
+def _html(table: Table) -> str:
   """A table, its rows of the class of their verdict."""
   esc = html.escape
-  names = ''.join(f'<th>{esc(name)}</th>' for name in head)
-  verdict = head.index('verdict')
+  names = ''.join(f'<th>{esc(name)}</th>' for name in table.head)
+  verdict = lambda row: dict(zip(table.head, row, strict=True)).get(_VERDICT)
   body = ''.join(
-    f'<tr class="{esc(row[verdict])}">'
+    f'<tr class="{esc(verdict(row) or "")}">'
     + ''.join(f'<td>{esc(cell)}</td>' for cell in row)
     + '</tr>'
-    for row in cells
+    for row in table.rows
   )
   return f'<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -222,7 +281,9 @@ def pictures(
       own = [
         (x_of[n.model], n)
         for n in lines
-        if n.task == task and not math.isnan(n.low) and n.model in x_of
+        if n.task == task
+        and all(map(math.isfinite, (n.value, n.low, n.high)))
+        and n.model in x_of
       ]
       if own:
         out[f'{task}: quality against {name}'] = _picture(own, label, less)
@@ -275,25 +336,76 @@ def _picture(
 
 def benchmark_json(
   lines: Sequence[_summary.Line], sizes: Mapping[str, Mapping[str, int]]
-) -> list[dict[str, Any]]:
-  """What benchmark actions of CI read: name, unit, value, range."""
-  out = []
-  for model, size in sizes.items():
-    out.append({'name': f'{model}: bytes', 'unit': 'B', 'value': size['bytes']})
+) -> tuple[list[dict[str, Any]], list[str]]:
+  """What benchmark actions of CI read: name, unit, value, range.
+
+  Less is better of all of them, as these actions have it of a file as a whole:
+  accuracy becomes the rate of errors, tokens a second become seconds a token.
+
+  Args:
+    lines: What can be said.
+    sizes: By model, 'bytes'.
+
+  Returns:
+    Entries; and the names of those that were left out, because they are not
+    finite. Of an interval that is not, only the range is left out.
+  """
+  entries = [
+    (f'{model}: bytes', 'B', size['bytes'], None, None)
+    for model, size in sizes.items()
+  ]
   for n in lines:
-    value, low, high, unit = n.value, n.low, n.high, n.metric
-    if unit == 'tokens/s':  # Actions read that less is better.
-      value, low, high, unit = 1 / value, 1 / high, 1 / low, 's/token'
-    elif n.change is not None and n.effect != 'times':
-      value, low, high = n.change, n.change_low, n.change_high
-      unit = f'{n.metric} {n.effect}'
+    if not n.reason:
+      entries += _less_is_better(n)
+  out, left_out = [], []
+  for name, unit, value, low, high in entries:
+    if not math.isfinite(value):
+      left_out.append(name)
+      continue
+    entry = {'name': name, 'unit': unit, 'value': value}
+    if low is not None and math.isfinite(low) and math.isfinite(high):
+      entry['range'] = f'{low:.4g} to {high:.4g}'
+    out.append(entry)
+  return out, left_out
+
+
+def _less_is_better(
+  n: _summary.Line,
+) -> list[tuple[str, str, float, float | None, float | None]]:
+  """Entries of a line: name, unit, value, and ends of its interval."""
+  name = f'{n.model}: {n.task}'
+  if n.metric == 'tokens/s':
+    return [(name, 's/token', 1 / n.value, 1 / n.high, 1 / n.low)]
+  if n.metric == 'accuracy':
+    out = [
+      (f'{name}, error rate', 'errors/item', 1 - n.value, 1 - n.high, 1 - n.low)
+    ]
+    if n.change is not None:
+      out.append(
+        (
+          f'{name}, error rate minus the baseline',
+          'errors/item',
+          -n.change,
+          -n.change_high,
+          -n.change_low,
+        )
+      )
+    return out
+  if n.metric == 'perplexity' and n.change is not None:
+    out = [
+      (name, 'perplexity ratio', n.change, n.change_low, n.change_high),
+    ]
+  else:
+    out = [(name, n.metric, n.value, n.low, n.high)]
+  if n.bits_per_byte is not None:
     out.append(
-      {
-        'name': f'{n.model}: {n.task}',
-        'unit': unit,
-        'value': value,
-        'range': f'{low:.4g} to {high:.4g}',
-      }
+      (
+        f'{name}, bits per byte',
+        'bits/byte',
+        n.bits_per_byte,
+        n.bits_low,
+        n.bits_high,
+      )
     )
   return out
 
@@ -316,10 +428,14 @@ def junit(
     case = ElementTree.SubElement(
       suite, 'testcase', classname=line.task, name=line.model
     )
+    if line.reason:
+      ElementTree.SubElement(case, 'skipped', message=line.reason)
+      continue
     out = ElementTree.SubElement(case, 'system-out')
     out.text = f'{line.metric} {line.value:.6g} {line.verdict}'
   suite.set('tests', str(len(gates) + len(lines)))
   suite.set('failures', str(failed))
+  suite.set('skipped', str(sum(bool(line.reason) for line in lines)))
   return ElementTree.tostring(suite, encoding='unicode', xml_declaration=True)
 
 
@@ -332,15 +448,14 @@ def write_all(
   about: Mapping[str, Any],
   fights: Sequence[_summary.Duel] = (),
 ) -> None:
-  """Writes report.md, report.html, junit.xml and benchmark.json."""
-  cells, second = rows(lines, sizes), duels(fights, sizes)
-  report = markdown(title, cells)
-  if second:
-    report += '\n' + markdown(_CHALLENGE, second, _DUELS, level=2)
-  for name, text in {
-    'report.md': report,
-    'report.html': page(title, cells, pictures(lines, sizes), about, second),
-    'junit.xml': junit(lines, gates),
-    'benchmark.json': json.dumps(benchmark_json(lines, sizes), indent=2),
-  }.items():
-    (folder / name).write_text(text, encoding='utf-8')
+  """Writes report.md, junit.xml, benchmark.json and report.html."""
+  found = tables(lines, sizes, fights)
+  bench, left_out = benchmark_json(lines, sizes)
+  for name in left_out:
+    _cli.note(f'benchmark.json: {name!r} is not finite and left out.')
+  write = lambda name, text: (folder / name).write_text(text, encoding='utf-8')
+  write('report.md', markdown(title, found))
+  write('junit.xml', junit(lines, gates))
+  write('benchmark.json', json.dumps(bench, indent=2, allow_nan=False))
+  # Last, as it draws.
+  write('report.html', page(title, found, pictures(lines, sizes), about))

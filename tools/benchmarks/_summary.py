@@ -14,14 +14,25 @@ import numpy as np
 
 from gemma_ext import errors
 from gemma_ext import evals
+from tools.benchmarks import _suite
 from tools.benchmarks import _timing
 
+# A verdict needs an adjusted p-value below this.
+ALPHA = 0.05
 # Behind the name of a task of speed: its time to the first token.
 FIRST = '.first'
 _GATE = re.compile(
-  r'(?:(?P<model>[^:]+):)?(?P<metric>[\w.-]+)\s*(?P<op><=|>=)\s*'
+  r'(?:(?P<model>.+):)?(?P<metric>[^:]+?)\s*(?P<op><=|>=)\s*'
   r'(?P<bound>-?\d+(?:\.\d+)?)'
 )
+_EFFECTS = {
+  'perplexity': 'ratio',
+  'choices': 'difference',
+  'generate': 'difference',
+  'speed': 'times',
+}
+# Of all tasks of perplexity, whatever they are named.
+_ALL_RATIOS = 'perplexity_ratio'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,19 +43,24 @@ class Line:
     model: Its name.
     task: The task's.
     metric: What `value` is: 'perplexity', 'accuracy', 'tokens/s', or 's' to the
-      first token.
+      first token; '' if it was not run.
     value: Of the model alone.
     low: Of the 95% interval.
     high: Of it.
     effect: 'ratio', 'difference' or 'times' as fast: what `change` is.
     change: Against the baseline; `None` of the baseline itself.
-    change_low: Of its 95% interval.
+    change_low: Of its 95% interval, of this task alone.
     change_high: Of it.
-    verdict: 'better', 'worse', 'tied', or ''.
+    verdict: 'better', 'worse', 'tied', or ''. Of quality, no change must be
+      outside of the interval and the adjusted p-value below `ALPHA`.
     p_value: Of no change, adjusted over tasks (Holm).
-    smallest: The smallest change that would have been found, 4 times of 5.
-    bits_per_byte: Of perplexity.
+    smallest: The smallest change that this task alone would have shown, 4 times
+      of 5.
+    bits_per_byte: Of perplexity, where documents were scored whole.
+    bits_low: Of its 95% interval.
+    bits_high: Of it.
     units: Documents or items.
+    reason: Why it was not run; then nothing else is known.
   """
 
   model: str
@@ -61,7 +77,10 @@ class Line:
   p_value: float = math.nan
   smallest: float = math.nan
   bits_per_byte: float | None = None
+  bits_low: float = math.nan
+  bits_high: float = math.nan
   units: int = 0
+  reason: str = ''
 
 
 def summarise(
@@ -77,25 +96,61 @@ def summarise(
   lines = []
   for (model, task), record in of.items():
     base = of.get((baseline, task)) if model != baseline else None
-    if 'token_seconds' in record:
+    if base is not None and base.get('skipped'):
+      base = None
+    if record.get('skipped'):
+      lines.append(_not_run(record))
+    elif 'token_seconds' in record:
       _check_same_data(record, base)
       lines += _speed(record)
     else:
       lines.append(_quality(record, base))
-  # Every model is a family of tests, one a task.
+  return _adjusted(lines, [line.model for line in lines])
+
+
+def _adjusted(lines: Sequence[Line], families: Sequence[str]) -> list[Line]:
+  """Lines with p-values adjusted in families, and verdicts that follow them.
+
+  Args:
+    lines: At most one a task of each family; those of speed have no p-value.
+    families: Which family every line is of.
+  """
   adjusted = {}
-  for model in {line.model for line in lines}:
+  for family in set(families):
     own = {
       n.task: n.p_value
-      for n in lines
-      if n.model == model and n.effect != 'times'
+      for n, of in zip(lines, families, strict=True)
+      if of == family and n.effect in ('ratio', 'difference')
     }
     for task, p in evals.holm(own).items():
-      adjusted[model, task] = p
-  return [
-    dataclasses.replace(n, p_value=adjusted.get((n.model, n.task), math.nan))
-    for n in lines
-  ]
+      adjusted[family, task] = p
+  out = []
+  for n, family in zip(lines, families, strict=True):
+    p = adjusted.get((family, n.task), math.nan)
+    verdict = 'tied' if p >= ALPHA else n.verdict
+    out.append(dataclasses.replace(n, p_value=p, verdict=verdict))
+  return out
+
+
+def _not_run(record: Mapping[str, Any]) -> Line:
+  """The line of a pair that the model cannot do."""
+  model, task = record['spec']
+  reason = 'this kind of model has no such task'
+  if 'shape' in model and task['kind'] == 'speed':
+    reason = 'random weights of this shape do not fit into memory'
+  elif 'shape' in model:
+    reason = 'a shape has no weights'
+  elif 'gguf' in model:
+    reason = 'llama.cpp is given perplexity and speed only'
+  return Line(
+    model=record['model'],
+    task=record['task'],
+    metric='',
+    value=math.nan,
+    low=math.nan,
+    high=math.nan,
+    reason=reason,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +180,7 @@ def duels(
     challengers: Their names.
     baseline: Left out.
   """
-  of = {(r['model'], r['task']): r for r in records}
+  of = {(r['model'], r['task']): r for r in records if not r.get('skipped')}
   nbytes = lambda name: sizes[name]['bytes']
   found = []
   for (model, task), record in of.items():
@@ -140,7 +195,12 @@ def duels(
       continue
     mine = of[max(able, key=nbytes), task]
     found.append(Duel(line=_quality(mine, record), model=model))
-  return found
+  # Every other model is a family of tests, one a task.
+  lines = _adjusted([d.line for d in found], [d.model for d in found])
+  return [
+    dataclasses.replace(duel, line=line)
+    for duel, line in zip(found, lines, strict=True)
+  ]
 
 
 def _check_same_data(
@@ -167,7 +227,6 @@ def _perplexity(
   used = tokens > 0
   nll, tokens = nll[used], tokens[used]
   own = evals.bootstrap_ci(nll, tokens)
-  text_bytes = np.array(record['text_bytes'], float)[used].sum()
   line = Line(
     model=record['model'],
     task=record['task'],
@@ -176,10 +235,17 @@ def _perplexity(
     low=own.low,
     high=own.high,
     units=own.units,
-    bits_per_byte=(
-      nll.sum() / math.log(2) / text_bytes if record['whole'] else None
-    ),
   )
+  if record['whole']:
+    # Of documents that were scored in part, the bytes of that are not known.
+    text_bytes = np.array(record['text_bytes'], float)[used]
+    per_byte = evals.bootstrap_ci(nll, text_bytes)
+    line = dataclasses.replace(
+      line,
+      bits_per_byte=math.log2(per_byte.value),
+      bits_low=math.log2(per_byte.low),
+      bits_high=math.log2(per_byte.high),
+    )
   if base is None:
     return line
   other = np.array(base['nll'])[used]
@@ -189,11 +255,6 @@ def _perplexity(
       f' {record["task"]!r}.'
     )
   ratio = evals.bootstrap_ci(nll - other, tokens)
-  # By document, each weighed by its tokens.
-  weight = tokens / tokens.mean()
-  test = evals.compare(
-    weight * nll / tokens, weight * other / tokens, higher_is_better=False
-  )
   verdict = 'tied'
   if ratio.low > 1 or ratio.high < 1:
     verdict = 'worse' if ratio.low > 1 else 'better'
@@ -204,8 +265,8 @@ def _perplexity(
     change_low=ratio.low,
     change_high=ratio.high,
     verdict=verdict,
-    p_value=test.p_value,
-    smallest=math.exp(min(test.smallest, 700.0)),
+    p_value=ratio.p_value,
+    smallest=ratio.smallest,
   )
 
 
@@ -215,9 +276,11 @@ def _accuracy(
   scores, clusters = np.array(record['scores']), record['clusters']
   own = evals.mean(scores, clusters)
   low, high = own.low, own.high
-  right = scores.sum()
-  if scores.shape[0] == 1 and own.clusters == own.items and own.items < 100:
-    low, high = evals.wilson(int(right), own.items)
+  plain = scores.shape[0] == 1 and own.clusters == own.items
+  if plain or own.error == 0:
+    # All right, or all wrong, has no spread: what is shared counts once.
+    right = round(own.value * own.clusters)
+    low, high = evals.wilson(right, own.clusters)
   line = Line(
     model=record['model'],
     task=record['task'],
@@ -285,64 +348,112 @@ class Gate:
 
   Attributes:
     text: As it was given.
-    model: Its name; '' for all but the baseline.
-    metric: The task and effect.
+    model: Its name; '' for all but the baseline that did the task.
+    tasks: Names of the tasks; each must have been done.
+    effect: 'ratio', 'difference' or 'times'.
     op: '<=' or '>='.
     bound: The number.
   """
 
   text: str
   model: str
-  metric: str
+  tasks: tuple[str, ...]
+  effect: str
   op: str
   bound: float
 
   @classmethod
-  def parse(cls, text: str, tasks: Sequence[str]) -> Gate:
+  def parse(cls, text: str, suite: _suite.Suite) -> Gate:
     """Reads a gate.
 
     Args:
       text: The gate.
-      tasks: Names of tasks.
+      suite: Whose models and tasks it is about.
 
     Raises:
-      ConfigError: If it is none, or of no task.
+      ConfigError: If it is none, or of a task, effect or model that the suite
+        does not have.
     """
+    known = {}
+    for name, task in suite.tasks.items():
+      effect = _EFFECTS[task.kind]
+      known[f'{name}_{effect}'] = ((name,), effect)
+      if task.kind == 'speed':
+        known[f'{name}{FIRST}_{effect}'] = ((name + FIRST,), effect)
+    if of_kind := tuple(
+      n for n, task in suite.tasks.items() if task.kind == 'perplexity'
+    ):
+      known[_ALL_RATIOS] = (of_kind, 'ratio')
     found = _GATE.fullmatch(text.strip())
-    names = [
-      f'{t}_{e}' for t in tasks for e in ('ratio', 'difference', 'times')
-    ]
-    names += [f'{t}{FIRST}_times' for t in tasks]
-    if not found or found['metric'] not in names:
+    if not found or found['metric'] not in known:
       raise errors.ConfigError(
         f'--gate: {text!r}; expected [MODEL:]METRIC<=NUMBER or >=, METRIC one'
-        f' of {names}.'
+        f' of {[*known]}.'
       )
+    others = [name for name in suite.models if name != suite.baseline]
+    model = found['model'] or ''
+    if (model and model not in others) or not others:
+      raise errors.ConfigError(
+        f'--gate: {text!r}; the model must be one of {others}, which are'
+        f' compared with {suite.baseline!r}.'
+      )
+    tasks, effect = known[found['metric']]
     return cls(
       text=text,
-      model=found['model'] or '',
-      metric=found['metric'],
+      model=model,
+      tasks=tasks,
+      effect=effect,
       op=found['op'],
       bound=float(found['bound']),
     )
 
   def failures(self, lines: Sequence[Line]) -> list[str]:
-    """Returns what is beyond the bound for certain: its whole interval is."""
+    """Returns what is beyond the bound for certain: its whole interval is.
+
+    Also a task without a comparison, and a comparison without an interval: what
+    nothing is known of did not pass.
+
+    Args:
+      lines: Of `summarise`.
+    """
     out = []
-    for line in lines:
-      if line.change is None or f'{line.task}_{line.effect}' != self.metric:
-        continue
-      if self.model and self.model != line.model:
-        continue
-      beyond = (
-        line.change_low > self.bound
-        if self.op == '<='
-        else line.change_high < self.bound
-      )
-      if beyond:
-        out.append(
-          f'{line.model}: {self.metric} {line.change:.4f}'
-          f' [{line.change_low:.4f}, {line.change_high:.4f}] is not {self.op}'
-          f' {self.bound:g}'
-        )
+    for task in self.tasks:
+      own = [n for n in lines if not self.model or n.model == self.model]
+      compared = [
+        n
+        for n in own
+        if n.task == task and n.effect == self.effect and n.change is not None
+      ]
+      if not compared:
+        out.append(self._nothing(task, own))
+      out += [text for n in compared if (text := self._failure(n))]
     return out
+
+  def _failure(self, line: Line) -> str:
+    """What is wrong with a comparison; '' if nothing is."""
+    what = f'{line.model}: {line.task}_{line.effect}'
+    low, high = line.change_low, line.change_high
+    if not (math.isfinite(low) and math.isfinite(high)):
+      return (
+        f'{what} {line.change:.4f} has no finite interval over {line.units}'
+        f' units to hold against {self.op} {self.bound:g}'
+      )
+    beyond = low > self.bound if self.op == '<=' else high < self.bound
+    if not beyond:
+      return ''
+    return (
+      f'{what} {line.change:.4f} [{low:.4f}, {high:.4f}] is not {self.op}'
+      f' {self.bound:g}'
+    )
+
+  def _nothing(self, task: str, own: Sequence[Line]) -> str:
+    """Why there is no comparison of a task."""
+    why = [
+      f'{n.model}: {n.reason}'
+      for n in own
+      if n.reason and n.task == task.removesuffix(FIRST)
+    ]
+    return (
+      f'{self.model or "all models"}: {task}_{self.effect} was not measured'
+      f' beside the baseline ({"; ".join(why) or "one of them was not run"})'
+    )

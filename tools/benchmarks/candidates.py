@@ -18,6 +18,9 @@ these weights:
 * planes: ternary sums of two and three planes, free and tied;
 * N:M: one ternary plane with 2 or 3 nonzeros among 4.
 
+And what activation order is worth: the loss of the same weights in whole
+numbers of 2 to 5 bits, fitted with it and without.
+
 The file is one of `gemma_ext.compress --sensitivities` or of
 `tools.benchmarks.front`, of the same checkpoint.
 """
@@ -112,6 +115,31 @@ class _Weight:
     error = (self.dense - got.reshape(self.dense.shape)) @ self.root
     return fmt.nbytes(self.site.layout.rows, cols), self.fisher[:, None] * error
 
+  def order(self) -> dict[str, tuple[float, float]]:
+    """Loss with and without activation order, by method."""
+    cols = self.site.layout.cols
+    dense = jnp.asarray(self.dense)
+    found = {}
+    for method in _BASES:
+      try:
+        fmt = gx_nn.format_of(method, cols)
+      except errors.GroupSizeError:
+        continue
+      losses = []
+      for yes in (True, False):
+        codes, scale = gx_compress.compensate(
+          dense,
+          method=method,
+          fmt=fmt,
+          hessian=self.known['hessian'],
+          activation_order=yes,
+        )
+        wide = jnp.repeat(scale.astype(jnp.float32), fmt.group, axis=-1)
+        error = np.asarray(dense - codes * wide) @ self.root
+        losses.append(0.5 * float(np.sum((self.fisher[:, None] * error) ** 2)))
+      found[f'int{method.bits} g{method.group}'] = (losses[0], losses[1])
+    return found
+
   def candidates(self) -> dict[str, list[gx_compress.Candidate]]:
     """Candidates by family."""
     found: dict[str, list[gx_compress.Candidate]] = {_LOW_RANK: []}
@@ -187,6 +215,36 @@ def _with(
   return rows
 
 
+def _report_order(
+  orders: Sequence[Mapping[str, tuple[float, float]]],
+) -> dict[str, Any]:
+  """Prints losses with activation order over those without, by method."""
+  found: dict[str, Any] = {}
+  for name in dict.fromkeys(name for order in orders for name in order):
+    ratios = [
+      order[name][0] / order[name][1] for order in orders if name in order
+    ]
+    found[name] = {
+      'ratio': float(np.exp(np.mean(np.log(ratios)))),
+      'least': min(ratios),
+      'most': max(ratios),
+      'weights': len(ratios),
+    }
+  _cli.print_table(
+    'loss with activation order over that without, geometric mean of weights',
+    ('method', 'ratio', 'from', 'to', 'weights'),
+    [
+      (
+        name,
+        *(f'{row[k]:.4f}' for k in ('ratio', 'least', 'most')),
+        str(row['weights']),
+      )
+      for name, row in found.items()
+    ],
+  )
+  return found
+
+
 def _run(args: Any) -> None:
   if not args.sensitivities:
     raise errors.ConfigError('Give --sensitivities=FILE.json.')
@@ -206,10 +264,19 @@ def _run(args: Any) -> None:
     and (layer := re.search(r'layer_(\d+)', site.path))
     and int(layer[1]) % args.every == 0
   ]
-  added = {
-    site.path: _Weight(flat[site.path], site, statistics).candidates()
-    for site in tqdm.tqdm(sites, desc='candidates', unit='weight')
-  }
+  added, orders = {}, []
+  for site in tqdm.tqdm(sites, desc='candidates', unit='weight'):
+    weight = _Weight(flat[site.path], site, statistics)
+    orders.append(weight.order())
+    if args.budgets:
+      added[site.path] = weight.candidates()
+  ratios = _report_order(orders)
+  if not budgets:
+    if args.json:
+      _cli.write_json(
+        args.json, {'machine': _timing.machine(), 'activation_order': ratios}
+      )
+    return
   reserve = _budgeted.reserve(found, dense.params)
   out = [
     {'budget': name} | row
@@ -232,7 +299,14 @@ def _run(args: Any) -> None:
     ],
   )
   if args.json:
-    _cli.write_json(args.json, {'machine': _timing.machine(), 'budgets': out})
+    _cli.write_json(
+      args.json,
+      {
+        'machine': _timing.machine(),
+        'budgets': out,
+        'activation_order': ratios,
+      },
+    )
 
 
 if __name__ == '__main__':

@@ -116,13 +116,25 @@ class _Bench:
   windows: data.Windows
   baseline: evals.PerplexityResult
 
+  @property
+  def made_of(self) -> dict[str, str]:
+    """Hashes of the texts that points are made and measured with."""
+    return {
+      'statistics': self.statistics.text,
+      'unseen': gx_compress.text_fingerprint(self.unseen),
+      'test': self.windows.sha256,
+    }
+
   def point(self, name: str, recipe: recipe_lib.Recipe) -> dict[str, Any]:
     """The result of a recipe, made and measured if it is not there."""
     folder = _folder(self.args.output, name)
     result = folder / 'result.json'
     if result.exists():
       found = json.loads(result.read_text())
-      if found['recipe'] == recipe.to_json() and 'window_nll' in found:
+      if (
+        found['recipe'] == recipe.to_json()
+        and found.get('made_of') == self.made_of
+      ):
         return found
     _cli.note(f'{name}: fitting ...')
     params = gx_compress.compress(
@@ -170,6 +182,7 @@ class _Bench:
       'measured_loss': measured,
       'held_out_loss': math.log(paired['ratio']),
       'recipe': recipe.to_json(),
+      'made_of': self.made_of,
     }
     _cli.write_json(str(result), found)
     return found
@@ -292,20 +305,20 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
   found = gx_compress.sensitivities(
     model, params, bench.statistics, known=known, keep=keep, progress=True
   )
-  if found.corrections:
-    return found
   names = _budgeted.reserve(found, params)
-  found = gx_compress.refined(
-    found,
-    [gx_compress.Budget(share=share) for share in _CORRECTED],
-    model,
-    params,
-    bench.statistics,
-    bench.unseen,
-    reserve=names,
-    progress=True,
-  )
-  keep(found)
+  for share in _CORRECTED:
+    budget = gx_compress.Budget(share=share)
+    chosen = gx_compress.solve(found, budget, reserve=names)
+    if not found.covers(chosen.plain_losses()):
+      found = gx_compress.corrected(
+        chosen,
+        model,
+        params,
+        bench.statistics,
+        bench.unseen,
+        keep=keep,
+        progress=True,
+      )
   return found
 
 

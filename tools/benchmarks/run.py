@@ -18,7 +18,8 @@ that would have shown.
 Writes report.md, report.html (needs nothing else), junit.xml, and
 benchmark.json for CI actions, after every model. A pair that fails is named
 with its reason, and the others go on. The exit status is 3 if a pair failed,
-else 1 if with --gate, repeatable, a whole interval is beyond a bound.
+else 1 if with --gate, repeatable, a whole interval is beyond a bound, or there
+is none; `perplexity_ratio<=1.02` is of all tasks of perplexity.
 """
 
 from __future__ import annotations
@@ -100,10 +101,11 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 def _run(args: Any, failed: dict[tuple[str, str], str]) -> list[str]:
   suite = _suite.read(args.suite)
-  gates = _gates(args.gate, suite)
+  gates = [_summary.Gate.parse(text, suite) for text in args.gate]
   models = _chosen(args.models, suite.models, '--models')
   tasks = _chosen(args.tasks, suite.tasks, '--tasks')
   device = _suite.device(args.device or suite.device, '--device')
+  _reports.check_plots()
   _checks.use(device)
   output = pathlib.Path(args.output)
   with _store.Store(output, fingerprint='').lock():
@@ -111,16 +113,6 @@ def _run(args: Any, failed: dict[tuple[str, str], str]) -> list[str]:
     if not args.report_only:
       bench.measure(models, tasks)
     return bench.close()
-
-
-def _gates(texts: Sequence[str], suite: _suite.Suite) -> list[_summary.Gate]:
-  gates = [_summary.Gate.parse(text, [*suite.tasks]) for text in texts]
-  for gate in gates:
-    if gate.model and gate.model not in suite.models:
-      raise errors.ConfigError(
-        f'--gate: {gate.text!r} is of none of the models {[*suite.models]}.'
-      )
-  return gates
 
 
 def _chosen(
@@ -303,21 +295,18 @@ class _Bench:
     for size in sizes.values():
       # Of a file of another program: the same model, dense.
       size['dense_bytes'] = size['dense_bytes'] or dense
-    records = [r for r in found if not r['skipped']]
-    lines = _summary.summarise(records, self._suite.baseline)
+    lines = _summary.summarise(found, self._suite.baseline)
     title = f'{self._name}, against {self._suite.baseline}'
     if left := len(self._keys) - len(found):
       title += f'; {left} of {len(self._keys)} pairs are missing'
     challengers = [name for name in self._suite.challengers if name in sizes]
-    fights = _summary.duels(records, sizes, challengers, self._suite.baseline)
+    fights = _summary.duels(found, sizes, challengers, self._suite.baseline)
     about = _records.provenance(found or [self._about])
     _reports.write_all(
       self._output, title, lines, sizes, self._gates, about, fights
     )
     if last:
-      _reports.table(
-        title, _reports.rows(lines, sizes), _reports.duels(fights, sizes)
-      )
+      _reports.show(title, _reports.tables(lines, sizes, fights))
       if len({r.get('code_sha256') for r in found}) > 1:
         _cli.note(
           f'Results of different code are compared: {about["code"]}. Without'
