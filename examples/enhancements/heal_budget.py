@@ -3,10 +3,10 @@
 """Heals Gemma 3 270M where a budget of 20% has compressed it.
 
 The directory of `python -m gemma_ext.compress --budget=20%` is what it starts
-from; it keeps the width of every weight, and its size. Codes of the feed-forward
-layers and of attention and all norms move; the table of embeddings stays, and
-what its rounding changes is among what the others make up for. Scales stay, too:
-in one byte they are a tenth from each other.
+from; it keeps the width of every weight, and its size. Codes of the
+feed-forward layers and of attention and all norms move; the table of embeddings
+stays, and what its rounding changes is among what the others make up for.
+Scales stay, too: in one byte they are a tenth from each other.
 
 python -m gemma_ext.compress --checkpoint=gemma3-270m --budget=20% \
     --output=out/20
