@@ -11,6 +11,7 @@ import pytest
 
 import gemma_ext as gx
 from gemma_ext import ckpts
+from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext.compress import __main__ as compress_main
 from tests import tiny
@@ -116,3 +117,20 @@ def test_memory_that_is_free(monkeypatch):
   gpu = types.SimpleNamespace(memory_stats=lambda: stats)
   monkeypatch.setattr(jax, 'devices', lambda: [gpu])
   assert _speed._free_bytes() == 70
+
+
+def test_bytes_are_those_of_the_tokens_that_are_scored(folder):
+  tokenizer = ckpts.load(folder / 'dense').tokenizer
+  texts = ['The river flows.', 'Zürich 東京 and a group of words. ' * 9]
+  documents = [
+    data.Document(id=str(i), text=text, source='t')
+    for i, text in enumerate(texts)
+  ]
+  sizes = [len(text.encode()) for text in texts]
+  cut = lambda **kwargs: _measure._scored_bytes(
+    data.windows(tokenizer, documents, length=16, **kwargs), tokenizer
+  )
+  # Tokens that windows repeat as context are not scored twice.
+  assert cut() == cut(stride=4) == sizes
+  some = cut(max_tokens=30)
+  assert some[0] == sizes[0] and 30 < some[1] < sizes[1] / 2

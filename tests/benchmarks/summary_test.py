@@ -22,8 +22,7 @@ def _texts(model, nll, task='t', tokens=100):
     'task': task,
     'nll': list(nll),
     'tokens': [tokens] * len(nll),
-    'text_bytes': [4 * tokens] * len(nll),
-    'whole': True,
+    'scored_bytes': [4 * tokens] * len(nll),
     'data_sha256': 'x',
   }
 
@@ -98,8 +97,8 @@ def test_an_interval_decides():
   assert bits.bits_low < bits.bits_per_byte < bits.bits_high
   # Of documents of one length it is perplexity on another scale.
   assert bits.bits_high == pytest.approx(np.log2(bits.high) / 4)
-  part = _texts('base', base) | {'whole': False}
-  assert _summary.summarise([part], 'base')[0].bits_per_byte is None
+  silent = _texts('base', base) | {'scored_bytes': [0] * len(base)}
+  assert _summary.summarise([silent], 'base')[0].bits_per_byte is None
   gate = _summary.Gate.parse('t_ratio<=1.01', _suite_of())
   assert len(gate.failures(lines)) == 1
   other = _texts('other', base) | {'data_sha256': 'y'}
@@ -266,10 +265,9 @@ def test_the_largest_challenger_of_no_more_bytes():
     'model': name,
     'task': 't',
     'data_sha256': 'x',
-    'whole': True,
     'nll': list(base + 100 + rng.standard_normal(30)),
     'tokens': [100] * 30,
-    'text_bytes': [400] * 30,
+    'scored_bytes': [400] * 30,
   }
   added = {
     'dense': 0,

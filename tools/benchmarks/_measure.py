@@ -256,8 +256,7 @@ def data_of(
     length=task.options['window'],
     max_tokens=task.options['max_tokens'] or None,
   )
-  sizes = {d.id: len(d.text.encode()) for d in source.data}
-  return (windows, [sizes[name] for name in windows.ids]), windows.sha256
+  return (windows, _scored_bytes(windows, tokenizer)), windows.sha256
 
 
 def run(
@@ -315,8 +314,19 @@ def _names(items: Any) -> dict[str, Any]:
   }
 
 
+def _scored_bytes(windows: data.Windows, tokenizer: Any) -> list[int]:
+  """Bytes in UTF-8 of the text of the tokens that are scored, by document."""
+  found: list[list[int]] = [[] for _ in windows.ids]
+  for row, mask, document in zip(
+    windows.tokens, windows.score_mask, windows.document, strict=True
+  ):
+    found[document] += row[mask].tolist()
+  # Of whole documents: a character may have several tokens.
+  return [len(tokenizer.decode(tokens).encode()) for tokens in found]
+
+
 def _perplexity(
-  loaded: Loaded, windows: data.Windows, text_bytes: list[int]
+  loaded: Loaded, windows: data.Windows, scored_bytes: list[int]
 ) -> dict[str, Any] | None:
   if loaded.model is not None:
     result = evals.perplexity(
@@ -344,7 +354,7 @@ def _perplexity(
   return {
     'nll': nll.tolist(),
     'tokens': tokens.tolist(),
-    'text_bytes': text_bytes,
+    'scored_bytes': scored_bytes,
     'ids': list(windows.ids),
   }
 

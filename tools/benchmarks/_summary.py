@@ -236,10 +236,10 @@ def _perplexity(
     high=own.high,
     units=own.units,
   )
-  if record['whole']:
-    # Of documents that were scored in part, the bytes of that are not known.
-    text_bytes = np.array(record['text_bytes'], float)[used]
-    per_byte = evals.bootstrap_ci(nll, text_bytes)
+  # Special tokens alone have no text.
+  scored_bytes = np.array(record['scored_bytes'], float)[used]
+  if scored_bytes.sum():
+    per_byte = evals.bootstrap_ci(nll, scored_bytes)
     line = dataclasses.replace(
       line,
       bits_per_byte=math.log2(per_byte.value),

@@ -264,7 +264,6 @@ class _Bench:
         'bytes': loaded.nbytes,
         'dense_bytes': loaded.dense_bytes,
         'data_sha256': data_sha256,
-        'whole': not spec.options.get('max_tokens'),
         'skipped': found is None,
         **(found or {}),
         **self._about,
