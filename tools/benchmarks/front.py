@@ -297,6 +297,10 @@ def _bench(args: Any) -> _Bench:
   )
 
 
+def _budget(share: float) -> gx_compress.Budget:
+  return gx_compress.Budget(share=share)
+
+
 def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
   """Those of the file, or measured."""
   known = gx_compress.read_sensitivities(path) if path.exists() else None
@@ -306,19 +310,18 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
     model, params, bench.statistics, known=known, keep=keep, progress=True
   )
   names = _budgeted.reserve(found, params)
-  for share in _CORRECTED:
-    budget = gx_compress.Budget(share=share)
-    chosen = gx_compress.solve(found, budget, reserve=names)
-    if not found.covers(chosen.plain_losses()):
-      found = gx_compress.corrected(
-        chosen,
-        model,
-        params,
-        bench.statistics,
-        bench.unseen,
-        keep=keep,
-        progress=True,
-      )
+  plain = gx_compress.solve(found, _budget(1.0), reserve=names).plain_losses()
+  done = min(len(found.corrections.get(kind, ())) for kind in plain)
+  for share in _CORRECTED[done:]:
+    found = gx_compress.corrected(
+      gx_compress.solve(found, _budget(share), reserve=names),
+      model,
+      params,
+      bench.statistics,
+      bench.unseen,
+      keep=keep,
+      progress=True,
+    )
   return found
 
 
