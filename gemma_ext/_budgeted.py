@@ -194,13 +194,16 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
   """
   budget = gx_compress.Budget.parse(args.budget)
   model, params = checkpoint.model, checkpoint.params
+  candidates = None
+  if args.candidates == 'all':
+    candidates = (*gx_compress.CANDIDATES, *gx_compress.MORE_CANDIDATES)
   known = None
   if args.sensitivities and os.path.exists(args.sensitivities):
     known = gx_compress.read_sensitivities(args.sensitivities)
     mark = gx_compress.text_fingerprint(
       text.fitted, text.counted, seed=args.seed
     )
-    gx_compress.check_known(known, model, params, mark)
+    gx_compress.check_known(known, model, params, mark, candidates=candidates)
 
   def keep(found: gx_compress.Sensitivities) -> None:
     if args.sensitivities:
@@ -216,7 +219,13 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
       )
     found_on = statistics(args, checkpoint, text.fitted, text.counted)
     found = gx_compress.sensitivities(
-      model, params, found_on, known=known, keep=keep, progress=True
+      model,
+      params,
+      found_on,
+      candidates=candidates,
+      known=known,
+      keep=keep,
+      progress=True,
     )
   names = reserve(found, params)
   allocation = gx_compress.solve(found, budget, reserve=names)

@@ -41,6 +41,7 @@ from gemma_ext.compress._plan import PlanRow
 from gemma_ext.compress._registry import FITS
 from gemma_ext.compress._sensitivity import CANDIDATES
 from gemma_ext.compress._sensitivity import check_known
+from gemma_ext.compress._sensitivity import MORE_CANDIDATES
 from gemma_ext.compress._sensitivity import sensitivities
 from gemma_ext.compress._statistics import RANDOM_SHARE
 from gemma_ext.compress._statistics import Statistics

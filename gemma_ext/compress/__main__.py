@@ -64,6 +64,14 @@ def _define_flags(values: flags.FlagValues) -> None:
     ' if not.',
     flag_values=values,
   )
+  flags.DEFINE_enum(
+    'candidates',
+    'usual',
+    ('usual', 'all'),
+    "What a budget chooses among: 'all' adds sums of ternary planes and"
+    ' patterns of N among M, which take half as long again to fit.',
+    flag_values=values,
+  )
   flags.DEFINE_string(
     'plot', '', 'PNG to write: bits of every weight.', flag_values=values
   )

@@ -58,6 +58,20 @@ CANDIDATES: tuple[recipe_lib.Method, ...] = (
     )
   ),
 )
+# Others that can be had: sums of planes, and patterns of N among M. On the 270M
+# no budget of 20% or 28% chose one; see `tools.benchmarks.candidates`.
+MORE_CANDIDATES: tuple[recipe_lib.Ternary, ...] = (
+  recipe_lib.Ternary(group=16, pattern=(2, 4), scale='ue5m3'),
+  recipe_lib.Ternary(group=16, pattern=(3, 4), packing='3of4', scale='ue5m3'),
+  recipe_lib.Ternary(planes=2, group=32, packing='5trit', scale='ue5m3'),
+  recipe_lib.Ternary(planes=2, group=16, packing='5trit', scale='ue5m3'),
+  *(
+    recipe_lib.Ternary(
+      planes=planes, group=group, packing='5trit', scale='ue5m3', tied=True
+    )
+    for planes, group in ((2, 16), (3, 32))
+  ),
+)
 
 
 def sensitivities(

@@ -421,3 +421,33 @@ def test_what_is_measured_on_was_not_fitted_on():
   for few in (tokens[:1], tokens[:2]):
     for part in gx.compress.held_out(few):
       np.testing.assert_array_equal(part, few)
+
+
+def test_more_candidates_are_chosen_where_they_pay():
+  # A sum of two planes.
+  rng = np.random.default_rng(0)
+  model = tiny.shallow()
+  params = tiny.params(model)
+  statistics = gx.compress.statistics(
+    model, params, _tokens(batch=1), random_share=0
+  )
+  path = 'layer_0/mlp/linear'
+  site = {s.path: s for s in gx.nn.sites(model)}[path]
+  rows, cols = math.prod(site.layout.rows), site.layout.cols
+  codes = rng.integers(-1, 2, (2, rows, cols))
+  # Scales that a byte holds, the second a half to a third of the first.
+  first = (1 + rng.integers(0, 8, (rows, cols // 16)) / 8) / 16
+  second = first / 2 * rng.choice([1, 0.75], first.shape)
+  scale = np.stack([first, second]).repeat(16, -1)
+  w = jnp.asarray(np.sum(codes * scale, axis=0), jnp.float32)
+  planes = gx.compress.MORE_CANDIDATES[3]
+  ints = [gx.Int(bits=bits, group=32, scale='e4m3') for bits in (3, 4, 5)]
+  fitted = _sensitivity._fitted(
+    site.layout.from_rows(w.reshape(*site.layout.rows, cols)),
+    site,
+    (planes, *ints),
+    statistics,
+  )
+  # Smallest first, and each better than those before: it is one of them.
+  assert [c.method for c in fitted] == [*ints[:2], planes, ints[2]]
+  assert fitted[2].loss < 0.7 * fitted[1].loss

@@ -381,6 +381,27 @@ def test_a_file_of_another_text_is_kept(budgeted, capsys):
   assert (folder / 's.json').read_text() == before
 
 
+def test_all_candidates_have_a_file_of_their_own(budgeted, capsys, monkeypatch):
+  args, _, folder = budgeted
+  err = _fails(capsys, *args, '--dry_run', '--candidates=all')
+  assert 'measured with other candidates' in err
+
+  class Seen(Exception):
+    pass
+
+  def seen(*unused, candidates, **kwargs):
+    raise Seen(candidates)
+
+  monkeypatch.setattr(gx.compress, 'sensitivities', seen)
+  monkeypatch.setattr(gx.compress, 'statistics', lambda *args, **kwargs: None)
+  argv = [a for a in args if '--sensitivities' not in a]
+  with pytest.raises(Seen) as caught:
+    command.main([*argv, '--dry_run', '--candidates=all'])
+  (found,) = caught.value.args
+  assert len({*found}) == len(found)
+  assert {*gx.compress.CANDIDATES, *gx.compress.MORE_CANDIDATES} == {*found}
+
+
 @pytest.mark.parametrize(
   'flags, message',
   [

@@ -56,20 +56,8 @@ _BASES = tuple(
   for bits, group in ((2, 32), (3, 64), (3, 32), (4, 64), (4, 32), (5, 32))
 )
 _OTHERS = {
-  'planes': (
-    recipe_lib.Ternary(planes=2, group=16, packing='5trit', scale='ue5m3'),
-    recipe_lib.Ternary(planes=2, group=32, packing='5trit', scale='ue5m3'),
-    recipe_lib.Ternary(
-      planes=2, group=16, packing='5trit', scale='ue5m3', tied=True
-    ),
-    recipe_lib.Ternary(
-      planes=3, group=32, packing='5trit', scale='ue5m3', tied=True
-    ),
-  ),
-  'N:M': (
-    recipe_lib.Ternary(group=16, pattern=(3, 4), packing='3of4', scale='ue5m3'),
-    recipe_lib.Ternary(group=16, pattern=(2, 4), scale='ue5m3'),
-  ),
+  'planes': tuple(m for m in gx_compress.MORE_CANDIDATES if m.pattern is None),
+  'N:M': tuple(m for m in gx_compress.MORE_CANDIDATES if m.pattern is not None),
 }
 _LOW_RANK = 'low rank'
 
