@@ -236,14 +236,12 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
     covered = found.covers(allocation.plain_losses())
     if found_on is None or args.dry_run or (i >= least and covered):
       break
-    found = gx_compress.refined(
-      found,
-      [budget],
+    found = gx_compress.corrected(
+      allocation,
       model,
       params,
       found_on,
       text.unseen,
-      reserve=names,
       keep=keep,
       progress=True,
     )

@@ -39,14 +39,12 @@ class Factored:
   Attributes:
     hessian: Second moments of the inputs, `[I, I]`.
     upper: Upper Cholesky factor of its damped inverse.
-    order: Columns, those with the largest second moments first, int32 `[I]`.
-    upper_in_order: As `upper`, of the columns in this order.
+    damping: Share of the mean diagonal that was added to it.
   """
 
   hessian: jax.Array
   upper: jax.Array
-  order: jax.Array
-  upper_in_order: jax.Array
+  damping: float
 
   @classmethod
   def of(cls, hessian: Any, damping: float = 0.01) -> Factored:
@@ -62,13 +60,19 @@ class Factored:
     hessian = jnp.asarray(hessian)
     if not bool(jnp.all(jnp.isfinite(hessian))):
       raise errors.NonFiniteError('The hessian holds NaN or infinity.')
-    order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
-    return cls(
-      hessian=hessian,
-      upper=jnp.asarray(_factor(hessian, damping)),
-      order=order,
-      upper_in_order=jnp.asarray(_factor(hessian[order][:, order], damping)),
-    )
+    upper = jnp.asarray(_factor(hessian, damping))
+    return cls(hessian=hessian, upper=upper, damping=damping)
+
+  @functools.cached_property
+  def order(self) -> jax.Array:
+    """Columns, those with the largest second moments first, int32 `[I]`."""
+    return jnp.argsort(-jnp.diagonal(self.hessian), stable=True)
+
+  @functools.cached_property
+  def upper_in_order(self) -> jax.Array:
+    """As `upper`, of the columns in `order`; only integers ask for it."""
+    hessian = self.hessian[self.order][:, self.order]
+    return jnp.asarray(_factor(hessian, self.damping))
 
 
 def compensate(
