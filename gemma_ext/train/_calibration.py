@@ -119,7 +119,8 @@ def calibrate(
     tokens: Token ids `[W, L]`, padded with 0.
     directory: Where calibrations are kept, one folder each.
     layers: Whether to keep targets and Fisher information of the layers; the
-      final hidden states alone take less time and space.
+      final hidden states alone take less time and space. Those of a calibration
+      that has all are found, too.
     fisher_windows: Windows that the Fisher information is taken from.
     max_bytes: Bytes on disk that may be used.
     seed: Of the labels that are drawn from the model for the Fisher.
@@ -189,11 +190,15 @@ def attempt(
       f' disk, more than the {max_bytes / 1e9:.1f} GB allowed. Give fewer'
       ' tokens, or a larger max_bytes.'
     )
-  what = (fisher_windows, seed) if layers else ('final',)
-  key = _fingerprint(model, params, tokens, *what)
+  base = _fingerprint(model, params, tokens)
+  key, whole = _key(base, 'final'), _key(base, fisher_windows, seed)
   group = _processes.Group()
-  group.check_same('Checkpoint and calibration text', key.encode())
-  path = pathlib.Path(directory).expanduser().absolute() / key
+  group.check_same('Checkpoint and calibration text', whole.encode())
+  root = pathlib.Path(directory).expanduser().absolute()
+  done = {name: _done(root / name / 'done.json') for name in (key, whole)}
+  # One of all layers has the final hidden states, too.
+  found = group.first(done[key] == 0 and done[whole] == len(tokens))
+  path = root / (whole if layers or found else key)
   out = Calibration(
     path=path,
     tokens=tokens,
@@ -380,11 +385,15 @@ def params_fingerprint(params: Mapping[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def _fingerprint(model, params, tokens, *more: Any) -> str:
+def _fingerprint(model, params, tokens) -> str:
   digest = hashlib.sha256(params_fingerprint(params).encode())
-  digest.update(f'{_VERSION} {model!r} {tokens.shape} {more}'.encode())
+  digest.update(f'{_VERSION} {model!r} {tokens.shape}'.encode())
   digest.update(np.ascontiguousarray(tokens))
-  return digest.hexdigest()[:24]
+  return digest.hexdigest()
+
+
+def _key(base: str, *what: Any) -> str:
+  return hashlib.sha256(f'{base} {what}'.encode()).hexdigest()[:24]
 
 
 def _open(

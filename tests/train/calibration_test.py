@@ -52,6 +52,39 @@ def test_stopped_calibration_goes_on_to_the_same_bits(model, whole, tmp_path):
   assert _files(found.path) == whole
 
 
+def test_final_states_are_those_of_a_calibration_of_all_layers(model, tmp_path):
+  run = lambda layers, tokens=_TOKENS, folder=tmp_path: _calibration.calibrate(
+    *model, tokens, directory=folder, layers=layers
+  )
+  other = run(False, _TOKENS[:5])
+  whole = run(True)
+  found = run(False)
+  assert (found.path, found.layers) == (whole.path, ())
+  assert other.path == run(False, _TOKENS[:5]).path != whole.path
+  alone = run(False, folder=tmp_path / 'alone')
+  np.testing.assert_array_equal(
+    *(x.final.astype(np.float32) for x in (found, alone))
+  )
+
+
+def test_final_states_go_on_where_they_were_begun(model, tmp_path):
+  calls = iter(range(9))
+  stopped = _calibration.attempt(
+    *model,
+    _TOKENS,
+    directory=tmp_path,
+    layers=False,
+    stop=lambda: next(calls, None) is None,
+  )
+  assert stopped is None
+  (begun,) = tmp_path.iterdir()
+  _calibration.calibrate(*model, _TOKENS, directory=tmp_path)
+  found = _calibration.calibrate(
+    *model, _TOKENS, directory=tmp_path, layers=False
+  )
+  assert found.path == begun
+
+
 def test_torn_fisher_is_made_again(model, whole, tmp_path):
   path = _calibration.calibrate(*model, _TOKENS, directory=tmp_path).path
   file = path / 'fisher.npz'
