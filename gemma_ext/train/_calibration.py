@@ -190,8 +190,9 @@ def attempt(
       f' disk, more than the {max_bytes / 1e9:.1f} GB allowed. Give fewer'
       ' tokens, or a larger max_bytes.'
     )
-  base = _fingerprint(model, params, tokens)
-  key, whole = _key(base, 'final'), _key(base, fisher_windows, seed)
+  weights = params_fingerprint(params)
+  key = _fingerprint(model, weights, tokens, 'final')
+  whole = _fingerprint(model, weights, tokens, fisher_windows, seed)
   group = _processes.Group()
   group.check_same('Checkpoint and calibration text', whole.encode())
   root = pathlib.Path(directory).expanduser().absolute()
@@ -385,15 +386,11 @@ def params_fingerprint(params: Mapping[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def _fingerprint(model, params, tokens) -> str:
-  digest = hashlib.sha256(params_fingerprint(params).encode())
-  digest.update(f'{_VERSION} {model!r} {tokens.shape}'.encode())
+def _fingerprint(model, weights: str, tokens, *more: Any) -> str:
+  digest = hashlib.sha256(weights.encode())
+  digest.update(f'{_VERSION} {model!r} {tokens.shape} {more}'.encode())
   digest.update(np.ascontiguousarray(tokens))
-  return digest.hexdigest()
-
-
-def _key(base: str, *what: Any) -> str:
-  return hashlib.sha256(f'{base} {what}'.encode()).hexdigest()[:24]
+  return digest.hexdigest()[:24]
 
 
 def _open(
