@@ -7,7 +7,8 @@
 
 The interval is a bootstrap over documents, so many short documents say more
 than a long one. --divergence adds KL(baseline || checkpoint), which tells apart
-what perplexities on so much text cannot.
+what perplexities on so much text cannot. --baseline=result.json compares with
+what was measured then, and runs no baseline.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,18 @@ from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext import evals
 from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+
+_MAX_JSON_BYTES = 64 << 20
+# What --json says of a checkpoint, beside what was measured.
+_OF_CHECKPOINT = (
+  'checkpoint',
+  'source',
+  'recipe',
+  'dtype',
+  'weight_bytes',
+  'dense_bf16_bytes',
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +55,11 @@ def _define_flags(values: flags.FlagValues) -> None:
   integer = lambda name, default, text, low: flags.DEFINE_integer(
     name, default, text, lower_bound=low, flag_values=values
   )
-  string('baseline', '', 'Checkpoint to compare with, on the same tokens.')
+  string(
+    'baseline',
+    '',
+    'Checkpoint to compare with, on the same tokens, or a .json of --json.',
+  )
   flags.DEFINE_boolean(
     'divergence',
     False,
@@ -85,18 +102,27 @@ def _run(args: Any) -> None:
   if args.divergence and not args.baseline:
     raise errors.ConfigError('--divergence: from what? Give --baseline.')
   # A name that does not exist must not cost a measurement first.
-  for name in filter(None, (args.checkpoint, args.baseline)):
+  known = _read(args) if args.baseline.endswith('.json') else None
+  for name in filter(None, (args.checkpoint, known is None and args.baseline)):
     ckpts.locate(name)
   documents, split = _documents(args)
   # First: it is what two checkpoints may be too different for.
   divergence = _divergence(args, documents) if args.divergence else None
   found, result, tokenizer = _measure(
-    args.checkpoint, args, documents, None, x_bits=args.x_bits
+    args.checkpoint,
+    args,
+    documents,
+    None,
+    x_bits=args.x_bits,
+    like=None if known is None else known[1],
   )
   baseline: dict[str, Any] | None = None
   paired: dict[str, Any] | None = None
   if args.baseline:
-    baseline, other, _ = _measure(args.baseline, args, documents, tokenizer)
+    if known is None:
+      baseline, other, _ = _measure(args.baseline, args, documents, tokenizer)
+    else:
+      baseline, other = known
     paired = evals.paired_json(
       evals.paired_ratio(result, other, seed=args.seed)
     )
@@ -111,6 +137,33 @@ def _run(args: Any) -> None:
   _report(out)
   if args.json:
     _cli.write_json(args.json, out)
+
+
+def _read(args: Any) -> tuple[dict[str, Any], evals.PerplexityResult]:
+  """Reads a baseline that was measured before.
+
+  Returns:
+    JSON values, and the result.
+  """
+  path = args.baseline
+  if args.divergence:
+    raise errors.ConfigError(
+      f'--divergence: {path!r} holds no distributions. Give --baseline as a'
+      ' checkpoint.'
+    )
+  try:
+    found = recipe_lib.read_json(path, _MAX_JSON_BYTES)
+    result = evals.PerplexityResult.from_json(found)
+  except errors.GemmaExtError as e:
+    raise errors.DataError(f'--baseline: {e}') from e
+  missing = [name for name in _OF_CHECKPOINT if name not in found]
+  sizes = [found.get(name) for name in _OF_CHECKPOINT[-2:]]
+  if missing or not all(isinstance(x, int) and x > 0 for x in sizes):
+    raise errors.DataError(
+      f'--baseline: {path!r} is no result of --json: {missing or sizes}.'
+    )
+  known = {name: found[name] for name in _OF_CHECKPOINT}
+  return {**known, **result.to_json()}, result
 
 
 def _documents(args: Any) -> tuple[tuple[data.Document, ...], str]:
@@ -141,8 +194,17 @@ def _measure(
   tokenizer: Any,
   *,
   x_bits: str | None = None,
+  like: evals.PerplexityResult | None = None,
 ) -> tuple[dict[str, Any], evals.PerplexityResult, Any]:
   """Loads one checkpoint, measures it, and lets go of it.
+
+  Args:
+    name: The checkpoint.
+    args: The flags.
+    documents: The text.
+    tokenizer: One for a checkpoint without.
+    x_bits: As for `Recipe.with_x_bits`.
+    like: What it will be compared with, which must be of the same tokens.
 
   Returns:
     JSON values, the result, and the tokenizer that was used.
@@ -168,6 +230,8 @@ def _measure(
     stride=args.stride,
     max_tokens=args.max_tokens,
   )
+  if like is not None:
+    evals.check_same_tokens(windows, like)
   _cli.note(
     f'Measuring on {windows.num_scored:,} tokens of {len(windows.ids)}'
     ' documents ...'
@@ -186,6 +250,7 @@ def _measure(
     'recipe': None if recipe is None else recipe.to_json(),
     'dtype': args.dtype,
     **result.to_json(),
+    'scores': result.scores_json(),
     'weight_bytes': sizes.weight_bytes,
     'dense_bf16_bytes': sizes.dense_bf16_bytes,
   }

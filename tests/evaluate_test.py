@@ -96,6 +96,46 @@ def test_with_baseline(loaded, texts, tmp_path, capsys):
   assert loaded[1][2] - before < 0.1 * found['weight_bytes']
 
 
+def test_with_a_baseline_measured_before(loaded, texts, tmp_path, capsys):
+  argv = [f'--text={texts}', '--window=32', '--dtype=float32']
+  one, two, three = (tmp_path / f'{x}.json' for x in 'abc')
+  assert evaluate.main([*argv, '--checkpoint=baseline', f'--json={one}']) == 0
+  argv.append('--checkpoint=mine')
+  assert evaluate.main([*argv, '--baseline=baseline', f'--json={two}']) == 0
+  del loaded[:]
+  assert evaluate.main([*argv, f'--baseline={one}', f'--json={three}']) == 0
+  assert [name for name, _, _ in loaded] == ['mine']
+  found, direct = (json.loads(x.read_text()) for x in (three, two))
+  assert found['paired_delta'] == direct['paired_delta']
+  assert found['baseline'].items() <= direct['baseline'].items()
+  # Its own baseline is not read: it is the first of the file that counts.
+  assert evaluate.main([*argv, f'--baseline={three}', f'--json={two}']) == 0
+  assert json.loads(two.read_text())['paired_delta']['ratio'] == 1
+  capsys.readouterr()
+  # Other tokens are an error before they are measured.
+  assert evaluate.main([*argv, f'--baseline={one}', '--max_tokens=64']) == 2
+  error = capsys.readouterr().err
+  assert 'the documents differ' in error
+  assert 'Measuring' not in error
+
+
+def test_a_file_that_is_no_baseline(loaded, texts, tmp_path, capsys):
+  path = tmp_path / 'a.json'
+  argv = ['--checkpoint=mine', f'--text={texts}', f'--baseline={path}']
+  for content, message in (
+    (None, 'Cannot read'),
+    ('{', 'is not JSON'),
+    ('{"perplexity": 1}', 'Not the JSON of a perplexity'),
+  ):
+    if content is not None:
+      path.write_text(content)
+    assert evaluate.main(argv) == 2
+    assert message in capsys.readouterr().err
+  assert evaluate.main([*argv, '--divergence']) == 2
+  assert 'holds no distributions' in capsys.readouterr().err
+  assert not loaded
+
+
 def test_divergence_is_that_of_both_distributions(loaded, texts, tmp_path):
   path = tmp_path / 'out.json'
   argv = [

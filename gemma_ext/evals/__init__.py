@@ -21,6 +21,7 @@ from gemma_ext.evals._items import Program
 from gemma_ext.evals._items import Question
 from gemma_ext.evals._loading import load_items
 from gemma_ext.evals._perplexity import perplexity
+from gemma_ext.evals._results import check_same_tokens
 from gemma_ext.evals._results import finite
 from gemma_ext.evals._results import package_versions
 from gemma_ext.evals._results import paired_json

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from gemma_ext import data
 from gemma_ext import errors
 from gemma_ext.evals import _statistics
 
@@ -109,6 +110,70 @@ class PerplexityResult:
       'versions': dict(self.versions),
     }
 
+  def scores_json(self) -> dict[str, list[Any]]:
+    """Returns the sums of every window, from which others are compared.
+
+    Lists of a number a window: `nll` in nats, scored `tokens`, and `document`,
+    which indexes `ids`.
+    """
+    return {
+      'ids': list(self.documents),
+      'document': self.window_document.tolist(),
+      'tokens': self.window_tokens.tolist(),
+      'nll': self.window_nll.tolist(),
+    }
+
+  @classmethod
+  def from_json(cls, value: Any) -> Self:
+    """Returns the result of `to_json` with `scores_json` as its 'scores'.
+
+    Args:
+      value: Plain JSON values; other keys are let be.
+
+    Raises:
+      DataError: Something is missing or is not what its name says.
+    """
+    try:
+      scores = value['scores']
+      nll = [float(x) for x in scores['nll']]
+      out = cls(
+        window_nll=np.array(nll, np.float64),
+        window_tokens=np.array(scores['tokens'], np.int64),
+        window_document=np.array(scores['document'], np.int64),
+        documents=tuple(map(str, scores['ids'])),
+        **{
+          name: kind(value[name])
+          for name, kind in {
+            'window': int,
+            'stride': int,
+            'seed': int,
+            'data_sha256': str,
+            'windows_sha256': str,
+            'versions': dict,
+          }.items()
+        },
+      )
+    except KeyError as e:
+      raise errors.DataError(f'Not the JSON of a perplexity: no {e}.') from e
+    except (TypeError, ValueError, OverflowError) as e:
+      raise errors.DataError(f'Not the JSON of a perplexity: {e}') from e
+    tokens, document = out.window_tokens, out.window_document
+    if (
+      not len(nll) == len(tokens) == len(document)
+      or not out.documents
+      or not len(nll)
+      or not np.isfinite(out.window_nll).all()
+      or tokens.min() < 0
+      or not 0 <= document.min() <= document.max() < len(out.documents)
+    ):
+      raise errors.DataError(
+        f"Not the JSON of a perplexity: 'scores' has {len(nll)} nll,"
+        f' {len(tokens)} tokens and {len(document)} documents of'
+        f' {len(out.documents)}; expected one a window, all of them finite and'
+        ' in range.'
+      )
+    return out
+
   def _per_document(self, values: np.ndarray) -> np.ndarray:
     return np.bincount(
       self.window_document, values, minlength=len(self.documents)
@@ -138,22 +203,40 @@ def paired_ratio(
   Raises:
     DataError: The results are not of the same tokens.
   """
-  if candidate.windows_sha256 != baseline.windows_sha256:
-    same = candidate.data_sha256 == baseline.data_sha256
-    why = 'the tokens or windows differ' if same else 'the documents differ'
-    raise errors.DataError(
-      'Only results on the same tokens can be paired, but'
-      f' {why}: {candidate.num_tokens} tokens of'
-      f' {len(candidate.documents)} documents ({candidate.windows_sha256:.9})'
-      f' against {baseline.num_tokens} of {len(baseline.documents)}'
-      f' ({baseline.windows_sha256:.9}).'
-    )
+  _check_same(
+    baseline,
+    candidate.windows_sha256,
+    candidate.data_sha256,
+    candidate.num_tokens,
+    len(candidate.documents),
+  )
   difference = candidate.window_nll - baseline.window_nll
   return _statistics.bootstrap_ci(
     *_units(candidate, difference),
     level=level,
     resamples=resamples,
     seed=seed,
+  )
+
+
+def check_same_tokens(
+  windows: data.Windows, baseline: PerplexityResult
+) -> None:
+  """Makes sure that windows can be paired with a result, before they are run.
+
+  Args:
+    windows: The windows.
+    baseline: A result of other ones.
+
+  Raises:
+    DataError: The tokens are not the same.
+  """
+  _check_same(
+    baseline,
+    windows.sha256,
+    windows.data_sha256,
+    windows.num_scored,
+    len(windows.ids),
   )
 
 
@@ -181,6 +264,25 @@ def package_versions() -> dict[str, str]:
 def finite(x: float) -> float | None:
   """JSON knows neither NaN nor infinity."""
   return float(x) if math.isfinite(x) else None
+
+
+def _check_same(
+  baseline: PerplexityResult,
+  windows_sha256: str,
+  data_sha256: str,
+  num_tokens: int,
+  num_documents: int,
+) -> None:
+  if windows_sha256 == baseline.windows_sha256:
+    return
+  same = data_sha256 == baseline.data_sha256
+  why = 'the tokens or windows differ' if same else 'the documents differ'
+  raise errors.DataError(
+    f'Only results on the same tokens can be paired, but {why}: {num_tokens}'
+    f' tokens of {num_documents} documents ({windows_sha256:.9}) against'
+    f' {baseline.num_tokens} of {len(baseline.documents)}'
+    f' ({baseline.windows_sha256:.9}).'
+  )
 
 
 def _unit(result: PerplexityResult) -> str:

@@ -142,3 +142,49 @@ def test_paired_ratio_needs_the_same_tokens():
     )
   with pytest.raises(errors.DataError, match='the tokens or windows differ'):
     evals.paired_ratio(_result(windows_sha256='x' * 64), base)
+
+
+def test_scores_come_back_from_json():
+  result = _many(np.random.default_rng(0))
+  text = json.dumps(
+    result.to_json() | {'scores': result.scores_json()}, allow_nan=False
+  )
+  back = evals.PerplexityResult.from_json(json.loads(text))
+  assert back.to_json() == result.to_json()
+  assert back.documents == result.documents
+  assert evals.paired_ratio(back, result).value == 1
+  other = dataclasses.replace(result, window_nll=1.1 * result.window_nll)
+  assert evals.paired_ratio(other, back) == evals.paired_ratio(other, result)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'scores': None}, 'Not the JSON'),
+    ({'stride': None}, 'Not the JSON'),
+    ({'nll': [1.0, 2.0]}, '2 nll, 3 tokens and 3 documents of 2'),
+    ({'nll': [1.0, 'x', 2.0]}, 'Not the JSON'),
+    ({'nll': [1.0, None, 2.0]}, 'Not the JSON'),
+    ({'nll': [1.0, np.nan, 2.0]}, 'finite'),
+    ({'document': [0, 0, 2]}, 'in range'),
+    ({'document': [0, -1, 1]}, 'in range'),
+    ({'tokens': [10, -5, 9]}, 'in range'),
+    ({'tokens': [10, 1e300, 9]}, 'Not the JSON'),
+    ({'ids': []}, 'in range'),
+    ({'nll': [], 'tokens': [], 'document': []}, '0 nll'),
+  ],
+)
+def test_json_that_is_no_result(change, message):
+  result = _result()
+  scores = result.scores_json()
+  value = result.to_json() | {'scores': scores}
+  for name, new in change.items():
+    (scores if name in scores else value)[name] = new
+  with pytest.raises(errors.DataError, match=message):
+    evals.PerplexityResult.from_json(value)
+
+
+def test_json_without_a_key():
+  for value in ({}, [], None, 3, _result().to_json()):
+    with pytest.raises(errors.DataError, match='Not the JSON'):
+      evals.PerplexityResult.from_json(value)
