@@ -36,12 +36,14 @@ class Budgeted:
       needed none.
     checkpoint: The dense checkpoint.
     unseen: The part of the calibration text that the statistics did not see.
+    fits: Weights that were fitted on the way.
   """
 
   allocation: gx_compress.Allocation
   statistics: gx_compress.Statistics | None
   checkpoint: ckpts.Checkpoint
   unseen: Any
+  fits: gx_compress.Fits
 
   @property
   def recipe(self) -> recipe_lib.Recipe:
@@ -229,6 +231,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
     )
   names = reserve(found, params)
   allocation = gx_compress.solve(found, budget, reserve=names)
+  fits = gx_compress.Fits()
   # The first correction changes what is chosen. Those of other budgets hold
   # for this one if they were measured near or around it.
   least = 0 if found.corrections else gx_compress.CORRECTIONS
@@ -243,6 +246,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
       found_on,
       text.unseen,
       keep=keep,
+      fits=fits,
       progress=True,
     )
     allocation = gx_compress.solve(found, budget, reserve=names)
@@ -255,6 +259,7 @@ def allocate(args: Any, checkpoint: ckpts.Checkpoint, text: Text) -> Budgeted:
   return Budgeted(
     allocation=allocation,
     statistics=found_on,
+    fits=fits,
     checkpoint=checkpoint,
     unseen=text.unseen,
   )

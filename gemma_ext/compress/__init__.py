@@ -35,6 +35,7 @@ from gemma_ext.compress._experts import curves as expert_curves
 from gemma_ext.compress._experts import with_experts
 from gemma_ext.compress._fit_int import fit_int
 from gemma_ext.compress._fit_ternary import fit_ternary
+from gemma_ext.compress._fits import Fits
 from gemma_ext.compress._plan import Plan
 from gemma_ext.compress._plan import plan
 from gemma_ext.compress._plan import PlanRow

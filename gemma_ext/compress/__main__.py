@@ -187,7 +187,15 @@ def _run(args: Any) -> None:
       )
       if args.compensate:
         fitted_on = _budgeted.statistics(args, checkpoint, fitted_on)
-    params, found = _compress(args, checkpoint, recipe, plan, text, fitted_on)
+    params, found = _compress(
+      args,
+      checkpoint,
+      recipe,
+      plan,
+      text,
+      fitted_on,
+      None if budgeted is None else budgeted.fits,
+    )
     result |= found
     if budgeted is not None:
       result['allocation'] |= budgeted.measure(params)
@@ -196,7 +204,7 @@ def _run(args: Any) -> None:
 
 
 def _compress(
-  args, checkpoint, recipe, plan, text, fitted_on
+  args, checkpoint, recipe, plan, text, fitted_on, fits
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Fits, saves, and compares what is on disk with the plan."""
   start = time.monotonic()
@@ -205,6 +213,7 @@ def _compress(
     checkpoint.params,
     recipe,
     calibration=fitted_on,
+    fits=fits,
     progress=True,
   )
   jax.block_until_ready(params)

@@ -22,6 +22,7 @@ from gemma_ext.compress import _calibrate
 from gemma_ext.compress import _candidates
 from gemma_ext.compress import _compress
 from gemma_ext.compress import _divergence
+from gemma_ext.compress import _fits
 from gemma_ext.compress import _sensitivity
 from gemma_ext.compress import _statistics
 
@@ -298,6 +299,7 @@ def corrected(
   tokens: Any,
   *,
   keep: Callable[[_candidates.Sensitivities], None] = lambda found: None,
+  fits: _fits.Fits | None = None,
   progress: bool = False,
 ) -> _candidates.Sensitivities:
   """Returns sensitivities whose losses were measured for one allocation more.
@@ -314,6 +316,7 @@ def corrected(
     tokens: Token ids `[batch, length]` to measure on, which the statistics have
       not seen.
     keep: Told the results so far after every kind, to be resumed from.
+    fits: As for `compress`.
     progress: Whether to show progress bars.
   """
   found = allocation.sensitivities
@@ -327,7 +330,12 @@ def corrected(
       params,
       gx_nn.Compressed(model=model, recipe=part.recipe),
       _compress.compress(
-        model, params, part.recipe, calibration=statistics, progress=progress
+        model,
+        params,
+        part.recipe,
+        calibration=statistics,
+        fits=fits,
+        progress=progress,
       ),
       tokens,
       progress=progress,
@@ -350,6 +358,7 @@ def refined(
   *,
   reserve: int = 0,
   keep: Callable[[_candidates.Sensitivities], None] = lambda found: None,
+  fits: _fits.Fits | None = None,
   progress: bool = False,
 ) -> _candidates.Sensitivities:
   """Returns sensitivities corrected for one budget after the other.
@@ -365,6 +374,7 @@ def refined(
       statistics,
       tokens,
       keep=keep,
+      fits=fits,
       progress=progress,
     )
   return found
@@ -390,11 +400,14 @@ def allocate(
       tokens, unseen = gx.compress.held_out(tokens)
       statistics = gx.compress.statistics(model, params, tokens)
       found = gx.compress.sensitivities(model, params, statistics)
+      fits = gx.compress.Fits()  # A weight that keeps its width is fitted once.
       found = gx.compress.refined(
-        found, [budget] * 2, model, params, statistics, unseen
+        found, [budget] * 2, model, params, statistics, unseen, fits=fits
       )
       recipe = gx.compress.solve(found, budget).recipe
-      params = gx.compress(model, params, recipe, calibration=statistics)
+      params = gx.compress(
+        model, params, recipe, calibration=statistics, fits=fits
+      )
 
   Args:
     model: The official model.
@@ -430,6 +443,7 @@ def allocate(
     statistics,
     unseen,
     reserve=reserve,
+    fits=_fits.Fits(),
     progress=progress,
   )
   return solve(found, budget, reserve=reserve).recipe

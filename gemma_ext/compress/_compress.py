@@ -21,6 +21,7 @@ from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _calibrate
 from gemma_ext.compress import _carve
 from gemma_ext.compress import _compensate
+from gemma_ext.compress import _fits
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _registry
 from gemma_ext.compress import _statistics
@@ -40,6 +41,7 @@ def compress(
   recipe: recipe_lib.Recipe | str | dict,
   *,
   calibration: Any = None,
+  fits: _fits.Fits | None = None,
   progress: bool = False,
 ) -> dict[str, Any]:
   """Compresses parameters as a recipe says, one weight at a time.
@@ -53,6 +55,8 @@ def compress(
       it meets on these tokens, in mixtures that have a router already as they
       route. With `Statistics`, which are of the dense layers, errors are
       compensated, see `compensate`. `None` counts all alike.
+    fits: Weights that were fitted for other recipes, with the same arrays and
+      `Statistics` or with no calibration; those of this one are added.
     progress: Whether to show a progress bar.
 
   Returns:
@@ -115,7 +119,13 @@ def compress(
   read = {site.path: site.layout for site in gx_nn.sites(model)}
 
   def pack(found: tuple[gx_nn.Site, recipe_lib.Method]) -> dict[str, Any]:
-    site, method = found
+    if fits is None or curvatures or layers:
+      return fitted(*found)
+    site, _ = found
+    sources = flat[site.whole], known
+    return fits.of(found, sources, lambda: fitted(*found))
+
+  def fitted(site: gx_nn.Site, method: recipe_lib.Method) -> dict[str, Any]:
     w = site.part(flat[site.whole], orders.get(site.whole))
     if site.centered:
       w = w.astype(jnp.float32) - means[site.whole]

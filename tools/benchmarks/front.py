@@ -115,6 +115,7 @@ class _Bench:
   unseen: np.ndarray
   windows: data.Windows
   baseline: evals.PerplexityResult
+  fits: gx_compress.Fits = dataclasses.field(default_factory=gx_compress.Fits)
 
   @property
   def made_of(self) -> dict[str, str]:
@@ -142,6 +143,7 @@ class _Bench:
       self.dense.params,
       recipe,
       calibration=self.statistics,
+      fits=self.fits,
       progress=True,
     )
     path = ckpts.save(
@@ -320,6 +322,7 @@ def _sensitivities(bench: _Bench, path: pathlib.Path) -> Any:
       bench.statistics,
       bench.unseen,
       keep=keep,
+      fits=bench.fits,
       progress=True,
     )
   return found
@@ -367,9 +370,6 @@ def _keep(
   """Writes what there is by now, for those who look while it goes on."""
   args = bench.args
   if args.json:
-    points = [
-      {k: v for k, v in row.items() if k != 'window_nll'} for row in rows
-    ]
     _cli.write_json(
       args.json,
       {
@@ -379,7 +379,8 @@ def _keep(
         'text': args.text,
         'tokens': int(bench.windows.num_scored),
         'corrections': found.corrections,
-        'points': points,
+        'baseline_nll': bench.baseline.window_nll.tolist(),
+        'points': rows,
       },
     )
   if args.plot:
