@@ -16,10 +16,8 @@ stores more.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Mapping
 import re
-import sys
 from typing import Any
 
 from flax import traverse_util
@@ -186,17 +184,11 @@ def _gptq(
   # It goes from column to column, with a program for each place in a block and
   # each column: JAX keeps those of one shape of small blocks, and no more. A
   # block as large as a group changes no more than which scales know of errors.
-  by_shape: dict[Any, dict[Any, Any]] = collections.defaultdict(dict)
-  for path, leaf in traverse_util.flatten_dict(dense.params).items():
-    by_shape[leaf.shape][path] = leaf
+  flat = traverse_util.flatten_dict(dense.params)
+  by_shape = sorted(flat.items(), key=lambda item: item[1].shape)
   block = {'gptq_block_size': rule['tile_size']} if rule['tile_size'] else {}
   found: dict[Any, Any] = {}
-  for path, leaf in tqdm.tqdm(
-    [item for leaves in by_shape.values() for item in leaves.items()],
-    desc='qwix GPTQ',
-    unit='weight',
-    file=sys.stderr,
-  ):
+  for path, leaf in tqdm.tqdm(by_shape, desc='qwix GPTQ', unit='weight'):
     one = traverse_util.unflatten_dict({path: leaf})
     found |= traverse_util.flatten_dict(
       gptq.quantize_params(one, shapes, stats, **block)
