@@ -44,7 +44,7 @@ def block(**changes):
 
 
 DISTILL = train.Distill(
-  optimizer=train.Gradient(steps=20, learning_rate=5e-3, dense_rate=5e-3),
+  optimizer=train.Gradient(steps=40, learning_rate=5e-3, dense_rate=5e-3),
   batch_windows=4,
   vocabulary=256,
 )
