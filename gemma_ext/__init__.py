@@ -33,6 +33,7 @@ _NAMES = {
   'GemmaExtError': 'errors',
   'Int': 'recipe',
   'Keep': 'recipe',
+  'LowRank': 'recipe',
   'MoE': 'recipe',
   'Plan': 'compress',
   'Recipe': 'recipe',
@@ -60,6 +61,7 @@ if _typing.TYPE_CHECKING:
   from gemma_ext.errors import GemmaExtError
   from gemma_ext.recipe import Int
   from gemma_ext.recipe import Keep
+  from gemma_ext.recipe import LowRank
   from gemma_ext.recipe import MoE
   from gemma_ext.recipe import Recipe
   from gemma_ext.recipe import Rows

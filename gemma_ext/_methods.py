@@ -15,6 +15,7 @@ _MAX_GROUP = 1 << 20
 _MAX_PLANES = 4
 _MAX_BANDS = 64
 _MAX_EXPERTS = 1 << 17
+_MAX_RANK = 1 << 12
 _ROUTERS = ('norm', 'gate', 'softmax', 'sigmoid', 'expert_choice')
 _PACKINGS = ('2bit', '5trit', '3of4')
 _SCALES = ('bf16', 'ue5m3', 'e4m3')
@@ -323,8 +324,56 @@ class MoE(Method):
     return {**super().to_json(), 'weights': self.weights.to_json()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(Method):
+  """A weight in few bits, and a product of two thin matrices that corrects it.
+
+  `w = weights + up @ down`, where `down` takes the inputs to `rank` numbers and
+  `up` takes these to the outputs, as in LQER (arXiv 2402.02446) and EoRA (arXiv
+  2410.21271). With statistics the product is the one that loses least under the
+  curvature of the weight. For the weights of einsums, not for tables of
+  embeddings and not for experts.
+
+  Attributes:
+    weights: How the weight is stored that is corrected: `Ternary` or `Int`.
+    rank: Numbers in between, at least 1.
+    bits: Bits a number of both factors, 2 to 8.
+  """
+
+  NAME: ClassVar[str] = 'low_rank'
+
+  weights: Ternary | Int
+  rank: int
+  bits: int = 8
+
+  def __post_init__(self):
+    if type(self.weights) not in (Ternary, Int):
+      raise errors.RecipeError(
+        'LowRank.weights must be `Ternary` or `Int`, got'
+        f' {_patterns.brief(self.weights)}.'
+      )
+    _check_int('LowRank.rank', self.rank, 1, _MAX_RANK)
+    _check_int('LowRank.bits', self.bits, 2, 8)
+
+  @property
+  def factors(self) -> Int:
+    """How both factors are stored."""
+    return Int(
+      bits=self.bits, group=128, scale='ue5m3', x_bits=self.weights.x_bits
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the method's name and every field as plain JSON values."""
+    return {**super().to_json(), 'weights': self.weights.to_json()}
+
+
 METHODS: dict[str, type[Method]] = {
-  cls.NAME: cls for cls in (Keep, Ternary, Int, Rows, MoE)
+  cls.NAME: cls for cls in (Keep, Ternary, Int, Rows, MoE, LowRank)
+}
+# Methods that have another for what they store, and the fields they need.
+_OUTER = {
+  MoE.NAME: {'num_experts', 'top_k'},
+  LowRank.NAME: {'rank', 'weights'},
 }
 
 
@@ -358,13 +407,19 @@ def method_from_json(fields: Any) -> Method:
     raise errors.RecipeError("Method 'rows' needs its 'bands'.")
   if name == Rows.NAME and isinstance(fields.get('bands'), list):
     fields['bands'] = tuple(map(_band_from_json, fields['bands']))
-  if name == MoE.NAME:
-    if not {'num_experts', 'top_k'} <= set(fields):
-      raise errors.RecipeError("Method 'moe' needs 'num_experts' and 'top_k'.")
+  if name in _OUTER:
+    if not _OUTER[name] <= set(fields):
+      needed = ' and '.join(map(repr, sorted(_OUTER[name])))
+      raise errors.RecipeError(f'Method {name!r} needs {needed}.')
     if 'weights' in fields:
       inner = fields['weights']
-      if isinstance(inner, dict) and inner.get('method') in ('moe', 'rows'):
-        raise errors.RecipeError(f'MoE.weights cannot be {inner["method"]!r}.')
+      if isinstance(inner, dict) and inner.get('method') in (
+        *_OUTER,
+        Rows.NAME,
+      ):
+        raise errors.RecipeError(
+          f'{METHODS[name].__name__}.weights cannot be {inner["method"]!r}.'
+        )
       fields['weights'] = method_from_json(inner)
   return METHODS[name](**fields)
 

@@ -22,6 +22,7 @@ from gemma_ext import _patterns
 from gemma_ext import errors
 from gemma_ext._methods import Int as Int
 from gemma_ext._methods import Keep as Keep
+from gemma_ext._methods import LowRank as LowRank
 from gemma_ext._methods import Method as Method
 from gemma_ext._methods import method_from_json as method_from_json
 from gemma_ext._methods import METHODS as METHODS
@@ -212,8 +213,9 @@ class Recipe:
       if isinstance(method, Rows):
         bands = tuple((end, of(each)) for end, each in method.bands)
         return dataclasses.replace(method, bands=bands)
-      if isinstance(method, MoE):
-        return dataclasses.replace(method, weights=of(method.weights))
+      if isinstance(method, (MoE, LowRank)):
+        inner: Any = of(method.weights)
+        return dataclasses.replace(method, weights=inner)
       if isinstance(method, (Ternary, Int)):
         return dataclasses.replace(method, x_bits=x_bits)
       return method

@@ -77,3 +77,47 @@ def test_bits_of_activations():
   for bad in (4, True, '8', 16.0):
     with pytest.raises(errors.RecipeError, match='x_bits must be 8 or 16'):
       gx.Ternary(x_bits=bad)
+
+
+def test_corrections_round_trip():
+  method = gx.LowRank(weights=gx.Int(bits=3, group=64), rank=16, bits=6)
+  recipe = gx.Recipe.of({'mlp': method, '.*': gx.Int()})
+  again = gx.Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+  assert again == recipe and hash(again) == hash(recipe)
+  fewer = again.with_x_bits(8).rules[0][1]
+  assert fewer.weights.x_bits == fewer.factors.x_bits == 8
+  assert method.factors == gx.Int(bits=6, group=128, scale='ue5m3', x_bits=16)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'rank': 0}, r'LowRank.rank must be an integer in \[1, 4096\], got 0'),
+    ({'rank': 8.0}, 'LowRank.rank must be an integer'),
+    ({'bits': 9}, r'LowRank.bits must be an integer in \[2, 8\]'),
+    ({'weights': gx.Keep()}, 'LowRank.weights must be `Ternary` or `Int`'),
+  ],
+)
+def test_corrections_that_are_wrong(fields, message):
+  with pytest.raises(errors.RecipeError, match=message):
+    gx.LowRank(**{'weights': gx.Int(), 'rank': 8} | fields)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'rank': 8}, "needs 'rank' and 'weights'"),
+    ({'weights': {'method': 'int'}}, "needs 'rank' and 'weights'"),
+    (
+      {'rank': 8, 'weights': {'method': 'low_rank', 'rank': 8}},
+      "LowRank.weights cannot be 'low_rank'",
+    ),
+    ({'rank': 8, 'weights': {'method': 'rows'}}, "cannot be 'rows'"),
+    ({'rank': 8, 'weights': {'method': 'keep'}}, 'must be `Ternary` or `Int`'),
+    ({'rank': 8, 'weights': 3}, "key 'method'"),
+  ],
+)
+def test_corrections_in_json_that_are_wrong(fields, message):
+  rule = {'match': 'mlp', 'method': 'low_rank', **fields}
+  with pytest.raises(errors.RecipeError, match=message):
+    gx.Recipe.from_json({'version': 1, 'rules': [rule]})

@@ -26,7 +26,6 @@ from gemma_ext.compress._carve import carve
 from gemma_ext.compress._compensate import compensate
 from gemma_ext.compress._compress import check_params
 from gemma_ext.compress._compress import compress
-from gemma_ext.compress._compress import compress_weight
 from gemma_ext.compress._divergence import divergence
 from gemma_ext.compress._divergence import divergences
 from gemma_ext.compress._experts import choose as choose_experts
@@ -49,6 +48,7 @@ from gemma_ext.compress._statistics import Statistics
 from gemma_ext.compress._statistics import statistics
 from gemma_ext.compress._statistics import text_fingerprint
 from gemma_ext.compress._upcycle import upcycle
+from gemma_ext.compress._weight import compress_weight
 
 
 class _CallableModule(_types.ModuleType):

@@ -115,7 +115,8 @@ def compensate(
     NonFiniteError: If an input is not finite.
     RecipeError: If the method fixes a density or pattern.
   """
-  group, cols = fmt.group, w.shape[-1]
+  cols = w.shape[-1]
+  group = fmt.group or cols  # One scale a row is one group.
   given = hessian.hessian if isinstance(hessian, Factored) else hessian
   if given.shape != (cols, cols):
     raise errors.ShapeError(

@@ -14,6 +14,7 @@ import re
 import numpy as np
 
 from gemma_ext import errors
+from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _plan
 
@@ -38,15 +39,23 @@ def plot(plan: _plan.Plan, path: str | os.PathLike[str]) -> None:
     raise errors.OptionalDependencyError(
       "The picture needs matplotlib: pip install 'gemma_ext[notebook]'."
     ) from e
-  cells: dict[tuple[str, int], float] = {}
+  nbytes: dict[tuple[str, int], int] = {}
+  sizes: dict[tuple[str, int], int] = {}
   tables: dict[str, list[_plan.PlanRow]] = {}
   for row in plan.rows:
     if isinstance(row.method, recipe_lib.Keep):
       continue
     if layer := re.match(r'layer_(\d+)/(.*)', row.path):
-      cells[layer[2], int(layer[1])] = row.bits_per_weight
+      # A weight and its correction are one cell.
+      cell = (
+        re.sub(rf'/({"|".join(gx_nn.ROLES)})$', '', layer[2]),
+        int(layer[1]),
+      )
+      nbytes[cell] = nbytes.get(cell, 0) + row.nbytes
+      sizes[cell] = sizes.get(cell, 0) + row.size
     else:
       tables.setdefault(re.sub(r'/rows_\d+$', '', row.path), []).append(row)
+  cells = {cell: 8 * nbytes[cell] / sizes[cell] for cell in nbytes}
   names = list(dict.fromkeys(name for name, _ in cells))
   numbers = sorted({number for _, number in cells})
   heights = [0.5 * len(tables) + 0.5, 0.42 * len(names) + 0.5]

@@ -174,7 +174,10 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
           shape=site.layout.shape,
           method=method,
           group=fmt.group,
-          dense_bytes=site.layout.size * itemsize,
+          # The factors of a correction stand for no weights.
+          dense_bytes=site.layout.size * itemsize
+          if site.role in ('', gx_nn.BASE)
+          else 0,
           nbytes=fmt.nbytes(site.layout.rows, site.layout.cols),
         )
       )

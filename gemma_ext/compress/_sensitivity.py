@@ -22,9 +22,11 @@ from gemma_ext import recipe as recipe_lib
 from gemma_ext.compress import _candidates
 from gemma_ext.compress import _compress
 from gemma_ext.compress import _fingerprint
+from gemma_ext.compress import _low_rank
 from gemma_ext.compress import _plan
 from gemma_ext.compress import _statistics
 from gemma_ext.compress import _threads
+from gemma_ext.compress import _weight
 
 # Of a table of embeddings, and the rows that their ends are multiples of.
 BANDS = 24
@@ -60,7 +62,7 @@ CANDIDATES: tuple[recipe_lib.Method, ...] = (
 )
 # Others that can be had: sums of planes, and patterns of N among M. On the 270M
 # no budget of 20% or 28% chose one; see `tools.benchmarks.candidates`.
-MORE_CANDIDATES: tuple[recipe_lib.Ternary, ...] = (
+MORE_CANDIDATES: tuple[recipe_lib.Method, ...] = (
   recipe_lib.Ternary(group=16, pattern=(2, 4), scale='ue5m3'),
   recipe_lib.Ternary(group=16, pattern=(3, 4), packing='3of4', scale='ue5m3'),
   recipe_lib.Ternary(planes=2, group=32, packing='5trit', scale='ue5m3'),
@@ -70,6 +72,13 @@ MORE_CANDIDATES: tuple[recipe_lib.Ternary, ...] = (
       planes=planes, group=group, packing='5trit', scale='ue5m3', tied=True
     )
     for planes, group in ((2, 16), (3, 32))
+  ),
+  *(
+    recipe_lib.LowRank(
+      weights=recipe_lib.Int(bits=bits, group=group, scale=_BYTE), rank=rank
+    )
+    for bits, group in ((2, 32), (3, 64), (3, 32), (4, 64))
+    for rank in (8, 16, 32, 64)
   ),
 )
 
@@ -141,7 +150,7 @@ def sensitivities(
     rows={p: site.rows for p, site in sites.items() if site.rows is not None},
   )
   made = _threads.each(
-    lambda site: _fitted(flat[site.whole], site, candidates, statistics),
+    lambda site: fitted(flat[site.whole], site, candidates, statistics),
     {path: site for path, site in sites.items() if path not in found},
     desc='sensitivities',
     progress=progress,
@@ -191,18 +200,28 @@ def _check(known: _candidates.Sensitivities, mark: Mapping[str, str]) -> None:
     )
 
 
-def _fitted(
+def fitted(
   w: jax.Array,
   site: gx_nn.Site,
   methods: Sequence[recipe_lib.Method],
   statistics: _statistics.Statistics,
 ) -> tuple[_candidates.Candidate, ...]:
-  """The candidates of one weight, fitted on a sample of its rows."""
+  """Returns the candidates of one weight, fitted on a sample of its rows.
+
+  Args:
+    w: The dense weight, of a band of rows the whole table.
+    site: Its site.
+    methods: How it may be stored; those that do not fit are left out.
+    statistics: Of the model.
+
+  Returns:
+    Those that none with as few bytes beats, smallest first.
+  """
   cols = site.layout.cols
   order = statistics.order(site.whole) if site.ordered else None
   part = jnp.asarray(site.part(w, order))
   if site.centered:
-    part = part.astype(jnp.float32) - _compress.mean_of(w)
+    part = part.astype(jnp.float32) - _weight.mean_of(w)
   matrix = site.layout.to_rows(part)
   matrix = matrix.reshape(-1, cols)
   importance = statistics.importance(site.whole)
@@ -213,14 +232,16 @@ def _fitted(
     site,
     layout=gx_nn.Layout(shape=(len(rows), cols), in_axes=(1,)),
   )
-  known = _compress.fitting(site, statistics, order)
+  known = _weight.fitting(site, statistics, order)
   found = []
   for method in methods:
+    if isinstance(method, recipe_lib.LowRank):
+      continue
     try:
       fmt = gx_nn.format_of(method, cols)
     except errors.GroupSizeError:
       continue
-    leaf = _compress.compress_weight(matrix, sampled, method, **known)
+    leaf = _weight.compress_weight(matrix, sampled, method, **known)
     got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
     error = matrix.astype(jnp.float32) - got.reshape(matrix.shape)
     loss = np.asarray(statistics.loss(site.whole, error, numbers), np.float64)
@@ -231,7 +252,52 @@ def _fitted(
         loss=float(loss @ times),
       )
     )
+  corrected = [m for m in methods if isinstance(m, recipe_lib.LowRank)]
+  if site.kind == gx_nn.Kind.EINSUM:
+    found += _corrected(part, site, corrected, statistics, known['hessian'])
   return _frontier(found)
+
+
+def _corrected(
+  w: jax.Array,
+  site: gx_nn.Site,
+  methods: Sequence[recipe_lib.LowRank],
+  statistics: _statistics.Statistics,
+  hessian: Any,
+) -> list[_candidates.Candidate]:
+  """Candidates with a correction of low rank, fitted on all rows.
+
+  A sample of them would have a correction that all of them do not have.
+  """
+  costs = _low_rank.Costs(inputs=hessian, outputs=statistics.outputs[site.path])
+  found = []
+  for base in dict.fromkeys(method.weights for method in methods):
+    parts = {}
+    for method in methods:
+      if method.weights == base:
+        try:
+          parts[method] = _low_rank.parts_of(site, method)
+        except (errors.GroupSizeError, errors.RecipeError):
+          continue  # The weight is too small for it.
+    if not parts:
+      continue
+    place, _ = next(iter(parts.values()))[gx_nn.BASE]
+    leaf = _weight.compress_weight(w, place, base, hessian=hessian)
+    error = _low_rank.residual(w, place, base, leaf)
+    most = max(method.rank for method in parts)
+    rows = _low_rank.directions(error, most, costs)
+    for method, part in parts.items():
+      leaves = _low_rank.correct(error, rows[: method.rank], part, costs)
+      left = _low_rank.remaining(error, leaves, part)
+      loss = statistics.loss(site.path, jnp.asarray(left, jnp.float32))
+      found.append(
+        _candidates.Candidate(
+          method=method,
+          nbytes=gx_nn.nbytes_of(site, method),
+          loss=float(np.sum(np.asarray(loss, np.float64))),
+        )
+      )
+  return found
 
 
 def _sample(importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_ext import errors
+from gemma_ext import nn as gx_nn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def _count(tree: Mapping[str, Any], prefix: str, packed: list[str]) -> int:
       continue  # Places of the rows of a table and their mean, no weights.
     if not isinstance(value, Mapping):
       total += math.prod(value.shape)
-    elif {'codes', 'scale'} <= set(value):
+    elif {'codes', 'scale'} <= set(value) or set(value) == {*gx_nn.ROLES}:
       packed.append(path)
     else:
       total += _count(value, path, packed)

@@ -22,6 +22,7 @@ from gemma_ext import errors
 from gemma_ext import recipe as recipe_lib
 from gemma_ext.nn import _config
 from gemma_ext.nn import _fused
+from gemma_ext.nn import _low_rank
 from gemma_ext.nn import _moe
 from gemma_ext.nn import _native
 from gemma_ext.nn import _packed
@@ -151,7 +152,7 @@ def methods_of(
 
   Returns:
     For the path of every weight that is compressed, its site and method; of a
-    table in bands, one entry for each band, in order.
+    weight in parts, see `split`, one entry for each part, in order.
 
   Raises:
     UnmatchedRuleError: If a rule matches nothing.
@@ -421,7 +422,7 @@ class _Interceptor:
     if not isinstance(module, _fused.FEED_FORWARDS):
       return None
     weights = [self._weight(module, name) for name in (_moe.GATE, _moe.DOWN)]
-    return None if None in weights else weights
+    return weights if _fused.are_packed(*weights) else None
 
   def _feed_forward(self, official, module, x):
     """A feed-forward layer, likewise."""
@@ -431,9 +432,16 @@ class _Interceptor:
     return official(x)
 
   def _weight(self, module: nn.Module, name: str) -> Any:
-    """The packed weight, or the bands of a table; `None` if it is dense."""
+    """The packed weight, or its parts; `None` if it is dense."""
     path = '/'.join(module.path[self.depth :] + (name,))
     if path not in self.methods:
+      parts = [
+        self.methods[place]
+        for role in _sites.ROLES
+        if (place := _sites.role_path(path, role)) in self.methods
+      ]
+      if parts:
+        return _low_rank.param(module, name, parts=parts, dtype=self.dtype)
       bands: list[tuple[_sites.Layout, recipe_lib.Method]] = []
       while (band := _sites.band_path(path, len(bands))) in self.methods:
         site, method = self.methods[band]
@@ -456,7 +464,7 @@ class _Interceptor:
 
 def _einsum(
   module: nn.Module,
-  weight: _packed.PackedWeight,
+  weight: _packed.PackedWeight | _low_rank.PackedLowRank,
   eqn: str,
   x: jax.Array,
 ) -> jax.Array:

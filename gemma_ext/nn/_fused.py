@@ -178,7 +178,7 @@ def block(
     it ignores, that returns the cache and the output of the block; `None` where
     it cannot stand in.
   """
-  if not all(isinstance(w, _packed.PackedWeight) for w in weights):
+  if not are_packed(*weights):
     return None
   attn = module.attn
   local = attn.attn_type == gemma_modules.AttentionType.LOCAL_SLIDING
@@ -242,6 +242,11 @@ def feed_forward(
 def feed_forward_fits(x: jax.Array, *weights: _packed.PackedWeight) -> bool:
   """Whether `feed_forward` may stand in for the official code."""
   return _are_codes(*weights) and is_step(x)
+
+
+def are_packed(*weights: Any) -> bool:
+  """Whether each is a packed weight, neither dense nor in parts."""
+  return all(isinstance(w, _packed.PackedWeight) for w in weights)
 
 
 def _are_codes(*weights: _packed.PackedWeight) -> bool:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -45,6 +45,23 @@ def format_of(method: recipe_lib.Method, cols: int) -> Any:
       )
     case _:
       raise errors.RecipeError(f'{method!r} has no packed format.')
+
+
+def nbytes_of(site: _sites.Site, method: recipe_lib.Method) -> int:
+  """Returns the bytes of codes and scales of a weight, all parts of it.
+
+  Args:
+    site: The weight.
+    method: A method that compresses.
+
+  Raises:
+    RecipeError: If the weight cannot have it.
+    GroupSizeError: If a group size cannot be had.
+  """
+  return sum(
+    format_of(way, part.layout.cols).nbytes(part.layout.rows, part.layout.cols)
+    for part, way in _sites.split(site, method)
+  )
 
 
 # Leaf of a table in bands: the places of its rows.
@@ -258,13 +275,7 @@ def param(
   if module.has_variable('params', name):
     # Not through `self.param`: its check compares shapes with those of a fresh
     # init, while latent (floating) codes are a legal state while healing.
-    leaf = module.get_variable('params', name)
-    if (
-      isinstance(leaf, dict)
-      and set(leaf) == {'w'}
-      and isinstance(leaf['w'], dict)
-    ):
-      leaf = leaf['w']  # As the official Gemma 4 Einsum does.
+    leaf = _unnested(module.get_variable('params', name))
     _check(leaf, fmt, layout, path)
   else:
     # By the class: `module.param` may be the hook that brought us here.
@@ -302,8 +313,6 @@ def rows_param(
   Raises:
     ParamsMismatchError: As `param`.
   """
-  formats = [format_of(method, layout.cols) for layout, method in bands]
-  path = '/'.join(module.path + (name,))
   names = [f'rows_{i}' for i in range(len(bands))]
   count = sum(layout.shape[0] for layout, _ in bands)
   beside: dict[str, np.ndarray] = {}
@@ -311,18 +320,61 @@ def rows_param(
     beside[_RANK] = np.arange(count, dtype=np.int32)
   if centered:
     beside[_MEAN] = np.zeros(bands[0][0].cols, np.float32)
-  expected = {*names, *beside}
+  parts, leaf = parts_param(
+    module,
+    name,
+    parts=dict(zip(names, bands, strict=True)),
+    beside=beside,
+    shape=(count, bands[0][0].cols),
+    what='in bands of rows',
+    dtype=dtype,
+  )
+  return PackedRows(
+    bands=tuple(parts), rank=leaf.get(_RANK), mean=leaf.get(_MEAN)
+  )
+
+
+def parts_param(
+  module: nn.Module,
+  name: str,
+  *,
+  parts: Mapping[str, tuple[_sites.Layout, recipe_lib.Method]],
+  beside: Mapping[str, np.ndarray],
+  shape: tuple[int, ...],
+  what: str,
+  dtype: Any,
+) -> tuple[list[PackedWeight], dict[str, Any]]:
+  """Declares a weight in parts as one parameter of `module`.
+
+  Args:
+    module: The module that owns the parameter.
+    name: Name of the parameter.
+    parts: Layout and method of each part, by name.
+    beside: What a fresh parameter has beside them, by name.
+    shape: Shape of the dense weight.
+    what: How it is compressed, for errors.
+    dtype: Type of the dense weight.
+
+  Returns:
+    The parts, in order, and the whole parameter.
+
+  Raises:
+    ParamsMismatchError: As `param`.
+  """
+  formats = [format_of(m, layout.cols) for layout, m in parts.values()]
+  path = '/'.join(module.path + (name,))
   if module.has_variable('params', name):
-    leaf = module.get_variable('params', name)
+    leaf = _unnested(module.get_variable('params', name))
+    expected = {*parts, *beside}
     if not isinstance(leaf, dict) or set(leaf) != expected:
       got = sorted(leaf) if isinstance(leaf, dict) else 'an array'
       raise errors.ParamsMismatchError(
-        f'{path!r} is compressed in bands of rows, so its parameter must be'
+        f'{path!r} is compressed {what}, so its parameter must be'
         f' {sorted(expected)}, got {got}. Did you pass the params through'
         ' `gx.compress`, with the same recipe?'
       )
-    for part, fmt, (layout, _) in zip(names, formats, bands, strict=True):
-      _check(leaf[part], fmt, layout, f'{path}/{part}')
+    for part, fmt in zip(parts, formats, strict=True):
+      _check(leaf[part], fmt, parts[part][0], f'{path}/{part}')
     for beside_name, like in beside.items():
       got = leaf[beside_name]
       if (got.shape, got.dtype) != (like.shape, like.dtype):
@@ -334,26 +386,28 @@ def rows_param(
 
     def init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = None):
       return {
-        part: _initializer(fmt, layout)(rng, shape, dtype)
-        for part, fmt, (layout, _) in zip(names, formats, bands, strict=True)
+        part: _initializer(fmt, parts[part][0])(rng, shape, dtype)
+        for part, fmt in zip(parts, formats, strict=True)
       } | {name: jnp.asarray(like) for name, like in beside.items()}
 
-    shape = (count, bands[0][0].cols)
     leaf = nn.Module.param(module, name, init, shape)
-  return PackedRows(
-    bands=tuple(
-      PackedWeight(
-        leaf=leaf[part],
-        fmt=fmt,
-        layout=layout,
-        dtype=dtype,
-        x_bits=getattr(method, 'x_bits', 16),
-      )
-      for part, fmt, (layout, method) in zip(names, formats, bands, strict=True)
-    ),
-    rank=leaf.get(_RANK),
-    mean=leaf.get(_MEAN),
-  )
+  weights = [
+    PackedWeight(
+      leaf=leaf[part],
+      fmt=fmt,
+      layout=parts[part][0],
+      dtype=dtype,
+      x_bits=getattr(parts[part][1], 'x_bits', 16),
+    )
+    for part, fmt in zip(parts, formats, strict=True)
+  ]
+  return weights, leaf
+
+
+def _unnested(leaf: Any) -> Any:
+  """A parameter without what the official Gemma 4 Einsum puts around it."""
+  nested = isinstance(leaf, dict) and set(leaf) == {'w'}
+  return leaf['w'] if nested and isinstance(leaf['w'], dict) else leaf
 
 
 def _check(leaf: Any, fmt: Any, layout: _sites.Layout, path: str) -> None:

@@ -145,6 +145,7 @@ class Site:
     rows: Of a band of a table, `[start, stop)` of its rows.
     ordered: Whether these are places in an order of their own, see `rank_path`.
     centered: Whether the mean of the table is elsewhere, see `mean_path`.
+    role: Of a weight with a correction of low rank, one of `ROLES`.
   """
 
   path: str
@@ -153,11 +154,13 @@ class Site:
   rows: tuple[int, int] | None = None
   ordered: bool = False
   centered: bool = False
+  role: str = ''
 
   @property
   def whole(self) -> str:
-    """Path of the parameter that it is, or is a band of."""
-    return self.path.rpartition('/')[0] if self.rows else self.path
+    """Path of the parameter that it is, or is a part of."""
+    apart = self.rows or self.role
+    return self.path.rpartition('/')[0] if apart else self.path
 
   def part(self, x: Any, order: Any = None) -> Any:
     """Returns the rows of a band, or all.
@@ -170,6 +173,17 @@ class Site:
       return x
     places = slice(*self.rows)
     return x[places] if order is None else x[order[places]]
+
+
+# Parts of a weight with a correction of low rank: the weight that is corrected,
+# and the factors: the first one's rows are contracted with the inputs, the
+# other one's with what comes out of it.
+BASE, DOWN, UP = ROLES = ('base', 'down', 'up')
+
+
+def role_path(path: str, role: str) -> str:
+  """Path of the parameter of a part, see `ROLES`, of the weight at `path`."""
+  return f'{path}/{role}'
 
 
 def band_path(path: str, index: int) -> str:
@@ -201,15 +215,21 @@ def mean_path(path: str) -> str:
 def split(
   site: Site, method: recipe_lib.Method
 ) -> tuple[tuple[Site, recipe_lib.Method], ...]:
-  """Returns the site and its method, or those of every band of `Rows`.
+  """Returns the site and its method, or those of every part of it.
+
+  Parts are the bands of `Rows`, and what `LowRank` adds up.
 
   Args:
     site: A site of a model.
     method: Its method.
 
   Raises:
-    RecipeError: If it has bands and is no table, or has too few rows.
+    RecipeError: If it has bands and is no table, or has too few rows; or if it
+      is to have a correction of low rank and is no weight of an einsum, or too
+      small for that rank.
   """
+  if isinstance(method, recipe_lib.LowRank):
+    return _low_rank(site, method)
   if not isinstance(method, recipe_lib.Rows):
     return ((site, method),)
   layout = site.layout
@@ -242,18 +262,62 @@ def split(
   return tuple(parts)
 
 
+def _low_rank(
+  site: Site, method: recipe_lib.LowRank
+) -> tuple[tuple[Site, recipe_lib.Method], ...]:
+  layout, rank = site.layout, method.rank
+  if site.kind != Kind.EINSUM or layout.slices > 1:
+    raise errors.RecipeError(
+      f'{site.path!r} is no weight of an einsum, which {method!r} is for. Put a'
+      ' rule for it before that one.'
+    )
+  if rank >= min(math.prod(layout.rows), layout.cols):
+    raise errors.RecipeError(
+      f'{site.path!r} of shape {layout.shape} has no correction of rank {rank}'
+      f' that is smaller: expected less than {math.prod(layout.rows)} outputs'
+      f' and {layout.cols} inputs.'
+    )
+  inputs = tuple(layout.shape[i] for i in layout.in_axes)
+  down = Layout(shape=(rank, *inputs), in_axes=(*range(1, len(inputs) + 1),))
+  up = Layout(shape=(*layout.rows, rank), in_axes=(len(layout.rows),))
+  each = zip(
+    ROLES,
+    (layout, down, up),
+    (method.weights, method.factors, method.factors),
+    strict=True,
+  )
+  return tuple(
+    (
+      dataclasses.replace(
+        site, path=role_path(site.path, role), layout=part, role=role
+      ),
+      way,
+    )
+    for role, part, way in each
+  )
+
+
 def join(
   methods: Mapping[str, tuple[Site, recipe_lib.Method]],
 ) -> dict[str, recipe_lib.Method]:
   """Inverse of `split`: methods by path of the whole parameter.
 
   Args:
-    methods: Site and method by path; all bands of a table, in order.
+    methods: Site and method by path; all parts of a weight, in order.
   """
   found: dict[str, recipe_lib.Method] = {}
   bands: dict[str, list[tuple[int | None, recipe_lib.Method]]] = {}
   first: dict[str, Site] = {}
   for path, (site, method) in methods.items():
+    if site.role:
+      if site.role == UP:
+        base = methods[role_path(site.whole, BASE)][1]
+        assert isinstance(base, recipe_lib.Int | recipe_lib.Ternary)
+        assert isinstance(method, recipe_lib.Int)
+        found[site.whole] = recipe_lib.LowRank(
+          weights=base, rank=site.layout.cols, bits=method.bits
+        )
+      continue
     if site.rows is None:
       found[path] = method
       continue

@@ -157,7 +157,9 @@ def open_model(
     cols = site.layout.cols
     fmt = gx_nn.format_of(method, cols)
     codes, scale = (flat[f'{path}/{name}'] for name in ('codes', 'scale'))
-    w = None if flat_dense is None else site.layout.to_rows(flat_dense[path])
+    w = None
+    if flat_dense is not None and not site.role:
+      w = site.layout.to_rows(flat_dense[path])
     moving[f'{path}/scale'] = jnp.array(fmt.open_scale(scale))
     moving[f'{path}/codes'] = _latents.latent(
       fmt.unpack(codes, cols), fmt.unpack_scale(scale), w, fmt
@@ -235,6 +237,7 @@ def unpack(
   out = dict(flat)
   methods = gx_nn.methods_of(model.model, model.recipe)
   bands: dict[str, list[jax.Array]] = {}
+  corrected: dict[str, list[tuple[gx_nn.Site, jax.Array]]] = {}
   for path, (site, method) in methods.items():
     if f'{path}/codes' not in out or f'{path}/scale' not in out:
       continue
@@ -249,10 +252,15 @@ def unpack(
       dtype=model.model.dtype,
     )
     dense = site.layout.from_rows(rows)
-    if site.rows is None:
+    if site.role:
+      corrected.setdefault(site.whole, []).append((site, dense))
+    elif site.rows is None:
       out[path] = dense
     else:
       bands.setdefault(site.whole, []).append(dense)
+  for path, each in corrected.items():
+    sum_of = gx_nn.add_low_rank(each[0][0].layout, *(x for _, x in each))
+    out[path] = sum_of.astype(model.model.dtype)
   for path, parts in bands.items():
     table = jnp.concatenate(parts)
     rank = out.pop(gx_nn.rank_path(path), None)

@@ -82,7 +82,8 @@ def open_params(
     codes, scale = fmt.unpack(codes, cols), fmt.unpack_scale(scale)
     if form == 'latent':
       w = None
-      if dense_flat is not None:
+      # The parts of a weight with a correction are none of the dense model.
+      if dense_flat is not None and not site.role:
         w = site.layout.to_rows(jnp.asarray(dense_flat[path]))
       if getattr(fmt, 'planes', 1) > 1:
         # Sums of planes with free scales may be too near for more.

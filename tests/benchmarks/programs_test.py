@@ -68,7 +68,7 @@ def test_front(tmp_path, monkeypatch, capsys):
     assert row['weights'] == len(gx.nn.sites(tiny.shallow())) - 1
   # Given once more, nothing is fitted.
   refuse = lambda *args, **kwargs: pytest.fail('fits again')
-  monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)
+  monkeypatch.setattr('gemma_ext.compress._weight.compress_weight', refuse)
   assert front.main(argv) == 0
   again = json.loads((tmp_path / 'front.json').read_text())
   assert again['points'] == result['points']

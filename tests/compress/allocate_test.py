@@ -15,9 +15,9 @@ import pytest
 
 import gemma_ext as gx
 from gemma_ext import errors
-from gemma_ext.compress import _compress
 from gemma_ext.compress import _fingerprint
 from gemma_ext.compress import _sensitivity
+from gemma_ext.compress import _weight
 from tests import tiny
 
 _TABLE = 'embedder/input_embedding'
@@ -232,13 +232,13 @@ def test_goes_on_from_what_is_known(case, monkeypatch):
   model, params, statistics, found = case
   kept = []
   fitted = []
-  compress_weight = _compress.compress_weight
+  compress_weight = _weight.compress_weight
 
   def counted(*args, **kwargs):
     fitted.append(args[1].path)
     return compress_weight(*args, **kwargs)
 
-  monkeypatch.setattr(_compress, 'compress_weight', counted)
+  monkeypatch.setattr(_weight, 'compress_weight', counted)
   left = [*found.candidates][-2:]
   part = dataclasses.replace(
     found,
@@ -324,7 +324,7 @@ def test_experts_of_gemma_4_have_a_choice():
   method = chosen.choice[path].method
   w = sites[path].layout.to_rows(params['layer_1']['mlp']['gating_einsum']['w'])
   plain, better = (
-    _compress.compress_weight(
+    _weight.compress_weight(
       w.reshape(sites[path].layout.shape), sites[path], method, hessian=hessian
     )
     for hessian in (None, statistics.inputs[path])
@@ -442,7 +442,7 @@ def test_more_candidates_are_chosen_where_they_pay():
   w = jnp.asarray(np.sum(codes * scale, axis=0), jnp.float32)
   planes = gx.compress.MORE_CANDIDATES[3]
   ints = [gx.Int(bits=bits, group=32, scale='e4m3') for bits in (3, 4, 5)]
-  fitted = _sensitivity._fitted(
+  fitted = _sensitivity.fitted(
     site.layout.from_rows(w.reshape(*site.layout.rows, cols)),
     site,
     (planes, *ints),

@@ -14,7 +14,6 @@ import pytest
 import gemma_ext as gx
 from gemma_ext import errors
 from gemma_ext import kernels
-from gemma_ext.compress import _compress
 from tests import tiny
 
 _PATH = 'layer_1/mlp/linear'
@@ -73,7 +72,7 @@ def _weight(site, seed=0):
 def test_relative_error(method, low, high):
   site = _site(tiny.model('gemma3'))
   w = _weight(site)
-  leaf = _compress.compress_weight(w, site, method)
+  leaf = gx.compress.compress_weight(w, site, method)
   rows = np.asarray(site.layout.to_rows(w))
   error = np.linalg.norm(_dense(leaf, site, method) - rows)
   assert low < error / np.linalg.norm(rows) < high
@@ -86,7 +85,7 @@ def test_more_bits_less_error():
   norms = []
   for bits in (2, 4, 6, 8):
     method = gx.Int(bits=bits)
-    leaf = _compress.compress_weight(w, site, method)
+    leaf = gx.compress.compress_weight(w, site, method)
     norms.append(np.linalg.norm(_dense(leaf, site, method) - rows))
   for more, less in zip(norms, norms[1:]):
     assert less < 0.4 * more
@@ -96,7 +95,7 @@ def test_more_bits_less_error():
 def test_density(density):
   site = _site(tiny.model('gemma3'))
   method = gx.Ternary(group=64, density=density)
-  leaf = _compress.compress_weight(_weight(site), site, method)
+  leaf = gx.compress.compress_weight(_weight(site), site, method)
   codes = _codes(leaf, site, method).reshape(-1, 64)
   assert set(np.unique(codes)) == {-1, 0, 1}
   assert set((codes != 0).sum(-1)) == {int(64 * density)}
@@ -107,7 +106,7 @@ def test_pattern(pattern):
   n, m = pattern
   site = _site(tiny.model('gemma3'))
   method = gx.Ternary(group=64, pattern=pattern)
-  leaf = _compress.compress_weight(_weight(site), site, method)
+  leaf = gx.compress.compress_weight(_weight(site), site, method)
   codes = _codes(leaf, site, method).reshape(-1, m)
   assert set((codes != 0).sum(-1)) == {n}
 
@@ -120,7 +119,7 @@ def test_curvature_lowers_the_weighted_error():
   rows = np.asarray(site.layout.to_rows(w))
   weighted = []
   for c in (None, jnp.asarray(curvature)):
-    leaf = _compress.compress_weight(w, site, method, curvature=c)
+    leaf = gx.compress.compress_weight(w, site, method, curvature=c)
     error = _dense(leaf, site, method) - rows
     weighted.append((curvature * error**2).sum())
   assert weighted[1] < 0.8 * weighted[0]
@@ -159,7 +158,8 @@ def test_blocks_change_nothing(monkeypatch, path, method):
   w = _weight(site)
   whole = gx.compress.compress_weight(w, site, method)
   # 48 rows a block, which does not divide the number of rows.
-  monkeypatch.setattr(_compress, '_BLOCK', 48 * site.layout.cols)
+  block = 48 * site.layout.cols
+  monkeypatch.setattr('gemma_ext.compress._weight._BLOCK', block)
   assert np.prod(site.layout.rows) % 48
   parts = gx.compress.compress_weight(w, site, method)
   jax.tree.map(np.testing.assert_array_equal, parts, whole)
@@ -182,7 +182,7 @@ def test_slices_are_those_of_the_whole(method):
   layout = dataclasses.replace(site.layout, slices=2)
   cut = dataclasses.replace(site, layout=layout)
   whole, slices = (
-    _compress.compress_weight(w, each, method, hessian=jnp.asarray(x.T @ x))
+    gx.compress.compress_weight(w, each, method, hessian=jnp.asarray(x.T @ x))
     for each in (site, cut)
   )
   assert slices['scale'].shape[-3:-1] == (2, 128)
@@ -361,7 +361,7 @@ def test_rows_keep_what_the_head_sees_of_them():
   fmt = gx.nn.format_of(method, 128)
   kept = {}
   for name, given in (('plain', None), ('kept', slopes)):
-    leaf = _compress.compress_weight(
+    leaf = gx.compress.compress_weight(
       w, site, method, hessian=slopes + jnp.eye(128), slopes=given
     )
     q = kernels.dequantize(leaf, fmt, 128, dtype=jnp.float32)

@@ -9,7 +9,7 @@ import pytest
 
 import gemma_ext as gx
 from gemma_ext import errors
-from gemma_ext.compress import _compress
+from gemma_ext.compress import _weight
 from tests import tiny
 
 
@@ -35,13 +35,13 @@ def test_a_weight_that_keeps_its_method_is_fitted_once(monkeypatch):
     for attention in (int4, int8)
   ]
   fitted = []
-  fit = _compress.compress_weight
+  fit = _weight.compress_weight
 
   def counted(w, site, method, **rest):
     fitted.append(site.path)
     return fit(w, site, method, **rest)
 
-  monkeypatch.setattr(_compress, 'compress_weight', counted)
+  monkeypatch.setattr(_weight, 'compress_weight', counted)
   want = [
     gx.compress(model, params, recipe, calibration=statistics)
     for recipe in recipes

@@ -361,7 +361,7 @@ def test_another_budget_is_planned_from_the_file(budgeted, monkeypatch, capsys):
   args, out, folder = budgeted
   before = (folder / 's.json').read_text()
   refuse = lambda *args, **kwargs: pytest.fail('fits again')
-  monkeypatch.setattr('gemma_ext.compress._compress.compress_weight', refuse)
+  monkeypatch.setattr('gemma_ext.compress._weight.compress_weight', refuse)
   monkeypatch.setattr('gemma_ext.compress._taps.window', refuse)
   argv = [a if '--budget' not in a else '--budget=ratio=1.5' for a in args]
   assert command.main([*argv, '--dry_run']) == 0

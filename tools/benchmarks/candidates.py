@@ -10,11 +10,8 @@ among the candidates of budgets, adds them, and lets the same knapsack choose
 with and without them, for the bytes that a budget of the whole model spends on
 these weights:
 
-* low rank: integers and a correction of rank 8 to 64, the best that there are:
-  those that lose least under the curvature of the weight, in closed form (after
-  EoRA, arXiv 2410.21271, with the Fisher information of the outputs as well).
-  They are better here than they can be: their factors take one byte a number,
-  without scales and without errors of their own;
+* low rank: integers and a correction of rank 8 to 64, fitted and stored as a
+  recipe has it (`gx.LowRank`);
 * planes: ternary sums of two and three planes, free and tied;
 * N:M: one ternary plane with 2 or 3 nonzeros among 4.
 
@@ -43,23 +40,30 @@ from gemma_ext import _cli
 from gemma_ext import ckpts
 from gemma_ext import compress as gx_compress
 from gemma_ext import errors
-from gemma_ext import kernels
 from gemma_ext import nn as gx_nn
 from gemma_ext import recipe as recipe_lib
-from gemma_ext.compress import _compress
+from gemma_ext.compress import _sensitivity
+from gemma_ext.compress import _weight
 from tools.benchmarks import _texts
 from tools.benchmarks import _timing
 
-_RANKS = (8, 16, 32, 64)
-_BASES = tuple(
+_INTEGERS = tuple(
   recipe_lib.Int(bits=bits, group=group, scale='e4m3')
   for bits, group in ((2, 32), (3, 64), (3, 32), (4, 64), (4, 32), (5, 32))
 )
-_OTHERS = {
-  'planes': tuple(m for m in gx_compress.MORE_CANDIDATES if m.pattern is None),
-  'N:M': tuple(m for m in gx_compress.MORE_CANDIDATES if m.pattern is not None),
+
+
+def _family(method: recipe_lib.Method) -> str:
+  if isinstance(method, recipe_lib.LowRank):
+    return 'low rank'
+  assert isinstance(method, recipe_lib.Ternary)
+  return 'planes' if method.pattern is None else 'N:M'
+
+
+_FAMILIES = {
+  family: tuple(m for m in gx_compress.MORE_CANDIDATES if _family(m) == family)
+  for family in ('low rank', 'planes', 'N:M')
 }
-_LOW_RANK = 'low rank'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,79 +82,29 @@ def _define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
 
 
-class _Weight:
-  """A weight, and what an error of it costs."""
-
-  def __init__(self, w: Any, site: gx_nn.Site, of: gx_compress.Statistics):
-    self.w, self.site = w, site
-    self.known = _compress.fitting(site, of)
-    hessian = np.asarray(of.hessian(site.path), np.float64)
-    ridge = 1e-6 * np.mean(np.diag(hessian)) + 1e-30
-    self.root = np.linalg.cholesky(hessian + ridge * np.eye(len(hessian)))
-    self.fisher = np.sqrt(of.outputs[site.path].astype(np.float64))
-    rows = np.asarray(site.layout.to_rows(w), np.float32)
-    self.dense = rows.reshape(-1, site.layout.cols)
-
-  def fitted(self, method: recipe_lib.Method) -> tuple[int, np.ndarray] | None:
-    """Bytes, and the error in units of its cost; none if it does not fit."""
-    cols = self.site.layout.cols
+def _order(
+  w: Any, site: gx_nn.Site, statistics: gx_compress.Statistics
+) -> dict[str, tuple[float, float]]:
+  """Loss of a weight with and without activation order, by method."""
+  cols = site.layout.cols
+  dense = site.layout.to_rows(jnp.asarray(w, jnp.float32)).reshape(-1, cols)
+  hessian = _weight.fitting(site, statistics)['hessian']
+  found = {}
+  for method in _INTEGERS:
     try:
       fmt = gx_nn.format_of(method, cols)
     except errors.GroupSizeError:
-      return None
-    leaf = _compress.compress_weight(self.w, self.site, method, **self.known)
-    got = np.asarray(kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32))
-    error = (self.dense - got.reshape(self.dense.shape)) @ self.root
-    return fmt.nbytes(self.site.layout.rows, cols), self.fisher[:, None] * error
-
-  def order(self) -> dict[str, tuple[float, float]]:
-    """Loss with and without activation order, by method."""
-    cols = self.site.layout.cols
-    dense = jnp.asarray(self.dense)
-    found = {}
-    for method in _BASES:
-      try:
-        fmt = gx_nn.format_of(method, cols)
-      except errors.GroupSizeError:
-        continue
-      losses = []
-      for yes in (True, False):
-        codes, scale = gx_compress.compensate(
-          dense,
-          method=method,
-          fmt=fmt,
-          hessian=self.known['hessian'],
-          activation_order=yes,
-        )
-        wide = jnp.repeat(scale.astype(jnp.float32), fmt.group, axis=-1)
-        error = np.asarray(dense - codes * wide) @ self.root
-        losses.append(0.5 * float(np.sum((self.fisher[:, None] * error) ** 2)))
-      found[f'int{method.bits} g{method.group}'] = (losses[0], losses[1])
-    return found
-
-  def candidates(self) -> dict[str, list[gx_compress.Candidate]]:
-    """Candidates by family."""
-    found: dict[str, list[gx_compress.Candidate]] = {_LOW_RANK: []}
-    add = lambda family, method, nbytes, square: found.setdefault(
-      family, []
-    ).append(
-      gx_compress.Candidate(method=method, nbytes=nbytes, loss=0.5 * square)
-    )
-    for method in _BASES:
-      fit = self.fitted(method)
-      if fit is None:
-        continue
-      squares = np.linalg.svd(fit[1], compute_uv=False) ** 2
-      for rank in _RANKS:
-        if rank < min(self.dense.shape):
-          nbytes = fit[0] + rank * sum(self.dense.shape)
-          add(_LOW_RANK, method, nbytes, float(squares[rank:].sum()))
-    for family, methods in _OTHERS.items():
-      for method in methods:
-        fit = self.fitted(method)
-        if fit is not None:
-          add(family, method, fit[0], float(np.sum(np.square(fit[1]))))
-    return found
+      continue
+    losses = []
+    for yes in (True, False):
+      codes, scale = gx_compress.compensate(
+        dense, method=method, fmt=fmt, hessian=hessian, activation_order=yes
+      )
+      wide = jnp.repeat(scale.astype(jnp.float32), fmt.group, axis=-1)
+      loss = statistics.loss(site.path, dense - codes * wide)
+      losses.append(float(np.sum(np.asarray(loss, np.float64))))
+    found[f'int{method.bits} g{method.group}'] = (losses[0], losses[1])
+  return found
 
 
 def _with(
@@ -181,7 +135,7 @@ def _with(
 
   without = solved().loss
   rows = []
-  for family in (_LOW_RANK, *_OTHERS):
+  for family in _FAMILIES:
     got = solved(family)
     picked = [
       path
@@ -197,10 +151,16 @@ def _with(
         'ratio': got.loss / without,
         'chosen': len(picked),
         'weights': len(added),
-        'kinds': sorted({path.rpartition('/')[2] for path in picked}),
+        'kinds': sorted({_kind(path) for path in picked}),
+        'methods': sorted({str(got.choice[path].method) for path in picked}),
       }
     )
   return rows
+
+
+def _kind(path: str) -> str:
+  """The path of a weight without its layer, 'mlp/linear'."""
+  return re.sub(r'layer_\d+/', '', path)
 
 
 def _report_order(
@@ -254,10 +214,13 @@ def _run(args: Any) -> None:
   ]
   added, orders = {}, []
   for site in tqdm.tqdm(sites, desc='candidates', unit='weight'):
-    weight = _Weight(flat[site.path], site, statistics)
-    orders.append(weight.order())
+    w = flat[site.path]
+    orders.append(_order(w, site, statistics))
     if args.budgets:
-      added[site.path] = weight.candidates()
+      added[site.path] = {
+        family: _sensitivity.fitted(w, site, methods, statistics)
+        for family, methods in _FAMILIES.items()
+      }
   ratios = _report_order(orders)
   if not budgets:
     if args.json:

@@ -1,0 +1,260 @@
+# Copyright 2026 The gemma_ext Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Fits a weight in few bits together with a correction of low rank.
+
+The correction of rank r that loses least of what an error costs is known in
+closed form (LQER, arXiv 2402.02446; EoRA, arXiv 2410.21271): the best
+approximation of the error in the space where its norm is that cost. Here the
+cost counts the outputs as well, by their Fisher information. The factors are
+then stored in few bits, the first one's errors compensated, the second one
+solved again for the first as it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from gemma_ext import kernels
+from gemma_ext import nn as gx_nn
+from gemma_ext import recipe as recipe_lib
+from gemma_ext.compress import _compensate
+from gemma_ext.compress import _statistics
+from gemma_ext.compress import _weight
+
+# Share of the mean diagonal of a Hessian that is added before it is factored.
+_RIDGE = 1e-6
+
+Part = tuple[gx_nn.Site, recipe_lib.Method]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+  """What an error of a weight costs, to second order.
+
+  Attributes:
+    inputs: Second moments of the inputs, `[I, I]`, or `None` for all alike.
+    outputs: Fisher information of the outputs, `[N]`, or `None` likewise.
+    curvature: Diagonal of `inputs`, `[I]`, where only that is known.
+  """
+
+  inputs: _compensate.Factored | None = None
+  outputs: np.ndarray | None = None
+  curvature: jax.Array | None = None
+
+  @classmethod
+  def of(
+    cls,
+    site: gx_nn.Site,
+    statistics: _statistics.Statistics | None,
+    curvature: jax.Array | None = None,
+  ) -> Costs:
+    """Returns what is known of a weight.
+
+    Args:
+      site: The weight, or a part of it.
+      statistics: Of the model, if there are some.
+      curvature: As the attribute.
+    """
+    if statistics is None or site.whole not in statistics.inputs:
+      return cls(curvature=curvature)
+    return cls(
+      inputs=_weight.fitting(site, statistics)['hessian'],
+      outputs=statistics.outputs[site.whole],
+    )
+
+
+def parts_of(site: gx_nn.Site, method: recipe_lib.LowRank) -> dict[str, Part]:
+  """Returns site and method of every part of a weight, by role.
+
+  Args:
+    site: The weight.
+    method: Its method.
+
+  Raises:
+    RecipeError: If it can have no such correction.
+    GroupSizeError: If a group size cannot be had.
+  """
+  parts = {part.role: (part, way) for part, way in gx_nn.split(site, method)}
+  for part, way in parts.values():
+    gx_nn.format_of(way, part.layout.cols)
+  return parts
+
+
+def fit(
+  w: jax.Array, parts: Mapping[str, Part], costs: Costs
+) -> dict[str, dict[str, jax.Array]]:
+  """Fits and packs a weight and its correction.
+
+  Args:
+    w: Dense weight in the shape of the official tree.
+    parts: Site and method by role, see `gx.nn.split`.
+    costs: What its errors cost.
+
+  Returns:
+    Packed leaves by role.
+
+  Raises:
+    NonFiniteError: If the weight holds NaN or infinity.
+  """
+  site, method = parts[gx_nn.BASE]
+  leaf = _weight.compress_weight(
+    w, site, method, hessian=costs.inputs, curvature=costs.curvature
+  )
+  error = residual(w, site, method, leaf)
+  rank = parts[gx_nn.DOWN][0].layout.shape[0]
+  rows = directions(error, rank, costs)
+  return {gx_nn.BASE: leaf, **correct(error, rows, parts, costs)}
+
+
+def residual(
+  w: jax.Array,
+  site: gx_nn.Site,
+  method: recipe_lib.Method,
+  leaf: Mapping[str, jax.Array],
+) -> np.ndarray:
+  """Returns what a packed weight lacks, float64 `[N, I]`.
+
+  Args:
+    w: Dense weight in the shape of the official tree.
+    site: Its site.
+    method: How it is packed.
+    leaf: The packed weight.
+  """
+  cols = site.layout.cols
+  fmt = gx_nn.format_of(method, cols)
+  got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
+  dense = site.layout.to_rows(jnp.asarray(w)).astype(jnp.float32)
+  error = np.asarray(dense - got, np.float64)
+  return error.reshape(-1, cols)
+
+
+def directions(error: np.ndarray, rank: int, costs: Costs) -> np.ndarray:
+  """Returns what of the inputs the best correction reads, `[rank, I]`.
+
+  Args:
+    error: `[N, I]`.
+    rank: At most N and I. Fewer rows are those of fewer directions: the first
+      ones are the most important.
+    costs: What errors cost.
+  """
+  count, cols = error.shape
+  fisher = np.ones(count) if costs.outputs is None else costs.outputs
+  root = np.sqrt(np.maximum(fisher, 0))[:, None].astype(np.float64)
+  hessian = _hessian(cols, costs)
+  # Of the two Gram matrices of the error, the smaller one.
+  if count < cols:
+    scaled = root * error
+    _, left = _largest(scaled @ hessian @ scaled.T, rank)
+    return left.T @ scaled
+  lower = np.linalg.cholesky(hessian)
+  scaled = (root * error) @ lower
+  _, right = _largest(scaled.T @ scaled, rank)
+  return scipy.linalg.solve_triangular(lower.T, right).T
+
+
+def correct(
+  error: np.ndarray,
+  rows: np.ndarray,
+  parts: Mapping[str, Part],
+  costs: Costs,
+) -> dict[str, dict[str, jax.Array]]:
+  """Packs the factors of the correction that reads given directions.
+
+  Args:
+    error: What is corrected, `[N, I]`.
+    rows: The directions, `[rank, I]`.
+    parts: Site and method by role.
+    costs: What errors cost.
+
+  Returns:
+    Packed leaves of both factors, by role.
+  """
+  hessian = _hessian(error.shape[1], costs)
+  # As large in both factors, so that the scales of both can be stored.
+  large = lambda x, axis: np.maximum(np.max(np.abs(x), axis=axis), 1e-30)
+  share = large(_solve(error, rows, hessian), 0) / large(rows, 1)
+  rows = rows * np.sqrt(share)[:, None]
+  down, down_method = parts[gx_nn.DOWN]
+  first = _weight.compress_weight(
+    jnp.asarray(rows.reshape(down.layout.shape), jnp.float32),
+    down,
+    down_method,
+    hessian=costs.inputs,
+    curvature=costs.curvature,
+  )
+  stored = _dense(first, down, down_method)
+  up, up_method = parts[gx_nn.UP]
+  solved = _solve(error, stored, hessian)
+  second = _weight.compress_weight(
+    jnp.asarray(solved.reshape(up.layout.shape), jnp.float32),
+    up,
+    up_method,
+    hessian=stored @ hessian @ stored.T,
+  )
+  return {gx_nn.DOWN: first, gx_nn.UP: second}
+
+
+def remaining(
+  error: np.ndarray,
+  leaves: Mapping[str, Mapping[str, jax.Array]],
+  parts: Mapping[str, Part],
+) -> np.ndarray:
+  """Returns the error with the correction, `[N, I]`.
+
+  Args:
+    error: The error without it.
+    leaves: Packed leaves of both factors, by role.
+    parts: Site and method by role.
+  """
+  down, up = (
+    _dense(leaves[role], *parts[role]) for role in (gx_nn.DOWN, gx_nn.UP)
+  )
+  return error - up @ down
+
+
+def _hessian(cols: int, costs: Costs) -> np.ndarray:
+  """Second moments of the inputs, a little added, float64 `[I, I]`."""
+  if costs.inputs is not None:
+    found = np.asarray(costs.inputs.hessian, np.float64)
+  elif costs.curvature is not None:
+    found = np.diag(np.asarray(costs.curvature, np.float64))
+  else:
+    return np.eye(cols)
+  ridge = _RIDGE * np.trace(found) / cols + 1e-30
+  return found + ridge * np.eye(cols)
+
+
+def _largest(gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+  """The largest eigenvalues and their vectors, the largest first."""
+  count = len(gram)
+  values, vectors = scipy.linalg.eigh(
+    gram, subset_by_index=(count - rank, count - 1)
+  )
+  return values[::-1], vectors[:, ::-1]
+
+
+def _solve(
+  error: np.ndarray, rows: np.ndarray, hessian: np.ndarray
+) -> np.ndarray:
+  """The `[N, rank]` that, times `rows`, is nearest to the error."""
+  along = rows @ hessian
+  gram = along @ rows.T
+  ridge = 1e-9 * np.trace(gram) / len(gram) + 1e-30
+  gram += ridge * np.eye(len(gram))
+  return np.linalg.solve(gram, along @ error.T).T
+
+
+def _dense(
+  leaf: Mapping[str, jax.Array], site: gx_nn.Site, method: recipe_lib.Method
+) -> np.ndarray:
+  """A packed factor as float64 rows."""
+  cols = site.layout.cols
+  fmt = gx_nn.format_of(method, cols)
+  dense = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
+  return np.asarray(dense, np.float64).reshape(-1, cols)
