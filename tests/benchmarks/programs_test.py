@@ -49,10 +49,12 @@ def test_front(tmp_path, monkeypatch, capsys):
   for point in (budget, uniform):
     assert point['ci95'][0] < point['ratio'] < point['ci95'][1]
   assert (tmp_path / 'front.png').read_bytes().startswith(b'\x89PNG')
-  monkeypatch.setattr(candidates, '_BASES', few[:1])
-  monkeypatch.setattr(candidates, '_RANKS', (8, 64))
-  planes = gx.Ternary(planes=2, group=32)
-  monkeypatch.setattr(candidates, '_OTHERS', {'planes': (planes,)})
+  monkeypatch.setattr(candidates, '_INTEGERS', few[:1])
+  families = {
+    'low rank': (gx.LowRank(weights=few[0], rank=8),),
+    'planes': (gx.Ternary(planes=2, group=32),),
+  }
+  monkeypatch.setattr(candidates, '_FAMILIES', families)
   sensitivities = f'{tmp_path}/out/sensitivities.json'
   more = ['--budgets=40%', f'--json={tmp_path}/more.json']
   assert (

@@ -19,6 +19,7 @@ from gemma_ext.compress import _registry
     gx.Ternary(group=32, planes=2, scale='ue5m3', tied=True),
     gx.Ternary(group=32, scale='ue5m3'),
     gx.Int(bits=4, group=32),
+    gx.Int(bits=5),
   ],
 )
 def test_beats_the_diagonal_fit(method):
@@ -30,8 +31,9 @@ def test_beats_the_diagonal_fit(method):
   old = _registry.fit_of(method)(w, method, method, jnp.diagonal(h))
 
   def error(codes, scale):
-    q = np.asarray(codes, np.float64).reshape(-1, 40, 2, 32)
-    s = np.asarray(scale, np.float64).reshape(-1, 40, 2, 1)
+    groups = 64 // (method.group or 64)
+    q = np.asarray(codes, np.float64).reshape(-1, 40, groups, 64 // groups)
+    s = np.asarray(scale, np.float64).reshape(-1, 40, groups, 1)
     d = np.asarray(w, np.float64) - (q * s).sum(0).reshape(40, 64)
     return np.einsum('ni,ij,nj->n', d, np.asarray(h, np.float64), d)
 
