@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ _RIDGE = 1e-6
 Part = tuple[gx_nn.Site, recipe_lib.Method]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Costs:
   """What an error of a weight costs, to second order.
 
@@ -46,6 +47,28 @@ class Costs:
   inputs: _compensate.Factored | None = None
   outputs: np.ndarray | None = None
   curvature: jax.Array | None = None
+
+  def hessian(self, cols: int) -> np.ndarray:
+    """Returns the second moments of the inputs, a little added.
+
+    Args:
+      cols: I.
+
+    Returns:
+      float64 `[I, I]`.
+    """
+    if self.inputs is None and self.curvature is None:
+      return np.eye(cols)
+    return self._hessian
+
+  @functools.cached_property
+  def _hessian(self) -> np.ndarray:
+    if self.inputs is not None:
+      found = np.asarray(self.inputs.hessian, np.float64)
+    else:
+      found = np.diag(np.asarray(self.curvature, np.float64))
+    ridge = _RIDGE * np.trace(found) / len(found) + 1e-30
+    return found + ridge * np.eye(len(found))
 
   @classmethod
   def of(
@@ -109,7 +132,9 @@ def fit(
   error = residual(w, site, method, leaf)
   rank = parts[gx_nn.DOWN][0].layout.shape[0]
   rows = directions(error, rank, costs)
-  return {gx_nn.BASE: leaf, **correct(error, rows, parts, costs)}
+  down = pack_down(error, rows, parts[gx_nn.DOWN], costs)
+  up = pack_up(error, down, parts, costs)
+  return {gx_nn.BASE: leaf, gx_nn.DOWN: down, gx_nn.UP: up}
 
 
 def residual(
@@ -146,7 +171,7 @@ def directions(error: np.ndarray, rank: int, costs: Costs) -> np.ndarray:
   count, cols = error.shape
   fisher = np.ones(count) if costs.outputs is None else costs.outputs
   root = np.sqrt(np.maximum(fisher, 0))[:, None].astype(np.float64)
-  hessian = _hessian(cols, costs)
+  hessian = costs.hessian(cols)
   # Of the two Gram matrices of the error, the smaller one.
   if count < cols:
     scaled = root * error
@@ -158,46 +183,64 @@ def directions(error: np.ndarray, rank: int, costs: Costs) -> np.ndarray:
   return scipy.linalg.solve_triangular(lower.T, right).T
 
 
-def correct(
-  error: np.ndarray,
-  rows: np.ndarray,
-  parts: Mapping[str, Part],
-  costs: Costs,
-) -> dict[str, dict[str, jax.Array]]:
-  """Packs the factors of the correction that reads given directions.
+def pack_down(
+  error: np.ndarray, rows: np.ndarray, part: Part, costs: Costs
+) -> dict[str, jax.Array]:
+  """Packs the first factor.
+
+  Directions do not meet each other where costs are concerned, so that those of
+  a smaller rank are the first rows of what this returns, see `first_rows`.
 
   Args:
     error: What is corrected, `[N, I]`.
-    rows: The directions, `[rank, I]`.
-    parts: Site and method by role.
+    rows: What `directions` returns, `[rank, I]`.
+    part: Site and method of the factor.
     costs: What errors cost.
-
-  Returns:
-    Packed leaves of both factors, by role.
   """
-  hessian = _hessian(error.shape[1], costs)
+  site, method = part
   # As large in both factors, so that the scales of both can be stored.
   large = lambda x, axis: np.maximum(np.max(np.abs(x), axis=axis), 1e-30)
-  share = large(_solve(error, rows, hessian), 0) / large(rows, 1)
+  share = large(_solve(error, rows, costs), 0) / large(rows, 1)
   rows = rows * np.sqrt(share)[:, None]
-  down, down_method = parts[gx_nn.DOWN]
-  first = _weight.compress_weight(
-    jnp.asarray(rows.reshape(down.layout.shape), jnp.float32),
-    down,
-    down_method,
+  return _weight.compress_weight(
+    jnp.asarray(rows.reshape(site.layout.shape), jnp.float32),
+    site,
+    method,
     hessian=costs.inputs,
     curvature=costs.curvature,
   )
-  stored = _dense(first, down, down_method)
-  up, up_method = parts[gx_nn.UP]
-  solved = _solve(error, stored, hessian)
-  second = _weight.compress_weight(
-    jnp.asarray(solved.reshape(up.layout.shape), jnp.float32),
-    up,
-    up_method,
-    hessian=stored @ hessian @ stored.T,
+
+
+def first_rows(
+  leaf: Mapping[str, jax.Array], rank: int
+) -> dict[str, jax.Array]:
+  """Returns the first factor of a smaller rank."""
+  return {name: x[:rank] for name, x in leaf.items()}
+
+
+def pack_up(
+  error: np.ndarray,
+  down: Mapping[str, jax.Array],
+  parts: Mapping[str, Part],
+  costs: Costs,
+) -> dict[str, jax.Array]:
+  """Packs the second factor, solved for the first one as it is stored.
+
+  Args:
+    error: What is corrected, `[N, I]`.
+    down: The first factor, packed.
+    parts: Site and method by role.
+    costs: What errors cost.
+  """
+  stored = _dense(down, *parts[gx_nn.DOWN])
+  site, method = parts[gx_nn.UP]
+  solved = _solve(error, stored, costs)
+  return _weight.compress_weight(
+    jnp.asarray(solved.reshape(site.layout.shape), jnp.float32),
+    site,
+    method,
+    hessian=stored @ costs.hessian(error.shape[1]) @ stored.T,
   )
-  return {gx_nn.DOWN: first, gx_nn.UP: second}
 
 
 def remaining(
@@ -218,18 +261,6 @@ def remaining(
   return error - up @ down
 
 
-def _hessian(cols: int, costs: Costs) -> np.ndarray:
-  """Second moments of the inputs, a little added, float64 `[I, I]`."""
-  if costs.inputs is not None:
-    found = np.asarray(costs.inputs.hessian, np.float64)
-  elif costs.curvature is not None:
-    found = np.diag(np.asarray(costs.curvature, np.float64))
-  else:
-    return np.eye(cols)
-  ridge = _RIDGE * np.trace(found) / cols + 1e-30
-  return found + ridge * np.eye(cols)
-
-
 def _largest(gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
   """The largest eigenvalues and their vectors, the largest first."""
   count = len(gram)
@@ -239,11 +270,9 @@ def _largest(gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
   return values[::-1], vectors[:, ::-1]
 
 
-def _solve(
-  error: np.ndarray, rows: np.ndarray, hessian: np.ndarray
-) -> np.ndarray:
-  """The `[N, rank]` that, times `rows`, is nearest to the error."""
-  along = rows @ hessian
+def _solve(error: np.ndarray, rows: np.ndarray, costs: Costs) -> np.ndarray:
+  """The `[N, rank]` that, times `rows`, costs least away from the error."""
+  along = rows @ costs.hessian(rows.shape[1])
   gram = along @ rows.T
   ridge = 1e-9 * np.trace(gram) / len(gram) + 1e-30
   gram += ridge * np.eye(len(gram))

@@ -271,23 +271,27 @@ def _corrected(
   """
   costs = _low_rank.Costs(inputs=hessian, outputs=statistics.outputs[site.path])
   found = []
-  for base in dict.fromkeys(method.weights for method in methods):
+  for base, bits in dict.fromkeys((m.weights, m.bits) for m in methods):
     parts = {}
     for method in methods:
-      if method.weights == base:
+      if (method.weights, method.bits) == (base, bits):
         try:
           parts[method] = _low_rank.parts_of(site, method)
         except (errors.GroupSizeError, errors.RecipeError):
           continue  # The weight is too small for it.
     if not parts:
       continue
-    place, _ = next(iter(parts.values()))[gx_nn.BASE]
-    leaf = _weight.compress_weight(w, place, base, hessian=hessian)
-    error = _low_rank.residual(w, place, base, leaf)
-    most = max(method.rank for method in parts)
-    rows = _low_rank.directions(error, most, costs)
+    leaf = _weight.compress_weight(w, site, base, hessian=hessian)
+    error = _low_rank.residual(w, site, base, leaf)
+    # Those of a smaller rank are the first ones of the largest.
+    largest = max(parts, key=lambda method: method.rank)
+    rows = _low_rank.directions(error, largest.rank, costs)
+    place = parts[largest][gx_nn.DOWN]
+    most = _low_rank.pack_down(error, rows, place, costs)
     for method, part in parts.items():
-      leaves = _low_rank.correct(error, rows[: method.rank], part, costs)
+      down = _low_rank.first_rows(most, method.rank)
+      up = _low_rank.pack_up(error, down, part, costs)
+      leaves = {gx_nn.DOWN: down, gx_nn.UP: up}
       left = _low_rank.remaining(error, leaves, part)
       loss = statistics.loss(site.path, jnp.asarray(left, jnp.float32))
       found.append(

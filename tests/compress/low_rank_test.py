@@ -51,7 +51,7 @@ def test_no_correction_of_that_rank_loses_less(rows, cols):
   lower = np.linalg.cholesky(hessian)
   scaled = np.sqrt(costs.outputs)[:, None] * (error @ lower)
   least = np.sum(np.linalg.svd(scaled, compute_uv=False)[8:] ** 2)
-  left = error - _low_rank._solve(error, found, hessian) @ found
+  left = error - _low_rank._solve(error, found, costs) @ found
   assert least <= _loss(left, costs) * (1 + 1e-6)
   assert _loss(left, costs) == pytest.approx(least, rel=1e-3)
   # What is nearest in plain numbers is not.
@@ -61,7 +61,7 @@ def test_no_correction_of_that_rank_loses_less(rows, cols):
   # The first directions are those of a smaller rank.
   few = _low_rank.directions(error, 3, costs)
   left, same = (
-    error - _low_rank._solve(error, rows, hessian) @ rows
+    error - _low_rank._solve(error, rows, costs) @ rows
     for rows in (few, found[:3])
   )
   assert _loss(same, costs) == pytest.approx(_loss(left, costs), rel=1e-6)
@@ -93,8 +93,7 @@ def test_an_error_of_that_rank_is_found(rows, cols, known):
   else:
     assert _loss(left, costs) < 0.5 * _loss(error, costs)
     rows_of = _low_rank.directions(error, 16, costs)
-    hessian = np.asarray(costs.inputs.hessian, np.float64)
-    best = error - _low_rank._solve(error, rows_of, hessian) @ rows_of
+    best = error - _low_rank._solve(error, rows_of, costs) @ rows_of
     # In 8 bits factors are as good as in all.
     assert _loss(left, costs) < 1.02 * _loss(best, costs)
 
