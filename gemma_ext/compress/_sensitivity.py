@@ -60,8 +60,9 @@ CANDIDATES: tuple[recipe_lib.Method, ...] = (
     )
   ),
 )
-# Others that can be had: sums of planes, and patterns of N among M. On the 270M
-# no budget of 20% or 28% chose one; see `tools.benchmarks.candidates`.
+# Others that can be had: sums of planes, patterns of N among M, corrections of
+# low rank. On the 270M a budget of 20% chose corrections for two of 20 weights,
+# and none of 25% or 28% any of these; see `tools.benchmarks.candidates`.
 MORE_CANDIDATES: tuple[recipe_lib.Method, ...] = (
   recipe_lib.Ternary(group=16, pattern=(2, 4), scale='ue5m3'),
   recipe_lib.Ternary(group=16, pattern=(3, 4), packing='3of4', scale='ue5m3'),
