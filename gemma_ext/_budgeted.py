@@ -130,7 +130,13 @@ def reserve(found: gx_compress.Sensitivities, params: Mapping[str, Any]) -> int:
     for path in found.candidates
   }
   others = len(jax.tree.leaves(params)) - len(wholes)
-  return ckpts.overhead_bytes(others + 2 * len(found.candidates) + 2)
+  # A weight with a correction has three times as many arrays as another.
+  corrected = sum(
+    any(isinstance(c.method, recipe_lib.LowRank) for c in each)
+    for each in found.candidates.values()
+  )
+  packed = 2 * (len(found.candidates) + 2 * corrected)
+  return ckpts.overhead_bytes(others + packed + 2)
 
 
 def check(args: Any) -> None:

@@ -337,7 +337,9 @@ class LowRank(Method):
   Attributes:
     weights: How the weight is stored that is corrected: `Ternary` or `Int`.
     rank: Numbers in between, at least 1.
-    bits: Bits a number of both factors, 2 to 8.
+    bits: Bits a number of both factors, 2 to 8. Rows of `up` are as short as
+      the rank, and 2 and 4 bits are stored in blocks of 32 bytes: with ranks
+      below 64 other widths take less.
   """
 
   NAME: ClassVar[str] = 'low_rank'
@@ -356,11 +358,16 @@ class LowRank(Method):
     _check_int('LowRank.bits', self.bits, 2, 8)
 
   @property
-  def factors(self) -> Int:
-    """How both factors are stored."""
+  def down(self) -> Int:
+    """How the factor is stored that reads the inputs."""
     return Int(
       bits=self.bits, group=128, scale='ue5m3', x_bits=self.weights.x_bits
     )
+
+  @property
+  def up(self) -> Int:
+    """How the other one is stored, one scale a row."""
+    return dataclasses.replace(self.down, group=None)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the method's name and every field as plain JSON values."""

@@ -85,8 +85,8 @@ def test_corrections_round_trip():
   again = gx.Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
   assert again == recipe and hash(again) == hash(recipe)
   fewer = again.with_x_bits(8).rules[0][1]
-  assert fewer.weights.x_bits == fewer.factors.x_bits == 8
-  assert method.factors == gx.Int(bits=6, group=128, scale='ue5m3', x_bits=16)
+  assert fewer.weights.x_bits == fewer.down.x_bits == fewer.up.x_bits == 8
+  assert method.down == gx.Int(bits=6, group=128, scale='ue5m3', x_bits=16)
 
 
 @pytest.mark.parametrize(

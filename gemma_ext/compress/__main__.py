@@ -68,8 +68,9 @@ def _define_flags(values: flags.FlagValues) -> None:
     'candidates',
     'usual',
     ('usual', 'all'),
-    "What a budget chooses among: 'all' adds sums of ternary planes and"
-    ' patterns of N among M, which take half as long again to fit.',
+    "What a budget chooses among: 'all' adds sums of ternary planes, patterns"
+    ' of N among M and corrections of low rank, which take two to three times'
+    ' as long to fit.',
     flag_values=values,
   )
   flags.DEFINE_string(

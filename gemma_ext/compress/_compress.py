@@ -26,6 +26,7 @@ from gemma_ext.compress import _statistics
 from gemma_ext.compress import _threads
 from gemma_ext.compress import _weight
 
+_CORRECTED = f'{gx_nn.BASE}/codes'
 _Parts = tuple[tuple[gx_nn.Site, recipe_lib.Method], ...]
 
 
@@ -198,7 +199,7 @@ def check_params(
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   for path, leaf in _plan.abstract_params(model).items():
     if path not in flat:
-      if f'{path}/codes' in flat:
+      if any(f'{path}/{leaf}' in flat for leaf in ('codes', _CORRECTED)):
         raise errors.ParamsMismatchError(
           f'{path!r} is compressed already. Compress the dense parameters.'
         )

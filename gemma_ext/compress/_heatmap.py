@@ -8,6 +8,7 @@ of the layers, from left to right.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 
@@ -20,6 +21,21 @@ from gemma_ext.compress import _plan
 
 # Ends of the scale of colours.
 _LEAST, _MOST = 1.0, 9.0
+
+
+def _together(plan: _plan.Plan) -> list[_plan.PlanRow]:
+  """The rows of a plan, a weight and its correction as one."""
+  found: dict[str, _plan.PlanRow] = {}
+  for row in plan.rows:
+    whole, _, role = row.path.rpartition('/')
+    if role not in gx_nn.ROLES:
+      found[row.path] = row
+    elif role == gx_nn.BASE:
+      found[whole] = dataclasses.replace(row, path=whole)
+    else:
+      nbytes = found[whole].nbytes + row.nbytes
+      found[whole] = dataclasses.replace(found[whole], nbytes=nbytes)
+  return [*found.values()]
 
 
 def plot(plan: _plan.Plan, path: str | os.PathLike[str]) -> None:
@@ -39,23 +55,15 @@ def plot(plan: _plan.Plan, path: str | os.PathLike[str]) -> None:
     raise errors.OptionalDependencyError(
       "The picture needs matplotlib: pip install 'gemma_ext[notebook]'."
     ) from e
-  nbytes: dict[tuple[str, int], int] = {}
-  sizes: dict[tuple[str, int], int] = {}
+  cells: dict[tuple[str, int], float] = {}
   tables: dict[str, list[_plan.PlanRow]] = {}
-  for row in plan.rows:
+  for row in _together(plan):
     if isinstance(row.method, recipe_lib.Keep):
       continue
     if layer := re.match(r'layer_(\d+)/(.*)', row.path):
-      # A weight and its correction are one cell.
-      cell = (
-        re.sub(rf'/({"|".join(gx_nn.ROLES)})$', '', layer[2]),
-        int(layer[1]),
-      )
-      nbytes[cell] = nbytes.get(cell, 0) + row.nbytes
-      sizes[cell] = sizes.get(cell, 0) + row.size
+      cells[layer[2], int(layer[1])] = row.bits_per_weight
     else:
       tables.setdefault(re.sub(r'/rows_\d+$', '', row.path), []).append(row)
-  cells = {cell: 8 * nbytes[cell] / sizes[cell] for cell in nbytes}
   names = list(dict.fromkeys(name for name, _ in cells))
   numbers = sorted({number for _, number in cells})
   heights = [0.5 * len(tables) + 0.5, 0.42 * len(names) + 0.5]

@@ -48,27 +48,43 @@ class Costs:
   outputs: np.ndarray | None = None
   curvature: jax.Array | None = None
 
-  def hessian(self, cols: int) -> np.ndarray:
-    """Returns the second moments of the inputs, a little added.
+  def times(self, rows: np.ndarray) -> np.ndarray:
+    """Returns `rows @ H`, `[n, I]`, a little added to what is known of H."""
+    if self.inputs is not None:
+      return rows @ self._factored[0]
+    return rows if self.curvature is None else rows * self._diagonal
 
-    Args:
-      cols: I.
+  def to_plain(self, rows: np.ndarray) -> np.ndarray:
+    """Returns `rows @ L`, `H = L L^T`: their plain norm is what they cost."""
+    if self.inputs is not None:
+      return rows @ self._factored[1]
+    return rows if self.curvature is None else rows * np.sqrt(self._diagonal)
 
-    Returns:
-      float64 `[I, I]`.
-    """
-    if self.inputs is None and self.curvature is None:
-      return np.eye(cols)
-    return self._hessian
+  def of_plain(self, rows: np.ndarray) -> np.ndarray:
+    """Returns `rows @ L^-1`, see `to_plain`."""
+    if self.inputs is not None:
+      lower = self._factored[1]
+      return scipy.linalg.solve_triangular(lower, rows.T, lower=True, trans=1).T
+    return rows if self.curvature is None else rows / np.sqrt(self._diagonal)
 
   @functools.cached_property
-  def _hessian(self) -> np.ndarray:
-    if self.inputs is not None:
-      found = np.asarray(self.inputs.hessian, np.float64)
-    else:
-      found = np.diag(np.asarray(self.curvature, np.float64))
+  def _factored(self) -> tuple[np.ndarray, np.ndarray]:
+    """H and its lower Cholesky factor."""
+    assert self.inputs is not None
+    found = np.asarray(self.inputs.hessian, np.float64)
     ridge = _RIDGE * np.trace(found) / len(found) + 1e-30
-    return found + ridge * np.eye(len(found))
+    while True:
+      # Of fewer tokens than inputs, rounding may have left less than nothing.
+      try:
+        hessian = found + ridge * np.eye(len(found))
+        return hessian, np.linalg.cholesky(hessian)
+      except np.linalg.LinAlgError:
+        ridge *= 4
+
+  @functools.cached_property
+  def _diagonal(self) -> np.ndarray:
+    found = np.asarray(self.curvature, np.float64)
+    return found + _RIDGE * np.mean(found) + 1e-30
 
   @classmethod
   def of(
@@ -171,16 +187,14 @@ def directions(error: np.ndarray, rank: int, costs: Costs) -> np.ndarray:
   count, cols = error.shape
   fisher = np.ones(count) if costs.outputs is None else costs.outputs
   root = np.sqrt(np.maximum(fisher, 0))[:, None].astype(np.float64)
-  hessian = costs.hessian(cols)
+  scaled = root * error
   # Of the two Gram matrices of the error, the smaller one.
   if count < cols:
-    scaled = root * error
-    _, left = _largest(scaled @ hessian @ scaled.T, rank)
+    left = _largest(costs.times(scaled) @ scaled.T, rank)
     return left.T @ scaled
-  lower = np.linalg.cholesky(hessian)
-  scaled = (root * error) @ lower
-  _, right = _largest(scaled.T @ scaled, rank)
-  return scipy.linalg.solve_triangular(lower.T, right).T
+  plain = costs.to_plain(scaled)
+  right = _largest(plain.T @ plain, rank)
+  return costs.of_plain(right.T)
 
 
 def pack_down(
@@ -239,7 +253,7 @@ def pack_up(
     jnp.asarray(solved.reshape(site.layout.shape), jnp.float32),
     site,
     method,
-    hessian=stored @ costs.hessian(error.shape[1]) @ stored.T,
+    hessian=costs.times(stored) @ stored.T,
   )
 
 
@@ -261,18 +275,18 @@ def remaining(
   return error - up @ down
 
 
-def _largest(gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-  """The largest eigenvalues and their vectors, the largest first."""
+def _largest(gram: np.ndarray, rank: int) -> np.ndarray:
+  """Vectors of the largest eigenvalues, the largest first, `[n, rank]`."""
   count = len(gram)
-  values, vectors = scipy.linalg.eigh(
+  _, vectors = scipy.linalg.eigh(
     gram, subset_by_index=(count - rank, count - 1)
   )
-  return values[::-1], vectors[:, ::-1]
+  return vectors[:, ::-1]
 
 
 def _solve(error: np.ndarray, rows: np.ndarray, costs: Costs) -> np.ndarray:
   """The `[N, rank]` that, times `rows`, costs least away from the error."""
-  along = rows @ costs.hessian(rows.shape[1])
+  along = costs.times(rows)
   gram = along @ rows.T
   ridge = 1e-9 * np.trace(gram) / len(gram) + 1e-30
   gram += ridge * np.eye(len(gram))

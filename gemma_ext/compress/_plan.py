@@ -28,10 +28,11 @@ class PlanRow:
 
   Attributes:
     path: Path of the parameter.
-    shape: Shape of the dense parameter.
+    shape: Shape of the dense parameter, or of what is stored beside it.
     method: How it is stored; `Keep()` for dense.
     group: Input weights that share a scale, as resolved for this shape.
-    dense_bytes: Bytes in the model's own type.
+    dense_bytes: Bytes in the model's own type; 0 for what the dense model does
+      not have, such as the factors of a correction.
     nbytes: Bytes as planned, codes and scales.
   """
 
@@ -92,11 +93,12 @@ class Plan:
         {
           'path': row.path,
           'shape': list(row.shape),
-          'group': row.group,
           'dense_bytes': row.dense_bytes,
           'bytes': row.nbytes,
           'bits_per_weight': row.bits_per_weight,
+          # Groups as they are stored, not as they were asked for.
           **row.method.to_json(),
+          'group': row.group,
         }
         for row in self.rows
       ],

@@ -209,6 +209,8 @@ def fitted(
 ) -> tuple[_candidates.Candidate, ...]:
   """Returns the candidates of one weight, fitted on a sample of its rows.
 
+  Corrections of low rank are fitted on all of them.
+
   Args:
     w: The dense weight, of a band of rows the whole table.
     site: Its site.

@@ -36,7 +36,8 @@ def weight_sizes(model: Any, params: Mapping[str, Any]) -> WeightSizes:
   Args:
     model: The model; of a `Compressed` one, the dense model inside says how
       many weights a packed leaf stands for.
-    params: Nested dicts; a packed leaf is a dict of 'codes' and 'scale'.
+    params: Nested dicts; a packed leaf is a dict of 'codes' and 'scale', or of
+      several of these where a weight has a correction.
 
   Raises:
     ParamsMismatchError: A packed leaf where the dense model has no weight.

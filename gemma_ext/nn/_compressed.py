@@ -38,7 +38,7 @@ class Compressed(nn.Module):
   Takes the place of the model everywhere: in the samplers, under `jax.jit`,
   `jax.grad` and `nn.remat`, in kauldron configs, inside `gm.nn.LoRA`. The
   parameter tree is that of the model, with `{'codes', 'scale'}` in place of
-  every weight that the recipe compresses.
+  every weight that the recipe compresses, or a dict of several of these.
 
   Attributes:
     model: The official model, of any family.

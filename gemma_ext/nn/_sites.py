@@ -283,7 +283,7 @@ def _low_rank(
   each = zip(
     ROLES,
     (layout, down, up),
-    (method.weights, method.factors, method.factors),
+    (method.weights, method.down, method.up),
     strict=True,
   )
   return tuple(

@@ -224,7 +224,8 @@ def cost(
     nbytes += read * leaf.nbytes
     if place in packed:
       if name == 'codes':
-        parameters += active * packed[place]
+        if methods[place][0].role in ('', gx_nn.BASE):
+          parameters += active * packed[place]
         operations += 2 * read * packed[place] * planes[place]
     else:
       parameters += active * leaf.size

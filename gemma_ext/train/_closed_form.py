@@ -96,11 +96,6 @@ class ClosedForm:
     for path, (site, method) in branch.methods:
       if f'mlp/{path}/codes' not in moving:
         continue
-      if site.role:
-        raise errors.ConfigError(
-          f'{site.whole!r} has a correction of low rank, which ClosedForm knows'
-          ' nothing of. Use Gradient.'
-        )
       down = path == 'linear'
       collect = _moments(branch, dense, dtype, down)
       total: Any = None

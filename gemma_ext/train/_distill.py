@@ -201,15 +201,21 @@ def _integers(
   model: gx_nn.Compressed, pattern: str
 ) -> dict[str, tuple[gx_nn.Site, recipe_lib.Int]]:
   """Weights outside of branches that are whole numbers and match."""
+  methods = gx_nn.methods_of(model.model, model.recipe)
+
+  def base_of(site, method):
+    base = gx_nn.role_path(site.whole, gx_nn.BASE)
+    return methods[base][1] if site.role else method
+
   return {
     path: (site, method)
-    for path, (site, method) in gx_nn.methods_of(
-      model.model, model.recipe
-    ).items()
+    for path, (site, method) in methods.items()
     if pattern
     and '/mlp/' not in path
     and isinstance(method, recipe_lib.Int)
-    and _patterns.matches(pattern, path)
+    and isinstance(base_of(site, method), recipe_lib.Int)
+    # All parts of a weight, or none.
+    and _patterns.matches(pattern, site.whole if site.role else path)
   }
 
 

@@ -114,6 +114,7 @@ class Block(_Stage):
   def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
     """Names of the layers to heal, in order."""
     _capture.check(model)
+    _check_corrections(model, self.layers, self.optimizer)
     return tuple(
       layer
       for layer in _distill.compressed_layers(model)
@@ -272,6 +273,7 @@ class Distill(_Stage):
 
   def units(self, model: gx_nn.Compressed) -> tuple[str, ...]:
     """The whole model is one unit."""
+    _check_corrections(model, '.*', self.optimizer)
     return ('model',) if _distill.compressed_layers(model) else ()
 
   def task(self, run: Any, unit: str) -> Task:
@@ -411,6 +413,21 @@ def iterate(
   return order[place * size : (place + 1) * size]
 
 
+def _check_corrections(
+  model: gx_nn.Compressed, layers: str, optimizer: Any
+) -> None:
+  """Raises TrainError where only `Gradient` knows of corrections."""
+  if isinstance(optimizer, _gradient.Gradient):
+    return
+  for site, _ in gx_nn.methods_of(model.model, model.recipe).values():
+    moves = site.role and '/mlp/' in site.path
+    if moves and _patterns.matches(layers, site.path.split('/')[0]):
+      raise errors.TrainError(
+        f'{site.whole!r} has a correction of low rank, which `Gradient` heals;'
+        f' got {optimizer!r}.'
+      )
+
+
 def changes(
   model: gx_nn.Compressed,
   old: dict[str, Any],
@@ -431,6 +448,8 @@ def changes(
     layer = path.split('/')[0]
     if '/mlp/' not in path or unit not in (layer, 'model'):
       continue
+    if site.role not in ('', gx_nn.BASE):
+      continue  # A factor of a correction.
     fmt = gx_nn.format_of(method, site.layout.cols)
     a, b = (
       fmt.unpack(tree[f'{path}/codes'], site.layout.cols)

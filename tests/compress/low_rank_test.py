@@ -115,6 +115,29 @@ def test_fewer_bits_are_coarser_and_smaller():
   assert sizes[0] > sizes[1] > sizes[2]
 
 
+def test_fewer_tokens_than_inputs():
+  # One direction in all of them, so that rounding leaves less than nothing.
+  rng = np.random.default_rng(4)
+  common = rng.standard_normal(256)
+  x = rng.standard_normal((100, 256)) + 30 * common
+  hessian = np.float32(x).T @ np.float32(x) / np.float32(100)
+  assert np.linalg.eigvalsh(np.float64(hessian))[0] < -1e-6 * np.mean(
+    np.diag(hessian)
+  )
+  costs = _low_rank.Costs(
+    inputs=_compensate.Factored.of(jnp.asarray(hessian)),
+    outputs=np.ones(300, np.float32),
+  )
+  site = _site(300, 256)
+  w = jnp.asarray(0.05 * rng.standard_normal((300, 256)), jnp.float32)
+  parts = _low_rank.parts_of(site, gx.LowRank(weights=_INT3, rank=8))
+  leaves = _low_rank.fit(w, parts, costs)
+  error = _low_rank.residual(w, *parts['base'], leaves['base'])
+  left = _low_rank.remaining(error, leaves, parts)
+  assert np.all(np.isfinite(left))
+  assert _loss(left, costs) < _loss(error, costs)
+
+
 def test_a_weight_without_errors_is_left_alone():
   site = _site(64, 128)
   codes = np.random.default_rng(3).integers(-4, 4, (64, 128))

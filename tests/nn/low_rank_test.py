@@ -12,6 +12,7 @@ import pytest
 import gemma_ext as gx
 from gemma_ext import errors
 from gemma_ext import train
+from gemma_ext.compress import _heatmap
 from gemma_ext.nn import _sites
 from gemma_ext.train import _distill
 from tests import tiny
@@ -45,7 +46,7 @@ def _dense(model, params):
   return flat
 
 
-@pytest.mark.parametrize('family', ['gemma2', 'gemma3', 'gemma4'])
+@pytest.mark.parametrize('family', ['gemma2', 'gemma3', 'gemma3n', 'gemma4'])
 def test_equals_dense_weights_of_the_same_numbers(family):
   model, params, _ = _packed(family)
   tokens = jnp.asarray(
@@ -181,6 +182,77 @@ def test_saved_loaded_and_planned(tmp_path):
   )
 
 
+def test_ternary_weights_and_coarser_activations():
+  rule = gx.LowRank(weights=gx.Ternary(planes=2, group=32), rank=8)
+  model, params, _ = _packed(rules={_LAYERS: rule, '.*': _INT8})
+  tokens = jnp.array([[1, 5, 7]])
+  logits = lambda m, p: m.apply({'params': p}, tokens).logits
+  want = logits(model, params)
+  latent = gx.nn.to_latent(model, params)
+  back = gx.nn.from_latent(model, latent)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  np.testing.assert_allclose(logits(model, latent), want, atol=2e-3, rtol=2e-3)
+  coarse = gx.nn.Compressed(
+    model=model.model, recipe=model.recipe.with_x_bits(8)
+  )
+  got = logits(coarse, params)
+  np.testing.assert_allclose(got, want, atol=0.1 * float(jnp.max(want)))
+  draft, fewer = gx.nn.part(model, params, planes=1)
+  assert draft.recipe.method_of('layer_0/mlp/linear').weights.planes == 1
+  assert np.all(np.isfinite(logits(draft, fewer)))
+
+
+def test_adapters_go_around_it():
+  model, params, _ = _packed()
+  tokens = jnp.array([[1, 5, 7]])
+  lora = gx.nn.LoRA(rank=2, model=model)
+  both = lora.init(jax.random.key(0), tokens)['params']
+  both = _merged(both, params)
+  got = lora.apply({'params': both}, tokens).logits
+  want = model.apply({'params': params}, tokens).logits
+  # Fresh adapters change nothing.
+  np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+  def loss(adapters):
+    out = lora.apply({'params': _merged(both, adapters)}, tokens).logits
+    return jnp.sum(jnp.square(out))
+
+  flat = traverse_util.flatten_dict(both, sep='/')
+  adapters = {k: v for k, v in flat.items() if '/lora/' in k}
+  found = jax.grad(loss)(traverse_util.unflatten_dict(adapters, sep='/'))
+  assert any(np.any(x != 0) for x in jax.tree.leaves(found))
+
+
+def _merged(tree, other):
+  flat = traverse_util.flatten_dict(tree, sep='/')
+  flat |= traverse_util.flatten_dict(other, sep='/')
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def test_energy_counts_weights_and_reads_all():
+  model, params, _ = _packed()
+  found = gx.text.cost(model, params)
+  plain, fewer, _ = _packed(rules={_LAYERS: _LOW_RANK.weights, '.*': _INT8})
+  less = gx.text.cost(plain, fewer)
+  assert found.parameters == less.parameters
+  assert found.nbytes > less.nbytes and found.operations > less.operations
+
+
+def test_pictures_have_one_cell_for_both(tmp_path):
+  pytest.importorskip('matplotlib')
+  plan = gx.plan(tiny.model('gemma3'), _RULES)
+  rows = {row.path: row for row in _heatmap._together(plan)}
+  path = 'layer_0/mlp/linear'
+  assert not any(p.startswith(f'{path}/') for p in rows)
+  parts = [row for row in plan.rows if row.path.startswith(f'{path}/')]
+  assert rows[path].nbytes == sum(row.nbytes for row in parts)
+  _heatmap.plot(plan, tmp_path / 'bits.png')
+  assert (tmp_path / 'bits.png').read_bytes().startswith(b'\x89PNG')
+  found = {row['path']: row for row in plan.to_json()['rows']}
+  assert found[f'{path}/up']['group'] is None
+  assert found[f'{path}/down']['group'] == 128
+
+
 def test_split_and_join_are_inverse():
   model, *_ = _packed()
   methods = gx.nn.methods_of(model.model, model.recipe)
@@ -202,7 +274,12 @@ def test_drafts_of_fewer_layers_keep_corrections():
   assert part.apply({'params': less}, tokens).logits.shape[:2] == (1, 3)
 
 
-def test_healing_sees_the_sum(tmp_path):
+@pytest.fixture(name='folder', scope='module')
+def _folder(tmp_path_factory):
+  return tiny.folder(tmp_path_factory.mktemp('low_rank'), texts=3)
+
+
+def test_healing_sees_the_sum(folder):
   model, params, dense = _packed()
   flat = traverse_util.flatten_dict(params, sep='/')
   unpacked = _distill.unpack(flat, model=model)
@@ -210,7 +287,6 @@ def test_healing_sees_the_sum(tmp_path):
   path = 'layer_1/mlp/gating_einsum'
   want = _dense(model, params)[path]
   np.testing.assert_allclose(unpacked[path], want, atol=1e-5)
-  folder = tiny.folder(tmp_path, texts=3)
   gradient = train.Gradient(steps=30, learning_rate=1e-2)
   config = train.Heal(
     checkpoint=str(folder / 'dense'),
@@ -242,6 +318,51 @@ def test_healing_sees_the_sum(tmp_path):
   assert before.shape == after.shape and not np.array_equal(before, after)
 
 
+@pytest.mark.parametrize(
+  'stage',
+  [
+    train.Block(optimizer=train.ClosedForm(), batch_tokens=256),
+    train.Block(
+      optimizer=train.Evolution(steps=2, population=4), batch_tokens=256
+    ),
+    train.Distill(optimizer=train.Mezo(steps=2), vocabulary=256),
+  ],
+  ids=['closed form', 'evolution', 'mezo'],
+)
+def test_only_gradients_heal_it(folder, stage):
+  config = train.Heal(
+    checkpoint=str(folder / 'dense'),
+    recipe=gx.Recipe.of({'layer_0/mlp': _LOW_RANK}),
+    output=str(folder / f'refused {type(stage.optimizer).__name__}'),
+    cache=str(folder / 'cache'),
+    text=str(folder / 'text_*.txt'),
+    tokens=1024,
+    window=64,
+    fit_tokens=512,
+    dtype='float32',
+    stages=(stage,),
+  )
+  with pytest.raises(errors.TrainError, match='correction of low rank'):
+    train.heal(config)
+
+
+@pytest.mark.parametrize('weights', [_LOW_RANK.weights, gx.Ternary(group=32)])
+def test_whole_numbers_that_move_have_all_their_parts(weights):
+  rule = gx.LowRank(weights=weights, rank=8)
+  model, params, dense = _packed(rules={_LAYERS: rule, '.*': _INT8})
+  moving, fixed = _distill.open_model(
+    model, params, form='latent', dense=dense, integers='w'
+  )
+  path = 'layer_0/attn/q_einsum/w'
+  moved = [p for p in moving if p.startswith(path)]
+  assert len(moved) == (6 if isinstance(weights, gx.Int) else 0)
+  both = _distill.unpack(fixed | moving, model=model)
+  want = _distill.unpack(
+    traverse_util.flatten_dict(params, sep='/'), model=model
+  )
+  np.testing.assert_allclose(both[path], want[path], atol=1e-5)
+
+
 def test_what_can_have_none_is_an_error():
   model = tiny.model('gemma3')
   with pytest.raises(errors.RecipeError, match='is no weight of an einsum'):
@@ -250,6 +371,9 @@ def test_what_can_have_none_is_an_error():
   with pytest.raises(errors.RecipeError, match='less than 128 outputs and 256'):
     gx.plan(model, {'layer_0/mlp/linear': large})
   packed, params, dense = _packed()
+  again = {**dense, 'layer_0': params['layer_0']}
+  with pytest.raises(errors.ParamsMismatchError, match='compressed already'):
+    gx.compress(model, again, {_LAYERS: _INT8})
   with pytest.raises(errors.ParamsMismatchError, match="must be \\['base'"):
     params_of = {**params, 'layer_0': dense['layer_0']}
     packed.apply({'params': params_of}, jnp.array([[1]]))
