@@ -24,7 +24,8 @@ _RULES = {_LAYERS: _LOW_RANK, '.*': _INT8}
 
 
 def _packed(family='gemma3', rules=None):
-  model = tiny.model(family)
+  """A model of a family, or of one layer, and its parameters."""
+  model = tiny.model(family) if family else tiny.shallow()
   recipe = gx.Recipe.of(_RULES if rules is None else rules)
   dense = tiny.params(model)
   params = gx.compress(model, dense, recipe)
@@ -184,7 +185,7 @@ def test_saved_loaded_and_planned(tmp_path):
 
 def test_ternary_weights_and_coarser_activations():
   rule = gx.LowRank(weights=gx.Ternary(planes=2, group=32), rank=8)
-  model, params, _ = _packed(rules={_LAYERS: rule, '.*': _INT8})
+  model, params, _ = _packed('', rules={_LAYERS: rule, '.*': _INT8})
   tokens = jnp.array([[1, 5, 7]])
   logits = lambda m, p: m.apply({'params': p}, tokens).logits
   want = logits(model, params)
@@ -203,7 +204,7 @@ def test_ternary_weights_and_coarser_activations():
 
 
 def test_adapters_go_around_it():
-  model, params, _ = _packed()
+  model, params, _ = _packed('')
   tokens = jnp.array([[1, 5, 7]])
   lora = gx.nn.LoRA(rank=2, model=model)
   both = lora.init(jax.random.key(0), tokens)['params']
@@ -230,9 +231,9 @@ def _merged(tree, other):
 
 
 def test_energy_counts_weights_and_reads_all():
-  model, params, _ = _packed()
+  model, params, _ = _packed('')
   found = gx.text.cost(model, params)
-  plain, fewer, _ = _packed(rules={_LAYERS: _LOW_RANK.weights, '.*': _INT8})
+  plain, fewer, _ = _packed('', rules={_LAYERS: _LOW_RANK.weights, '.*': _INT8})
   less = gx.text.cost(plain, fewer)
   assert found.parameters == less.parameters
   assert found.nbytes > less.nbytes and found.operations > less.operations
@@ -349,7 +350,7 @@ def test_only_gradients_heal_it(folder, stage):
 @pytest.mark.parametrize('weights', [_LOW_RANK.weights, gx.Ternary(group=32)])
 def test_whole_numbers_that_move_have_all_their_parts(weights):
   rule = gx.LowRank(weights=weights, rank=8)
-  model, params, dense = _packed(rules={_LAYERS: rule, '.*': _INT8})
+  model, params, dense = _packed('', rules={_LAYERS: rule, '.*': _INT8})
   moving, fixed = _distill.open_model(
     model, params, form='latent', dense=dense, integers='w'
   )
