@@ -23,7 +23,7 @@ from gemma_ext.compress import _plan
 _LEAST, _MOST = 1.0, 9.0
 
 
-def _together(plan: _plan.Plan) -> list[_plan.PlanRow]:
+def _summed(plan: _plan.Plan) -> list[_plan.PlanRow]:
   """The rows of a plan, a weight and its correction as one."""
   found: dict[str, _plan.PlanRow] = {}
   for row in plan.rows:
@@ -57,7 +57,7 @@ def plot(plan: _plan.Plan, path: str | os.PathLike[str]) -> None:
     ) from e
   cells: dict[tuple[str, int], float] = {}
   tables: dict[str, list[_plan.PlanRow]] = {}
-  for row in _together(plan):
+  for row in _summed(plan):
     if isinstance(row.method, recipe_lib.Keep):
       continue
     if layer := re.match(r'layer_(\d+)/(.*)', row.path):

@@ -167,12 +167,9 @@ def residual(
     method: How it is packed.
     leaf: The packed weight.
   """
-  cols = site.layout.cols
-  fmt = gx_nn.format_of(method, cols)
-  got = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)
-  dense = site.layout.to_rows(jnp.asarray(w)).astype(jnp.float32)
-  error = np.asarray(dense - got, np.float64)
-  return error.reshape(-1, cols)
+  rows = site.layout.to_rows(jnp.asarray(w, jnp.float32))
+  got = _dense(leaf, site, method)
+  return np.asarray(rows, np.float64).reshape(got.shape) - got
 
 
 def directions(error: np.ndarray, rank: int, costs: Costs) -> np.ndarray:
@@ -296,7 +293,7 @@ def _solve(error: np.ndarray, rows: np.ndarray, costs: Costs) -> np.ndarray:
 def _dense(
   leaf: Mapping[str, jax.Array], site: gx_nn.Site, method: recipe_lib.Method
 ) -> np.ndarray:
-  """A packed factor as float64 rows."""
+  """A packed weight as float64 rows, `[N, I]`."""
   cols = site.layout.cols
   fmt = gx_nn.format_of(method, cols)
   dense = kernels.dequantize(leaf, fmt, cols, dtype=jnp.float32)

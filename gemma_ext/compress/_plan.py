@@ -176,10 +176,7 @@ def plan(model: nn.Module, recipe: recipe_lib.Recipe | str | dict) -> Plan:
           shape=site.layout.shape,
           method=method,
           group=fmt.group,
-          # The factors of a correction stand for no weights.
-          dense_bytes=site.layout.size * itemsize
-          if site.role in ('', gx_nn.BASE)
-          else 0,
+          dense_bytes=0 if site.is_factor else site.layout.size * itemsize,
           nbytes=fmt.nbytes(site.layout.rows, site.layout.cols),
         )
       )

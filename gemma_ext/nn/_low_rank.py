@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import math
+import string
 from typing import Any
 
 from flax import linen as nn
@@ -66,7 +66,7 @@ class PackedLowRank:
       w = self.dequantize().astype(x.dtype)
       return jnp.einsum(eqn, x, w)
     lead = ''.join(c for c in inputs if c not in contracted)
-    free = next(c for c in _LETTERS if c not in inputs + weights)
+    free = next(c for c in string.ascii_letters if c not in eqn)
     cols = ''.join(weights[i] for i in self.layout.in_axes)
     inner = self.down.einsum(f'{inputs},{free}{cols}->{lead}{free}', x)
     more = self.up.einsum(f'{lead}{free},{rows}{free}->{outputs}', inner)
@@ -75,9 +75,6 @@ class PackedLowRank:
   @property
   def _parts(self) -> tuple[_packed.PackedWeight, ...]:
     return self.base, self.down, self.up
-
-
-_LETTERS = 'RrZzXxYyWwVvUu'
 
 
 def add(
@@ -97,9 +94,8 @@ def add(
   wide = lambda x: jnp.asarray(x, jnp.float32)
   rank = down.shape[0]
   product = wide(up).reshape(-1, rank) @ wide(down).reshape(rank, -1)
-  rows = layout.rows
-  assert math.prod(rows) == product.shape[0]
-  return wide(base) + layout.from_rows(product.reshape(*rows, -1))
+  rows = product.reshape(*layout.rows, layout.cols)
+  return wide(base) + layout.from_rows(rows)
 
 
 def param(

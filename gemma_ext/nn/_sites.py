@@ -162,6 +162,11 @@ class Site:
     apart = self.rows or self.role
     return self.path.rpartition('/')[0] if apart else self.path
 
+  @property
+  def is_factor(self) -> bool:
+    """Whether it is a factor of a correction, which stands for no weights."""
+    return self.role in (DOWN, UP)
+
   def part(self, x: Any, order: Any = None) -> Any:
     """Returns the rows of a band, or all.
 

@@ -224,7 +224,7 @@ def cost(
     nbytes += read * leaf.nbytes
     if place in packed:
       if name == 'codes':
-        if methods[place][0].role in ('', gx_nn.BASE):
+        if not methods[place][0].is_factor:
           parameters += active * packed[place]
         operations += 2 * read * packed[place] * planes[place]
     else:

@@ -446,10 +446,9 @@ def changes(
     model.model, model.recipe
   ).items():
     layer = path.split('/')[0]
-    if '/mlp/' not in path or unit not in (layer, 'model'):
+    here = '/mlp/' in path and unit in (layer, 'model')
+    if not here or site.is_factor:
       continue
-    if site.role not in ('', gx_nn.BASE):
-      continue  # A factor of a correction.
     fmt = gx_nn.format_of(method, site.layout.cols)
     a, b = (
       fmt.unpack(tree[f'{path}/codes'], site.layout.cols)

@@ -242,7 +242,7 @@ def test_energy_counts_weights_and_reads_all():
 def test_pictures_have_one_cell_for_both(tmp_path):
   pytest.importorskip('matplotlib')
   plan = gx.plan(tiny.model('gemma3'), _RULES)
-  rows = {row.path: row for row in _heatmap._together(plan)}
+  rows = {row.path: row for row in _heatmap._summed(plan)}
   path = 'layer_0/mlp/linear'
   assert not any(p.startswith(f'{path}/') for p in rows)
   parts = [row for row in plan.rows if row.path.startswith(f'{path}/')]
@@ -280,6 +280,21 @@ def _folder(tmp_path_factory):
   return tiny.folder(tmp_path_factory.mktemp('low_rank'), texts=3)
 
 
+def _heal(folder, output, layers, *stages):
+  return train.Heal(
+    checkpoint=str(folder / 'dense'),
+    recipe=gx.Recipe.of({layers: _LOW_RANK}),
+    output=str(folder / output),
+    cache=str(folder / 'cache'),
+    text=str(folder / 'text_*.txt'),
+    tokens=1024,
+    window=64,
+    fit_tokens=512,
+    dtype='float32',
+    stages=stages,
+  )
+
+
 def test_healing_sees_the_sum(folder):
   model, params, dense = _packed()
   flat = traverse_util.flatten_dict(params, sep='/')
@@ -289,20 +304,12 @@ def test_healing_sees_the_sum(folder):
   want = _dense(model, params)[path]
   np.testing.assert_allclose(unpacked[path], want, atol=1e-5)
   gradient = train.Gradient(steps=30, learning_rate=1e-2)
-  config = train.Heal(
-    checkpoint=str(folder / 'dense'),
-    recipe=gx.Recipe.of({r'layer_\d+/mlp': _LOW_RANK}),
-    output=str(folder / 'healed'),
-    cache=str(folder / 'cache'),
-    text=str(folder / 'text_*.txt'),
-    tokens=1024,
-    window=64,
-    fit_tokens=512,
-    dtype='float32',
-    stages=(
-      train.Block(optimizer=gradient, batch_tokens=256, layers='layer_0'),
-      train.Distill(optimizer=gradient, batch_windows=4, vocabulary=256),
-    ),
+  config = _heal(
+    folder,
+    'healed',
+    r'layer_\d+/mlp',
+    train.Block(optimizer=gradient, batch_tokens=256, layers='layer_0'),
+    train.Distill(optimizer=gradient, batch_windows=4, vocabulary=256),
   )
   run = train.heal(config)
   for record in run.log:
@@ -331,18 +338,8 @@ def test_healing_sees_the_sum(folder):
   ids=['closed form', 'evolution', 'mezo'],
 )
 def test_only_gradients_heal_it(folder, stage):
-  config = train.Heal(
-    checkpoint=str(folder / 'dense'),
-    recipe=gx.Recipe.of({'layer_0/mlp': _LOW_RANK}),
-    output=str(folder / f'refused {type(stage.optimizer).__name__}'),
-    cache=str(folder / 'cache'),
-    text=str(folder / 'text_*.txt'),
-    tokens=1024,
-    window=64,
-    fit_tokens=512,
-    dtype='float32',
-    stages=(stage,),
-  )
+  name = type(stage.optimizer).__name__
+  config = _heal(folder, f'refused {name}', 'layer_0/mlp', stage)
   with pytest.raises(errors.TrainError, match='correction of low rank'):
     train.heal(config)
 
